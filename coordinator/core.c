@@ -1,0 +1,537 @@
+/* The coordinator's core: construction, the step function, replies and status.  See core.h; pure. */
+#include "coordinator/core.h"
+
+#include <assert.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "coordinator/core_internal.h"
+
+void coordinator_config_default(struct coordinator_config *ret_config)
+{
+    *ret_config = (struct coordinator_config){
+        .lease_ms = 3000,
+        .heartbeat_ms = 500,
+        .lead_ms = 250,
+        .promise_attempts = 6,
+        .flipped_ms = 10000,
+        .indoubt_ms = 30000,
+        .stage_ms = 30000,
+        .transfer_ms = 60000,
+        .drain_ms = 30000,
+        .slots = 0,
+        .min_ranks = 2,
+    };
+}
+
+struct coordinator_action *core_act(struct coordinator *c, enum coordinator_action_type type)
+{
+    struct coordinator_actions *out = c->out;
+    if (out->n == out->cap) {
+        size_t cap = out->cap ? out->cap * 2 : 32;
+        struct coordinator_action *v = realloc(out->v, cap * sizeof(*v));
+        if (!v)
+            abort(); /* a coordinator that cannot say what it decided must not go on: the journal has it */
+        out->v = v;
+        out->cap = cap;
+    }
+    struct coordinator_action *a = &out->v[out->n++];
+    memset(a, 0, sizeof(*a));
+    a->type = type;
+    return a;
+}
+
+static void action_done(struct coordinator_action *a)
+{
+    msg_done(&a->msg);
+    plan_unref(a->plan);
+    if (a->durable) {
+        durable_done(a->durable);
+        free(a->durable);
+    }
+}
+
+void coordinator_actions_clear(struct coordinator_actions *actions)
+{
+    for (size_t i = 0; i < actions->n; i++)
+        action_done(&actions->v[i]);
+    actions->n = 0;
+}
+
+void coordinator_actions_done(struct coordinator_actions *actions)
+{
+    coordinator_actions_clear(actions);
+    free(actions->v);
+    *actions = (struct coordinator_actions){0};
+}
+
+void core_log(struct coordinator *c, int level, const char *fmt, ...)
+{
+    struct coordinator_action *a = core_act(c, CA_LOG);
+    a->level = level;
+    a->op = c->durable.open.op;
+    a->epoch = c->view ? c->view->epoch : 0;
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(a->text, sizeof(a->text), fmt, ap);
+    va_end(ap);
+}
+
+void core_reply(struct coordinator *c, uint64_t request, int code, uint64_t op, uint32_t outcome, struct plan *plan,
+                const char *fmt, ...)
+{
+    struct coordinator_action *a = core_act(c, CA_REPLY);
+    a->request = request;
+    a->code = code;
+    a->op = op;
+    a->outcome = outcome;
+    a->plan = plan_ref(plan);
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(a->text, sizeof(a->text), fmt, ap);
+    va_end(ap);
+}
+
+void core_journal(struct coordinator *c, unsigned parts, enum continuation what)
+{
+    struct durable *copy = calloc(1, sizeof(*copy));
+    struct pending_write *w = calloc(1, sizeof(*w));
+    if (!copy || !w || durable_copy(copy, &c->durable) < 0)
+        abort();
+    struct coordinator_action *a = core_act(c, CA_JOURNAL);
+    a->seq = ++c->seq;
+    a->parts = parts;
+    a->durable = copy;
+    *w = (struct pending_write){
+        .seq = a->seq, .op = c->durable.open.op, .epoch = c->commit.epoch, .what = what};
+    if (what == CONT_ENDED)
+        w->op = c->durable.ended.op;
+    *c->writes_end = w;
+    c->writes_end = &w->next;
+}
+
+struct msg *core_send(struct coordinator *c, uint32_t peer, enum msg_type type)
+{
+    if (!c->peers[peer].conn)
+        return NULL;
+    struct coordinator_action *a = core_act(c, CA_SEND);
+    a->conn = c->peers[peer].conn;
+    a->msg.type = type;
+    return &a->msg;
+}
+
+void core_names(const struct coordinator *c, const struct arrivals *set, char *ret_text, size_t size)
+{
+    size_t used = 0;
+    if (size)
+        ret_text[0] = '\0';
+    for (size_t i = 0; i < set->n && used + 1 < size; i++) {
+        if (set->v[i].arrived)
+            continue;
+        int k = snprintf(ret_text + used, size - used, "%s%s", used ? ", " : "", c->peers[set->v[i].id].member.id);
+        used += k > 0 ? (size_t)k : 0;
+    }
+}
+
+struct coordinator *coordinator_new(const struct coordinator_config *config, const struct durable *recovered,
+                                    uint64_t now_ns)
+{
+    struct coordinator *c = calloc(1, sizeof(*c));
+    if (!c)
+        return NULL;
+    c->config = *config;
+    c->now_ns = now_ns;
+    c->writes_end = &c->writes;
+    arrivals_init(&c->map_acks);
+    arrivals_init(&c->commit.promised);
+    arrivals_init(&c->commit.flipped);
+    arrivals_init(&c->op.stage);
+    arrivals_init(&c->op.drained);
+    arrivals_init(&c->verify.missing);
+    if (!recovered)
+        return c;
+    if (durable_copy(&c->durable, recovered) < 0)
+        goto fail;
+    op_record_done(&c->durable.ended);
+    c->durable.ended = (struct op_record){0};
+    c->view = view_ref(c->durable.view);
+    c->recovering = true;
+    if (c->view && members_recover(c, c->view) < 0)
+        goto fail;
+    return c;
+fail:
+    coordinator_free(c);
+    return NULL;
+}
+
+void coordinator_free(struct coordinator *c)
+{
+    if (!c)
+        return;
+    operation_clear(c);
+    arrivals_done(&c->op.stage);
+    arrivals_done(&c->op.drained);
+    commit_done(&c->commit);
+    arrivals_done(&c->commit.promised);
+    arrivals_done(&c->commit.flipped);
+    arrivals_done(&c->map_acks);
+    arrivals_done(&c->verify.missing);
+    op_record_done(&c->last.record);
+    plan_unref((struct plan *)(uintptr_t)c->last.plan);
+    durable_done(&c->durable);
+    view_unref(c->view);
+    for (struct pending_write *w = c->writes, *next; w; w = next) {
+        next = w->next;
+        free(w);
+    }
+    free(c->peers);
+    free(c);
+}
+
+static void journaled(struct coordinator *c, uint64_t seq)
+{
+    while (c->writes && c->writes->seq <= seq) {
+        struct pending_write w = *c->writes;
+        free(c->writes);
+        c->writes = w.next;
+        if (!c->writes)
+            c->writes_end = &c->writes;
+        switch (w.what) {
+        case CONT_NONE:
+            break;
+        case CONT_OPENED:
+            operation_opened(c, w.op);
+            break;
+        case CONT_EPOCH:
+            commit_epoch_durable(c, w.epoch);
+            break;
+        case CONT_DECIDED:
+            commit_decided(c, w.epoch);
+            break;
+        case CONT_MAP:
+            rounds_map_durable(c);
+            break;
+        case CONT_ENDED:
+            operation_ended(c, w.op);
+            break;
+        }
+    }
+}
+
+/* ---- verify: every rank checks its own weights ---- */
+
+static void verify_finish(struct coordinator *c, int code, const char *text)
+{
+    core_reply(c, c->verify.request, code, 0, c->verify.bad ? OUTCOME_FAILED : OUTCOME_DONE, NULL, "%s", text);
+    c->out->v[c->out->n - 1].msg = (struct msg){
+        .type = MSG_VERIFIED,
+        .verified = {.slots = c->verify.slots, .dense = c->verify.dense, .bytes = c->verify.bytes, .bad = c->verify.bad},
+    };
+    c->verify.request = 0;
+    arrivals_reset(&c->verify.missing);
+}
+
+static void verify_start(struct coordinator *c, uint64_t request)
+{
+    if (!c->view) {
+        core_reply(c, request, ERR_NOTFOUND, 0, 0, NULL, "nothing to verify: no view is committed yet");
+        return;
+    }
+    if (c->verify.request) {
+        core_reply(c, request, ERR_CONFLICT, 0, 0, NULL, "another verification is running");
+        return;
+    }
+    memset(&c->verify.slots, 0, sizeof(c->verify) - offsetof(__typeof__(c->verify), slots));
+    arrivals_reset(&c->verify.missing);
+    c->verify.request = request;
+    c->verify.id = ++c->last_verify;
+    c->verify.deadline_ns = c->now_ns + (uint64_t)c->config.transfer_ms * 1000000;
+    for (uint32_t r = 0; r < c->view->n; r++) {
+        uint32_t p = members_find(c, c->view->members[r].id);
+        if (arrivals_expect(&c->verify.missing, p, c->peers[p].member.incarnation) < 0)
+            abort();
+        struct msg *m = core_send(c, p, MSG_VERIFY);
+        if (!m) {
+            char text[160];
+            snprintf(text, sizeof(text), "agent %s is not connected: verify again when it is back",
+                     c->peers[p].member.id);
+            verify_finish(c, ERR_UNREACHABLE, text);
+            return;
+        }
+        m->verify.request = c->verify.id;
+    }
+}
+
+static void verify_result(struct coordinator *c, uint32_t peer, const struct msg_verified *v)
+{
+    if (!c->verify.request || v->request != c->verify.id ||
+        arrivals_add(&c->verify.missing, peer, c->peers[peer].member.incarnation, 0) != ARRIVAL_COUNTED)
+        return;
+    c->verify.slots += v->slots;
+    c->verify.dense += v->dense;
+    c->verify.bytes += v->bytes;
+    c->verify.bad += v->bad;
+    if (v->bad && !c->verify.text[0])
+        snprintf(c->verify.text, sizeof(c->verify.text), "%s: %.180s", c->peers[peer].member.id, v->text);
+    if (!arrivals_complete(&c->verify.missing))
+        return;
+    char text[512];
+    if (c->verify.bad)
+        snprintf(text, sizeof(text), "%llu of %llu slots or dense regions differ; first: %s",
+                 (unsigned long long)c->verify.bad, (unsigned long long)(c->verify.slots + c->verify.dense),
+                 c->verify.text);
+    else
+        snprintf(text, sizeof(text), "%llu expert slots and %llu dense regions (%llu bytes) are as loaded",
+                 (unsigned long long)c->verify.slots, (unsigned long long)c->verify.dense,
+                 (unsigned long long)c->verify.bytes);
+    verify_finish(c, c->verify.bad ? ERR_CORRUPT : 0, text);
+}
+
+static void verify_check(struct coordinator *c)
+{
+    if (!c->verify.request)
+        return;
+    for (size_t i = 0; i < c->verify.missing.n; i++) {
+        const struct arrival *a = &c->verify.missing.v[i];
+        if (!a->arrived && !c->peers[a->id].conn) {
+            char text[160];
+            snprintf(text, sizeof(text), "agent %s went away while verifying", c->peers[a->id].member.id);
+            verify_finish(c, ERR_UNREACHABLE, text);
+            return;
+        }
+    }
+    if (c->now_ns >= c->verify.deadline_ns) {
+        char names[128], text[256];
+        core_names(c, &c->verify.missing, names, sizeof(names));
+        snprintf(text, sizeof(text), "no answer from %s in time", names);
+        verify_finish(c, ERR_TIMEOUT, text);
+    }
+}
+
+/* ---- the step ---- */
+
+static void message(struct coordinator *c, uint64_t conn, const struct msg *m)
+{
+    if (m->type == MSG_HELLO) {
+        members_hello(c, conn, &m->hello);
+        return;
+    }
+    uint32_t peer = members_by_conn(c, conn);
+    if (peer == NOBODY) {
+        struct coordinator_action *a = core_act(c, CA_CLOSE);
+        a->conn = conn;
+        snprintf(a->text, sizeof(a->text), "%s before HELLO", msg_type_name(m->type));
+        return;
+    }
+    c->peers[peer].heard_ns = c->now_ns;
+    switch (m->type) {
+    case MSG_HEARTBEAT:
+        break;
+    case MSG_ENGINE:
+        members_engine(c, peer, &m->engine);
+        break;
+    case MSG_STAGE_DONE:
+        operation_stage_done(c, peer, &m->stage_done);
+        break;
+    case MSG_PROGRESS:
+        operation_progress(c, peer, &m->progress);
+        break;
+    case MSG_PROMISE:
+        commit_promise(c, peer, &m->promise);
+        break;
+    case MSG_REFUSE:
+        commit_refuse(c, peer, &m->refuse);
+        break;
+    case MSG_FLIPPED:
+        commit_flipped(c, peer, &m->flipped);
+        break;
+    case MSG_MAP_ACK:
+        rounds_map_ack(c, peer, &m->map_ack);
+        break;
+    case MSG_VERIFIED:
+        verify_result(c, peer, &m->verified);
+        break;
+    case MSG_LEAVE: {
+        const char *id = c->peers[peer].member.id;
+        if (!c->view || members_rank(c, peer) < 0)
+            break;
+        core_log(c, CORE_INFO, "agent %s asks to be drained", id);
+        struct scale_request leave = {.target = c->view->n - 1, .n_remove = 1, .remove = &id};
+        operation_scale(c, 0, &leave);
+        break;
+    }
+    default: {
+        struct coordinator_action *a = core_act(c, CA_CLOSE);
+        a->conn = conn;
+        snprintf(a->text, sizeof(a->text), "agent %s sent %s, which only a coordinator sends",
+                 c->peers[peer].member.id, msg_type_name(m->type));
+        members_disconnected(c, peer);
+    }
+    }
+}
+
+void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coordinator_event *ev,
+                      struct coordinator_actions *out)
+{
+    /* After a long stop of our own nobody is late: their heartbeats wait in the sockets. */
+    uint64_t gap = now_ns - c->now_ns;
+    if (gap > 2000000ULL * c->config.heartbeat_ms)
+        for (size_t i = 0; i < c->n_peers; i++)
+            c->peers[i].heard_ns += gap;
+    c->now_ns = now_ns;
+    if (ev->wall_ms)
+        c->wall_ms = ev->wall_ms;
+    c->out = out;
+    if (c->recovering) {
+        c->recovering = false;
+        operation_recover(c);
+    }
+    switch (ev->type) {
+    case CE_MSG:
+        message(c, ev->conn, ev->msg);
+        break;
+    case CE_DISCONNECTED: {
+        uint32_t peer = members_by_conn(c, ev->conn);
+        if (peer != NOBODY)
+            members_disconnected(c, peer);
+        break;
+    }
+    case CE_JOURNALED:
+        journaled(c, ev->seq);
+        break;
+    case CE_TICK:
+        break;
+    case CE_SCALE:
+        operation_scale(c, ev->request, ev->scale);
+        break;
+    case CE_ABORT:
+        operation_abort_request(c, ev->request, ev->op);
+        break;
+    case CE_VERIFY:
+        verify_start(c, ev->request);
+        break;
+    case CE_WATCH_OP:
+        operation_watch(c, ev->request, ev->op);
+        break;
+    }
+    members_tick(c);
+    commit_tick(c);
+    operation_tick(c);
+    verify_check(c);
+    repair_check(c);
+    if (c->changed) {
+        core_act(c, CA_CHANGED);
+        c->changed = false;
+    }
+    c->out = NULL;
+}
+
+static uint64_t earlier(uint64_t a, uint64_t b)
+{
+    return b && b < a ? b : a;
+}
+
+uint64_t coordinator_deadline(const struct coordinator *c)
+{
+    if (c->recovering)
+        return 0;
+    uint64_t d = members_deadline(c);
+    if (c->commit.state == COMMIT_PREPARING || c->commit.state == COMMIT_GOING)
+        d = earlier(d, c->commit.deadline_ns);
+    if (c->op.phase != PHASE_NONE) {
+        d = earlier(d, c->op.deadline_ns);
+        d = earlier(d, c->op.wait_ns);
+        if (!c->op.decided)
+            d = earlier(d, c->op.timeout_ns);
+    }
+    if (c->verify.request)
+        d = earlier(d, c->verify.deadline_ns);
+    return d;
+}
+
+static void status_operation(const struct coordinator *c, struct op_info *info)
+{
+    const struct operation *op = &c->op;
+    info->record = c->durable.open;
+    info->record.hold_ns_max = op->phase ? info->record.hold_ns_max : 0;
+    info->phase = op_phase_name(op->phase);
+    info->plan = op->plan;
+    if (op->plan) {
+        info->rounds = op->plan->rounds_before + op->plan->rounds_after;
+        info->round = op->round;
+    }
+    info->bytes_done = op->bytes_done;
+    for (uint32_t i = 0; op->progress && i < c->durable.open.n; i++)
+        info->bytes_done += op->progress[i];
+    info->bytes_planned = op->bytes_planned;
+    info->phase_since_ns = op->phase_since_ns;
+    info->deadline_ns = op->deadline_ns;
+    const struct arrivals *set = &op->stage;
+    if (op->phase == PHASE_PROMISE || (op->phase == PHASE_RETIRE && c->commit.state == COMMIT_PREPARING)) {
+        set = &c->commit.promised;
+        info->deadline_ns = c->commit.deadline_ns;
+    } else if (op->phase == PHASE_GO || (op->phase == PHASE_RETIRE && c->commit.state == COMMIT_GOING)) {
+        set = &c->commit.flipped;
+        info->deadline_ns = c->commit.deadline_ns;
+    } else if (op->phase == PHASE_RETIRE) {
+        set = &c->map_acks;
+    } else if (op->phase == PHASE_DRAIN) {
+        set = &op->drained;
+    }
+    core_names(c, set, info->awaited, sizeof(info->awaited));
+    for (uint32_t i = 0; i < op->n_times && i < 32; i++) {
+        info->phases[i].phase = op_phase_name(op->times[i].phase);
+        info->phases[i].ns = op->times[i].ns;
+    }
+    info->n_phases = op->n_times;
+}
+
+void coordinator_status(const struct coordinator *c, uint64_t now_ns, struct coordinator_status *ret)
+{
+    (void)now_ns;
+    memset(ret, 0, sizeof(*ret));
+    ret->view = c->view;
+    ret->model = c->durable.model;
+    ret->epoch = c->durable.epoch;
+    ret->map_version = c->durable.map_version;
+    ret->commit_state = commit_state_name(c->commit.state);
+    ret->n_agents = c->n_peers;
+    ret->op_running = c->op.phase != PHASE_NONE;
+    if (ret->op_running)
+        status_operation(c, &ret->op);
+    else
+        ret->op = c->last;
+    memcpy(ret->degraded, c->degraded, sizeof(ret->degraded));
+}
+
+bool coordinator_agent(const struct coordinator *c, uint64_t now_ns, size_t i, struct agent_info *ret)
+{
+    if (i >= c->n_peers)
+        return false;
+    const struct peer *p = &c->peers[i];
+    memset(ret, 0, sizeof(*ret));
+    ret->member = p->member;
+    ret->rank = members_rank(c, (uint32_t)i);
+    ret->connected = p->conn != 0;
+    ret->engine = p->engine;
+    ret->applied_epoch = p->applied_epoch;
+    uint64_t lease_end = p->heard_ns + 1000000ULL * c->config.lease_ms;
+    ret->lease_left_ms = p->gone || lease_end < now_ns ? 0 : (lease_end - now_ns) / 1000000;
+    int party = operation_party(c, (uint32_t)i);
+    if (p->gone)
+        ret->state = MEMBER_LOST;
+    else if (ret->rank >= 0)
+        ret->state = party >= 0 && !c->durable.open.stays[party] ? MEMBER_LEAVING : MEMBER_SERVING;
+    else
+        ret->state = party >= 0 ? (c->durable.open.stays[party] ? MEMBER_JOINING : MEMBER_LEAVING) : MEMBER_SPARE;
+    ret->member.serving = ret->rank >= 0 && p->engine;
+    ret->member.draining = ret->rank >= 0 && c->view->members[ret->rank].draining;
+    return true;
+}
+
+void coordinator_plant(struct coordinator *c, enum coordinator_bug bug)
+{
+    c->bug = bug;
+}

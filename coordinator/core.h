@@ -1,0 +1,154 @@
+/* The coordinator's core: membership, operations, promise and go, views and maps, as a function of (state, event)
+ * that appends actions.  No sockets, clocks, threads or protobuf; eep-coordinator's loop drives it, and so does the
+ * simulator.
+ *
+ * The protocol is that of docs/protocol.md.  States of the commit: IDLE, PREPARING, DECIDING, GOING.
+ *
+ * Durability: an action CA_JOURNAL carries a copy of the durable state and which parts of it changed.  Writes are
+ * performed in order and answered by CE_JOURNALED with the same sequence number; whatever must not be seen before it
+ * is durable (PREPARE of an epoch, GO, a map flip, the acknowledgement of an operation) is sent only after that.
+ * On a write error the process ends and recovers from the file: there is no event for it. */
+#ifndef EEP_COORDINATOR_CORE_H
+#define EEP_COORDINATOR_CORE_H
+
+#include "common/msg.h"
+#include "coordinator/durable.h"
+#include "coordinator/planner.h"
+
+struct coordinator;
+
+struct coordinator_config {
+    uint32_t lease_ms;         /* an agent that is gone longer is lost; 3000 */
+    uint32_t heartbeat_ms;     /* 500 */
+    uint32_t lead_ms;          /* first lead; doubled at every retry; 250 */
+    uint32_t promise_attempts; /* 1 + 5 retries */
+    uint32_t flipped_ms;       /* 10000 */
+    uint32_t indoubt_ms;       /* 30000 */
+    uint32_t stage_ms;         /* deadline of a stage without transfer; 30000 */
+    uint32_t transfer_ms;      /* deadline of a stage that moves bytes, restarted by progress; 60000 */
+    uint32_t drain_ms;         /* 30000 */
+    uint32_t slots;            /* slots_per_rank; 0 = ceil(experts / min_ranks) */
+    uint32_t min_ranks;        /* 2 */
+};
+void coordinator_config_default(struct coordinator_config *ret_config);
+
+enum coordinator_event_type {
+    CE_MSG = 1,      /* conn, msg (borrowed); the first one of a conn is HELLO */
+    CE_DISCONNECTED, /* conn */
+    CE_JOURNALED,    /* seq */
+    CE_TICK,
+    /* from operators; answered by CA_REPLY with the same request */
+    CE_SCALE,        /* request, scale */
+    CE_ABORT,        /* request: abort the running operation (op 0 = whichever) */
+    CE_VERIFY,       /* request */
+    CE_WATCH_OP,     /* request, op: CA_REPLY when it ends, or at once if it has */
+};
+
+struct scale_request {
+    uint32_t target;            /* ranks wanted */
+    char key[OP_KEY_MAX];       /* idempotency key; "" = none */
+    uint32_t n_remove;
+    const char *const *remove;  /* agents that shall leave; borrowed */
+    bool dry_run;               /* plan only */
+    uint32_t wait_agents_ms;    /* wait this long for spare agents; 0 = refuse at once */
+    uint32_t timeout_ms;        /* of the whole operation before its decision; 0 = none but the stages' own */
+};
+
+struct coordinator_event {
+    enum coordinator_event_type type;
+    uint64_t conn, seq, request, op;
+    const struct msg *msg;
+    const struct scale_request *scale;
+    uint64_t wall_ms; /* wall clock, for records that people read */
+};
+
+enum coordinator_action_type {
+    CA_SEND = 1, /* conn, msg */
+    CA_CLOSE,    /* conn, text: drop this connection */
+    CA_JOURNAL,  /* seq, parts, durable */
+    CA_REPLY,    /* request, code, text, op, outcome, plan (dry run); to CE_VERIFY also msg: VERIFIED, the sums */
+    CA_CHANGED,  /* status or view changed: tell watchers */
+    CA_PHASE,    /* op, epoch, text "INIT -> STANDBY reason": a transition, for the log */
+    CA_LOG,      /* level, text */
+};
+
+enum core_log_level { CORE_DEBUG = 0, CORE_INFO, CORE_WARN, CORE_ERROR };
+
+struct coordinator_action {
+    enum coordinator_action_type type;
+    uint64_t conn, seq, request, op, epoch;
+    struct msg msg;
+    unsigned parts;
+    struct durable *durable; /* owned copy */
+    int code, level;
+    uint32_t outcome;
+    struct plan *plan;       /* reference, or NULL */
+    char text[512];
+};
+struct coordinator_actions {
+    struct coordinator_action *v;
+    size_t n, cap;
+};
+void coordinator_actions_clear(struct coordinator_actions *actions);
+void coordinator_actions_done(struct coordinator_actions *actions);
+
+/* recovered: what the journal held, or NULL for a new cluster (borrowed). */
+struct coordinator *coordinator_new(const struct coordinator_config *config, const struct durable *recovered,
+                                    uint64_t now_ns);
+void coordinator_free(struct coordinator *core);
+void coordinator_step(struct coordinator *core, uint64_t now_ns, const struct coordinator_event *event,
+                      struct coordinator_actions *out);
+uint64_t coordinator_deadline(const struct coordinator *core); /* next CE_TICK wanted; UINT64_MAX = never */
+
+/* Status, borrowed pointers valid until the next step. */
+enum member_state { MEMBER_SPARE = 1, MEMBER_SERVING, MEMBER_JOINING, MEMBER_LEAVING, MEMBER_LOST };
+struct agent_info {
+    struct member member;
+    enum member_state state;
+    int rank;              /* in the committed view, or -1 */
+    bool connected, engine;
+    uint64_t lease_left_ms;
+    uint64_t applied_epoch;
+};
+struct op_info {
+    struct op_record record;  /* shallow: parties borrowed */
+    const char *phase;        /* "WEIGHTS" */
+    uint32_t round, rounds;
+    uint64_t bytes_done, bytes_planned;
+    uint64_t phase_since_ns, deadline_ns;
+    char awaited[256];        /* ids of those who are missing, comma separated */
+    const struct plan *plan;
+    struct { const char *phase; uint64_t ns; } phases[32]; /* time spent, in order */
+    uint32_t n_phases;
+};
+struct coordinator_status {
+    const struct view *view;  /* NULL before the first */
+    const struct model *model;
+    uint64_t epoch, map_version;
+    const char *commit_state; /* "IDLE" */
+    size_t n_agents;
+    bool op_running;
+    struct op_info op;        /* the running operation, or the last one that ended (record.op 0 = none) */
+    char degraded[256];       /* "" or why the view does not serve everything */
+};
+void coordinator_status(const struct coordinator *core, uint64_t now_ns, struct coordinator_status *ret_status);
+bool coordinator_agent(const struct coordinator *core, uint64_t now_ns, size_t i, struct agent_info *ret_info);
+
+/* Mistakes that the simulator plants; 0 in production. */
+enum coordinator_bug {
+    COORDINATOR_BUG_NONE = 0,
+    COORDINATOR_BUG_GO_BEFORE_DURABLE,
+    COORDINATOR_BUG_MIN_OF_PROMISES,
+    COORDINATOR_BUG_ABORT_WHILE_DECIDING,
+    COORDINATOR_BUG_LEAVER_NOT_ASKED,
+    COORDINATOR_BUG_INCARNATION_IGNORED,  /* a new incarnation counts on the old one's promise */
+    COORDINATOR_BUG_EPOCH_REUSED,         /* the epoch is not durable before PREPARE */
+    COORDINATOR_BUG_RESET_AT_MAX,         /* S = max(L), not max(L) + 1 */
+    COORDINATOR_BUG_RESET_ABORTED_AFTER_RESTART,
+    COORDINATOR_BUG_RETIRE_UNCOVERED,     /* retires the last live replica */
+    COORDINATOR_BUG_GRACE_BY_OWN_ACK,     /* T = the holder's s_i instead of the maximum */
+    COORDINATOR_BUG_FILL_WITHOUT_GRACE,
+};
+void coordinator_plant(struct coordinator *core, enum coordinator_bug bug);
+
+#endif

@@ -1,0 +1,489 @@
+/* Promise and go: how a view (or, for replicated dispatch, a map) changes between the same two steps on all ranks.
+ * Part of the coordinator's core; pure.  The protocol is that of docs/protocol.md.
+ *
+ *            epoch durable, PREPARE           all PROMISED            COMMIT durable, GO        all FLIPPED
+ *   IDLE --------------------------> PREPARING -----------> DECIDING ------------------> GOING -----------> IDLE
+ *                                        | deadline, REFUSE, loss       (nothing may        | deadline: the silent rank
+ *                                        v                               abort here)        v is lost, RESET follows
+ *                                    ABORT, a new epoch or given up
+ */
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "coordinator/core_internal.h"
+
+#define MS 1000000ULL
+
+const char *commit_state_name(enum commit_state state)
+{
+    static const char *const names[] = {"IDLE", "PREPARING", "DECIDING", "GOING"};
+    return names[state];
+}
+
+void commit_done(struct commit *commit)
+{
+    view_unref(commit->target);
+    commit->target = NULL;
+    arrivals_reset(&commit->promised);
+    arrivals_reset(&commit->flipped);
+    commit->state = COMMIT_IDLE;
+    commit->epoch = 0;
+}
+
+/* Who takes part: every party of the operation; in a map change only those who are ranks now. */
+static bool commit_takes_part(const struct coordinator *c, uint32_t party)
+{
+    return c->commit.kind != FLIP_MAP || members_rank(c, c->op.peer[party]) >= 0;
+}
+
+static void commit_send_prepare(struct coordinator *c, uint32_t peer)
+{
+    struct msg *m = core_send(c, peer, MSG_PREPARE);
+    if (!m)
+        return;
+    m->prepare.epoch = c->commit.epoch;
+    m->prepare.op = c->durable.open.op;
+    m->prepare.kind = c->commit.kind;
+    m->prepare.lead_ms = c->commit.lead_ms;
+}
+
+static void commit_send_go(struct coordinator *c, uint32_t peer)
+{
+    const struct commit_record *r = &c->durable.commit;
+    struct msg *m = core_send(c, peer, MSG_GO);
+    if (!m)
+        return;
+    m->go.epoch = r->epoch;
+    m->go.op = r->op;
+    m->go.step = r->step;
+    m->go.wave = r->wave;
+    m->go.kind = r->kind;
+    m->go.view = view_ref(r->view);
+}
+
+static void commit_send_abort(struct coordinator *c, uint32_t peer, uint64_t epoch)
+{
+    struct msg *m = core_send(c, peer, MSG_ABORT);
+    if (m)
+        m->abort.epoch = epoch;
+}
+
+/* Nobody has promised yet. */
+static void commit_expect_promises(struct coordinator *c)
+{
+    struct commit *k = &c->commit;
+    k->state = COMMIT_PREPARING;
+    k->durable = false;
+    k->min_next = UINT64_MAX;
+    k->max_wave = 0;
+    k->any_old = k->any_running = k->any_detached = false;
+    k->deadline_ns = UINT64_MAX;
+    arrivals_reset(&k->promised);
+    for (uint32_t i = 0; i < c->durable.open.n; i++) {
+        if (!commit_takes_part(c, i) ||
+            (c->bug == COORDINATOR_BUG_LEAVER_NOT_ASKED && !c->durable.open.stays[i]))
+            continue;
+        uint32_t p = c->op.peer[i];
+        if (arrivals_expect(&k->promised, p, c->peers[p].member.incarnation) < 0)
+            abort();
+    }
+}
+
+/* A new epoch for the present target: durable before anybody hears of it. */
+static void commit_attempt(struct coordinator *c)
+{
+    struct commit *k = &c->commit;
+    commit_expect_promises(c);
+    k->epoch = c->durable.epoch + 1;
+    if (c->bug == COORDINATOR_BUG_EPOCH_REUSED) {
+        commit_epoch_durable(c, k->epoch);
+        return;
+    }
+    c->durable.epoch = k->epoch;
+    c->durable.open.epoch = k->epoch;
+    c->durable.open.flip = k->kind;
+    core_journal(c, DURABLE_META | DURABLE_OP, CONT_EPOCH);
+}
+
+void commit_start(struct coordinator *c, enum flip_kind kind, struct view *target)
+{
+    struct commit *k = &c->commit;
+    assert(k->state == COMMIT_IDLE || (kind == FLIP_RESET && k->state != COMMIT_DECIDING));
+    view_unref(k->target);
+    k->target = target;
+    k->kind = kind;
+    k->lead_ms = c->config.lead_ms;
+    k->attempt = 1;
+    commit_attempt(c);
+}
+
+void commit_epoch_durable(struct coordinator *c, uint64_t epoch)
+{
+    struct commit *k = &c->commit;
+    if (k->state != COMMIT_PREPARING || k->epoch != epoch || k->durable)
+        return;
+    k->durable = true;
+    /* ABORT must come before any engine is held: the lead less two steps.  Steps are not known here; a quarter of the
+     * lead is more than two of them whenever the lead is more than eight. */
+    k->deadline_ns = c->now_ns + (k->kind == FLIP_RESET ? c->config.flipped_ms * MS : k->lead_ms * MS * 3 / 4);
+    for (uint32_t i = 0; i < c->durable.open.n; i++)
+        if (commit_takes_part(c, i) &&
+            !(c->bug == COORDINATOR_BUG_LEAVER_NOT_ASKED && !c->durable.open.stays[i]))
+            commit_send_prepare(c, c->op.peer[i]);
+}
+
+static void commit_withdraw(struct coordinator *c)
+{
+    for (uint32_t i = 0; c->commit.epoch && i < c->durable.open.n; i++)
+        if (commit_takes_part(c, i))
+            commit_send_abort(c, c->op.peer[i], c->commit.epoch);
+    c->commit.epoch = 0;
+    arrivals_reset(&c->commit.promised);
+}
+
+void commit_cancel(struct coordinator *c, const char *why)
+{
+    if (c->commit.state != COMMIT_PREPARING && c->bug != COORDINATOR_BUG_ABORT_WHILE_DECIDING)
+        return;
+    if (c->commit.state == COMMIT_IDLE || c->commit.state == COMMIT_GOING)
+        return;
+    core_log(c, CORE_INFO, "epoch %llu is withdrawn: %s", (unsigned long long)c->commit.epoch, why);
+    commit_withdraw(c);
+    commit_done(&c->commit);
+}
+
+static void commit_retry(struct coordinator *c, const char *why)
+{
+    struct commit *k = &c->commit;
+    if (k->attempt >= c->config.promise_attempts) {
+        commit_cancel(c, why);
+        operation_commit_failed(c, why);
+        return;
+    }
+    core_log(c, CORE_WARN, "epoch %llu is withdrawn (%s); attempt %u follows with a lead of %u ms",
+             (unsigned long long)k->epoch, why, k->attempt + 1, k->lead_ms * 2);
+    commit_withdraw(c);
+    k->attempt++;
+    k->lead_ms *= 2;
+    commit_attempt(c);
+}
+
+/* ---- promises ---- */
+
+static void commit_decide(struct coordinator *c)
+{
+    struct commit *k = &c->commit;
+    struct durable *d = &c->durable;
+    if (k->kind != FLIP_RESET && k->any_detached && k->any_running) {
+        commit_retry(c, "a rank has no engine while another is at work, so no common step would ever come");
+        return;
+    }
+    k->step = arrivals_max(&k->promised);
+    if (c->bug == COORDINATOR_BUG_MIN_OF_PROMISES) {
+        k->step = UINT64_MAX;
+        for (size_t i = 0; i < k->promised.n; i++)
+            if (k->promised.v[i].value && k->promised.v[i].value < k->step)
+                k->step = k->promised.v[i].value;
+        if (k->step == UINT64_MAX)
+            k->step = 0;
+    }
+    if (k->kind == FLIP_RESET && c->bug != COORDINATOR_BUG_RESET_AT_MAX)
+        k->step += 1; /* an evicted but living rank may be one step ahead */
+    if (k->step == 0)
+        k->step = 1; /* a cold start: steps count from 1, 0 is "none yet" */
+    uint64_t next = k->any_old && k->min_next < k->step ? k->min_next : k->step;
+    k->wave = k->max_wave + (k->step - next) + 1;
+
+    struct view *view = view_copy(k->target);
+    struct expert_map *map = view ? expert_map_copy(view->map) : NULL;
+    struct commit_record r = {.epoch = k->epoch,
+                              .op = d->open.op,
+                              .step = k->step,
+                              .wave = k->wave,
+                              .kind = k->kind,
+                              .view = view,
+                              .n_old = c->view ? c->view->n : 0};
+    r.old = calloc(r.n_old + 1, sizeof(*r.old));
+    if (!map || !r.old)
+        abort();
+    if (r.n_old)
+        memcpy(r.old, c->view->members, r.n_old * sizeof(*r.old));
+    view->epoch = k->epoch;
+    for (uint32_t i = 0; i < view->n; i++)
+        view->members[i].draining = false;
+    map->version = ++d->map_version;
+    expert_map_unref(view->map);
+    view->map = map;
+    commit_record_done(&d->commit);
+    d->commit = r;
+    view_unref(d->view);
+    d->view = view_ref(view);
+    if (d->epoch < k->epoch)
+        d->epoch = k->epoch;
+    k->state = COMMIT_DECIDING;
+    if (k->kind != FLIP_MAP)
+        operation_phase(c, PHASE_DECIDE, "every promise is in");
+    core_journal(c, DURABLE_META | DURABLE_VIEW | DURABLE_OP | DURABLE_COMMIT | DURABLE_MODEL, CONT_DECIDED);
+    if (c->bug == COORDINATOR_BUG_GO_BEFORE_DURABLE)
+        for (uint32_t i = 0; i < d->open.n; i++)
+            if (commit_takes_part(c, i))
+                commit_send_go(c, c->op.peer[i]);
+}
+
+void commit_promise(struct coordinator *c, uint32_t peer, const struct msg_promise *promise)
+{
+    struct commit *k = &c->commit;
+    if (k->state != COMMIT_PREPARING || !k->durable || promise->epoch != k->epoch)
+        return;
+    uint64_t incarnation = promise->incarnation;
+    if (c->bug == COORDINATOR_BUG_INCARNATION_IGNORED)
+        for (size_t i = 0; i < k->promised.n; i++)
+            if (k->promised.v[i].id == peer)
+                incarnation = k->promised.v[i].incarnation;
+    if (arrivals_add(&k->promised, peer, incarnation, promise->limit) != ARRIVAL_COUNTED)
+        return;
+    if (promise->engine != PROMISE_JOINER) {
+        k->any_old = true;
+        k->any_running |= promise->engine == PROMISE_RUNNING;
+        k->any_detached |= promise->engine == PROMISE_DETACHED;
+        if (promise->next < k->min_next)
+            k->min_next = promise->next;
+        if (promise->wave > k->max_wave)
+            k->max_wave = promise->wave;
+    }
+    if (arrivals_complete(&k->promised))
+        commit_decide(c);
+}
+
+void commit_refuse(struct coordinator *c, uint32_t peer, const struct msg_refuse *refuse)
+{
+    struct commit *k = &c->commit;
+    if (k->state != COMMIT_PREPARING || refuse->epoch != k->epoch)
+        return;
+    core_log(c, CORE_WARN, "agent %s refuses epoch %llu: %s", c->peers[peer].member.id,
+             (unsigned long long)k->epoch, refuse->why);
+    if (k->kind == FLIP_RESET) {
+        members_evict(c, peer, "it cannot take part in the repair");
+        members_lost(c, peer, refuse->why);
+        return;
+    }
+    /* The others need not wait for the deadline; the next attempt does, so that attempts are not burnt in a row. */
+    commit_withdraw(c);
+}
+
+/* ---- the decision is durable ---- */
+
+static void commit_check_flipped(struct coordinator *c)
+{
+    struct commit *k = &c->commit;
+    if (k->state != COMMIT_GOING)
+        return;
+    for (size_t i = 0; i < k->flipped.n; i++) {
+        const struct arrival *a = &k->flipped.v[i];
+        if (a->arrived)
+            continue;
+        const struct peer *p = &c->peers[a->id];
+        /* a rank of the new view that is gone is the repair's business: the flip is not settled without it */
+        if (!p->gone || members_rank(c, a->id) >= 0)
+            return;
+    }
+    enum flip_kind kind = k->kind;
+    uint64_t epoch = k->epoch;
+    uint64_t hold = arrivals_max(&k->flipped);
+    if (hold > c->durable.open.hold_ns_max)
+        c->durable.open.hold_ns_max = hold;
+    c->durable.commit.settled = true;
+    core_journal(c, DURABLE_COMMIT, CONT_NONE);
+    core_log(c, CORE_INFO, "epoch %llu is serving on every rank since step %llu; longest hold %llu us",
+             (unsigned long long)epoch, (unsigned long long)k->step, (unsigned long long)(hold / 1000));
+    commit_done(k);
+    if (kind == FLIP_MAP) {
+        rounds_flipped(c);
+        return;
+    }
+    for (uint32_t i = 0; i < c->durable.open.n; i++) {
+        struct msg *m = core_send(c, c->op.peer[i], MSG_NOTIFY);
+        if (m) {
+            m->notify.op = c->durable.open.op;
+            m->notify.what = NOTIFY_RECONFIGURE_FINISHED;
+        }
+        m = core_send(c, c->op.peer[i], MSG_DISMISS);
+        if (m) {
+            m->op_end.op = c->durable.open.op;
+            m->op_end.epoch = epoch;
+        }
+    }
+    operation_settled(c);
+}
+
+static void commit_enter_going(struct coordinator *c)
+{
+    struct commit *k = &c->commit;
+    k->state = COMMIT_GOING;
+    k->deadline_ns = c->now_ns + c->config.flipped_ms * MS;
+    arrivals_reset(&k->flipped);
+    for (uint32_t i = 0; i < c->durable.open.n; i++) {
+        uint32_t p = c->op.peer[i];
+        if (commit_takes_part(c, i) && arrivals_expect(&k->flipped, p, c->durable.open.parties[i].incarnation) < 0)
+            abort();
+    }
+}
+
+void commit_decided(struct coordinator *c, uint64_t epoch)
+{
+    struct commit *k = &c->commit;
+    bool withdrawn = k->state != COMMIT_DECIDING || k->epoch != epoch;
+    if (withdrawn && c->durable.commit.epoch != epoch)
+        return;
+    if (withdrawn)
+        return; /* only a planted mistake comes here */
+    view_unref(c->view);
+    c->view = view_ref(c->durable.view);
+    c->changed = true;
+    core_log(c, CORE_INFO, "epoch %llu is decided: step %llu, wave %llu, %u ranks, map %llu",
+             (unsigned long long)epoch, (unsigned long long)k->step, (unsigned long long)k->wave, c->view->n,
+             (unsigned long long)c->view->map->version);
+    if (k->kind != FLIP_MAP)
+        operation_committed(c);
+    commit_enter_going(c);
+    for (uint32_t i = 0; i < c->durable.open.n; i++)
+        if (commit_takes_part(c, i))
+            commit_send_go(c, c->op.peer[i]);
+    commit_check_flipped(c);
+}
+
+void commit_flipped(struct coordinator *c, uint32_t peer, const struct msg_flipped *flipped)
+{
+    struct commit *k = &c->commit;
+    if (k->state != COMMIT_GOING || flipped->epoch != k->epoch)
+        return;
+    if (arrivals_add(&k->flipped, peer, c->peers[peer].member.incarnation, flipped->hold_ns) == ARRIVAL_COUNTED)
+        c->changed = true;
+    commit_check_flipped(c);
+}
+
+/* ---- connections, losses, time ---- */
+
+static bool commit_concerns(const struct commit_record *r, const struct member *m)
+{
+    int rank = view_rank(r->view, m->id);
+    if (rank >= 0 && r->view->members[rank].incarnation == m->incarnation)
+        return true;
+    for (uint32_t i = 0; i < r->n_old; i++)
+        if (strcmp(r->old[i].id, m->id) == 0 && r->old[i].incarnation == m->incarnation)
+            return true;
+    return false;
+}
+
+void commit_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *hello)
+{
+    struct commit *k = &c->commit;
+    const struct commit_record *r = &c->durable.commit;
+    bool open = k->state == COMMIT_PREPARING || k->state == COMMIT_DECIDING;
+    bool decided = r->epoch && !(k->state == COMMIT_DECIDING && k->epoch == r->epoch);
+    bool concerned = decided && commit_concerns(r, &c->peers[peer].member);
+    uint64_t promised = hello->promised_epoch;
+    if (promised && !(open && promised == k->epoch)) {
+        if (concerned && promised == r->epoch)
+            commit_send_go(c, peer);
+        else
+            commit_send_abort(c, peer, promised);
+    } else if (promised && k->state == COMMIT_PREPARING) {
+        struct msg_promise p = {.epoch = promised,
+                                .incarnation = hello->incarnation,
+                                .limit = hello->limit,
+                                .next = hello->next,
+                                .wave = hello->wave,
+                                .engine = hello->engine};
+        commit_promise(c, peer, &p);
+    } else if (!promised && concerned && hello->applied_epoch < r->epoch) {
+        commit_send_go(c, peer);
+    }
+    if (concerned && r->settled && hello->engine != PROMISE_JOINER && members_rank(c, peer) < 0) {
+        struct msg *m = core_send(c, peer, MSG_DISMISS); /* a leaver that missed it */
+        if (m) {
+            m->op_end.op = r->op;
+            m->op_end.epoch = r->epoch;
+        }
+    }
+    int party = operation_party(c, peer);
+    if (k->state == COMMIT_PREPARING && k->durable && k->epoch && promised != k->epoch && party >= 0 &&
+        commit_takes_part(c, (uint32_t)party) && !arrivals_has(&k->promised, peer))
+        commit_send_prepare(c, peer);
+}
+
+void commit_peer_gone(struct coordinator *c, uint32_t peer, const char *why)
+{
+    struct commit *k = &c->commit;
+    int party = operation_party(c, peer);
+    if (k->state == COMMIT_GOING)
+        commit_check_flipped(c);
+    if (k->state != COMMIT_PREPARING || k->kind != FLIP_MAP || party < 0 || !c->op.decided)
+        return; /* the operation aborts by itself; a RESET waits for the lease */
+    char text[192];
+    snprintf(text, sizeof(text), "agent %s: %s", c->peers[peer].member.id, why);
+    commit_cancel(c, text);
+    operation_commit_failed(c, text);
+}
+
+void commit_tick(struct coordinator *c)
+{
+    struct commit *k = &c->commit;
+    char names[128], text[256];
+    bool late = c->now_ns >= k->deadline_ns;
+    if (k->state == COMMIT_DECIDING && late && c->bug == COORDINATOR_BUG_ABORT_WHILE_DECIDING) {
+        operation_abort(c, ERR_TIMEOUT, "planted: deadline while deciding");
+        return;
+    }
+    if (!late || (k->state != COMMIT_PREPARING && k->state != COMMIT_GOING))
+        return;
+    if (k->state == COMMIT_PREPARING && k->kind != FLIP_RESET) {
+        core_names(c, &k->promised, names, sizeof(names));
+        if (k->epoch)
+            snprintf(text, sizeof(text), "no promise from %s within %u ms", names, k->lead_ms * 3 / 4);
+        else
+            snprintf(text, sizeof(text), "an agent refused");
+        commit_retry(c, text);
+        return;
+    }
+    /* GOING, or the promises of a RESET: those who are silent are out. */
+    bool going = k->state == COMMIT_GOING;
+    struct arrivals *set = going ? &k->flipped : &k->promised;
+    snprintf(text, sizeof(text), "no %s for epoch %llu within %u ms", going ? "FLIPPED" : "PROMISE",
+             (unsigned long long)k->epoch, c->config.flipped_ms);
+    k->deadline_ns = c->now_ns + c->config.flipped_ms * MS;
+    uint32_t silent[RANKS_MAX], n = 0;
+    for (size_t i = 0; i < set->n && n < RANKS_MAX; i++)
+        if (!set->v[i].arrived && !c->peers[set->v[i].id].gone)
+            silent[n++] = set->v[i].id;
+    for (uint32_t i = 0; i < n; i++) {
+        members_evict(c, silent[i], text);
+        members_lost(c, silent[i], text);
+    }
+}
+
+void commit_recover(struct coordinator *c)
+{
+    struct commit *k = &c->commit;
+    const struct commit_record *r = &c->durable.commit;
+    k->kind = r->kind;
+    k->epoch = r->epoch;
+    k->step = r->step;
+    k->wave = r->wave;
+    k->target = view_ref(r->view);
+    commit_enter_going(c);
+}
+
+void commit_resume(struct coordinator *c, struct view *target)
+{
+    struct commit *k = &c->commit;
+    k->target = target;
+    k->kind = FLIP_RESET;
+    k->lead_ms = c->config.lead_ms;
+    k->attempt = 1;
+    commit_expect_promises(c);
+    k->epoch = c->durable.open.epoch;
+    commit_epoch_durable(c, k->epoch);
+}

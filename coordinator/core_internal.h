@@ -1,0 +1,217 @@
+/* Inside the coordinator's core: its state, and what its files call in one another.  Not for anybody else. */
+#ifndef EEP_COORDINATOR_CORE_INTERNAL_H
+#define EEP_COORDINATOR_CORE_INTERNAL_H
+
+#include "coordinator/arrivals.h"
+#include "coordinator/core.h"
+
+/* An agent that has said HELLO, or that the journal names as a member.  Its index never changes. */
+struct peer {
+    struct member member;       /* id, incarnation, addresses, endpoint of the engine */
+    uint64_t conn;              /* 0 = not connected */
+    uint64_t heard_ns;          /* connected: last message; else: when it went away */
+    bool gone;                  /* its lease ended, or a newer incarnation came: nothing is expected of it */
+    bool evicted;               /* this incarnation was put out of a view: it may only come back as another */
+    bool engine;                /* an engine is attached */
+    bool can_load;
+    uint32_t dispatch, slots, layers, logical;
+    uint64_t applied_epoch, map_version; /* as of its HELLO */
+};
+
+enum commit_state { COMMIT_IDLE, COMMIT_PREPARING, COMMIT_DECIDING, COMMIT_GOING };
+
+/* One attempt to change the view (or, for replicated dispatch, the map). */
+struct commit {
+    enum commit_state state;
+    enum flip_kind kind;
+    bool durable;               /* PREPARING: the epoch is in the journal, PREPARE has been sent */
+    uint64_t epoch, step, wave;
+    uint32_t lead_ms, attempt;
+    uint64_t deadline_ns;
+    struct view *target;        /* epoch 0 until the decision */
+    struct arrivals promised;   /* value: limit */
+    struct arrivals flipped;    /* value: hold_ns */
+    uint64_t min_next, max_wave;
+    bool any_old, any_running, any_detached;
+};
+
+enum op_phase {
+    PHASE_NONE = 0,
+    PHASE_OPEN,      /* being written to the journal */
+    PHASE_PENDING,   /* waits for spare agents, or for an earlier map change to settle */
+    PHASE_ALLOCATE,
+    PHASE_GROUP_ID,
+    PHASE_GROUP,
+    PHASE_MAPPING,
+    PHASE_WEIGHTS,
+    PHASE_KV,
+    PHASE_RETIRE,    /* a map change is announced */
+    PHASE_GRACE,
+    PHASE_FILL,
+    PHASE_DRAIN,
+    PHASE_ENGINE_PREPARE,
+    PHASE_PROMISE,
+    PHASE_DECIDE,
+    PHASE_GO,
+    PHASE_LET_GO,
+    PHASE_FINISH,
+    PHASES
+};
+
+#define NOBODY UINT32_MAX
+#define PHASE_TIMES 32
+
+/* The operation that is running; its durable half is durable.open. */
+struct operation {
+    enum op_phase phase;
+    uint64_t phase_since_ns, started_ns, deadline_ns, timeout_ns, wait_ns;
+    uint32_t *peer;             /* [record.n] peer index of each party */
+    bool decided;               /* its FLIP_VIEW (or RESET) is committed: it can only go forward */
+    bool announced;             /* OP_BEGIN has been sent */
+    struct arrivals stage;      /* who owes a STAGE_DONE; value */
+    enum op_stage stage_kind;
+    uint64_t stage_attempt, stage_step;
+    struct arrivals drained;    /* leavers that owe DRAIN */
+    struct blob *group_id;
+    struct plan *plan;
+    struct plan_input in;       /* arrays owned, map referenced */
+    struct view *proposed;
+    uint32_t round;             /* next round to run */
+    uint64_t accept;            /* request that waits to hear that the operation is accepted; 0 = none */
+    uint64_t *progress;         /* [n] bytes of the running stage */
+    uint64_t bytes_done, bytes_planned;
+    struct expert_map *load_map;/* cold start */
+    bool waits_for_agents;      /* PENDING until enough spares are there */
+    char why[256];              /* what will be said at the end */
+    struct { enum op_phase phase; uint64_t ns; } times[PHASE_TIMES];
+    uint32_t n_times;
+};
+
+/* What is to happen when a journal write is durable. */
+enum continuation { CONT_NONE, CONT_OPENED, CONT_EPOCH, CONT_DECIDED, CONT_MAP, CONT_ENDED };
+struct pending_write {
+    uint64_t seq, op, epoch;
+    enum continuation what;
+    struct pending_write *next;
+};
+
+#define WAITERS_MAX 64
+struct coordinator {
+    struct coordinator_config config;
+    struct durable durable;     /* as last handed to the journal */
+    struct view *view;          /* committed and durable; what everybody is told */
+    struct peer *peers;
+    size_t n_peers, cap_peers;
+    struct commit commit;
+    struct operation op;        /* phase NONE: no operation */
+    struct op_info last;        /* how the last one ended (record deep copied) */
+    struct arrivals map_acks;   /* who has not applied map_announced yet; value: s_i */
+    uint64_t map_announced;
+    uint64_t grace_step;        /* no slot that was ever retired is read by a step >= this: max of all s_i and S */
+    bool torn;                  /* a rank of the view or its engine died: only a RESET gets the others out of their step */
+    bool recovering;            /* the first step settles what the journal left open */
+    uint64_t seq;
+    struct pending_write *writes, **writes_end;
+    struct { uint64_t request, op; } waiters[WAITERS_MAX];
+    uint32_t n_waiters;
+    struct { uint64_t request, id; struct arrivals missing; uint64_t slots, dense, bytes, bad, deadline_ns; char text[256]; } verify;
+    uint64_t last_verify;
+    uint64_t now_ns, wall_ms;
+    char degraded[256];
+    bool changed;
+    enum coordinator_bug bug;
+    struct coordinator_actions *out; /* during a step */
+};
+
+/* core.c */
+struct coordinator_action *core_act(struct coordinator *c, enum coordinator_action_type type);
+void core_log(struct coordinator *c, int level, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void core_reply(struct coordinator *c, uint64_t request, int code, uint64_t op, uint32_t outcome, struct plan *plan,
+                const char *fmt, ...) __attribute__((format(printf, 7, 8)));
+/* Hands the durable state to the journal; `what` happens when it is durable. */
+void core_journal(struct coordinator *c, unsigned parts, enum continuation what);
+struct msg *core_send(struct coordinator *c, uint32_t peer, enum msg_type type); /* NULL when not connected */
+void core_names(const struct coordinator *c, const struct arrivals *set, char *ret_text, size_t size);
+
+/* core_members.c */
+uint32_t members_find(const struct coordinator *c, const char *id);
+uint32_t members_by_conn(const struct coordinator *c, uint64_t conn);
+int members_recover(struct coordinator *c, const struct view *view) MUST_CHECK;
+void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello *hello);
+void members_engine(struct coordinator *c, uint32_t peer, const struct msg_engine *engine);
+void members_disconnected(struct coordinator *c, uint32_t peer);
+void members_evict(struct coordinator *c, uint32_t peer, const char *why);
+void members_lost(struct coordinator *c, uint32_t peer, const char *why);
+void members_tick(struct coordinator *c);
+uint64_t members_deadline(const struct coordinator *c);
+/* Is this peer a rank of the committed view, with this incarnation? */
+int members_rank(const struct coordinator *c, uint32_t peer);
+/* Spare agents fit to join, best first; returns how many (at most max). */
+uint32_t members_spares(const struct coordinator *c, bool cold, uint32_t *ret_peers, uint32_t max);
+
+/* core_commit.c */
+void commit_start(struct coordinator *c, enum flip_kind kind, struct view *target); /* takes the reference */
+void commit_promise(struct coordinator *c, uint32_t peer, const struct msg_promise *promise);
+void commit_refuse(struct coordinator *c, uint32_t peer, const struct msg_refuse *refuse);
+void commit_flipped(struct coordinator *c, uint32_t peer, const struct msg_flipped *flipped);
+void commit_epoch_durable(struct coordinator *c, uint64_t epoch);
+void commit_decided(struct coordinator *c, uint64_t epoch);
+void commit_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *hello);
+void commit_peer_gone(struct coordinator *c, uint32_t peer, const char *why); /* disconnected or lost */
+void commit_cancel(struct coordinator *c, const char *why); /* PREPARING only: ABORT to everybody */
+void commit_recover(struct coordinator *c);
+void commit_resume(struct coordinator *c, struct view *target); /* a RESET whose epoch the journal has */
+void commit_tick(struct coordinator *c);
+void commit_done(struct commit *commit);
+const char *commit_state_name(enum commit_state state);
+
+/* core_operation.c: life cycle */
+void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *scale);
+void operation_abort_request(struct coordinator *c, uint64_t request, uint64_t op);
+void operation_watch(struct coordinator *c, uint64_t request, uint64_t op);
+void operation_open_repair(struct coordinator *c, uint32_t ranks);
+void operation_opened(struct coordinator *c, uint64_t op);
+void operation_abort(struct coordinator *c, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void operation_end(struct coordinator *c, enum op_outcome outcome, const char *why);
+void operation_ended(struct coordinator *c, uint64_t op);
+void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg_stage_done *done);
+void operation_progress(struct coordinator *c, uint32_t peer, const struct msg_progress *progress);
+void operation_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *hello);
+void operation_peer_gone(struct coordinator *c, uint32_t peer, const char *why);
+void operation_peer_ready(struct coordinator *c); /* a spare came, or a map settled */
+void operation_tick(struct coordinator *c);
+void operation_phase(struct coordinator *c, enum op_phase phase, const char *why);
+void operation_stage(struct coordinator *c, enum op_phase phase, enum op_stage stage);
+void operation_rounds_done(struct coordinator *c);
+void operation_next(struct coordinator *c); /* the running phase is complete: on to the next one */
+void operation_recover(struct coordinator *c);
+void operation_clear(struct coordinator *c);
+int operation_party(const struct coordinator *c, uint32_t peer); /* -1: none */
+const char *op_phase_name(enum op_phase phase);
+/* What the commit tells the operation. */
+void operation_committed(struct coordinator *c); /* decided and durable */
+void operation_settled(struct coordinator *c);   /* everybody has flipped */
+void operation_commit_failed(struct coordinator *c, const char *why);
+
+/* core_setup.c: who takes part, what moves */
+int setup_scale(struct coordinator *c, const struct scale_request *scale, struct err *err) MUST_CHECK;
+int setup_plan(struct coordinator *c, struct err *err) MUST_CHECK;
+bool setup_fault(const struct coordinator *c, uint32_t rank); /* this rank of the view is gone or has no engine */
+int setup_repair(struct coordinator *c, const uint32_t *peers, uint32_t n) MUST_CHECK;
+struct view *setup_target(struct coordinator *c); /* the proposed view of the operation, epoch 0 */
+
+/* core_rounds.c: map changes inside a view */
+void rounds_run(struct coordinator *c);  /* starts round op.round, or ends this side of the commit */
+void rounds_next(struct coordinator *c); /* RETIRE, GRACE or FILL is complete */
+void rounds_map_durable(struct coordinator *c);
+void rounds_map_ack(struct coordinator *c, uint32_t peer, const struct msg_map_ack *ack);
+void rounds_hello(struct coordinator *c, uint32_t peer);
+void rounds_recover(struct coordinator *c);
+void rounds_peer_gone(struct coordinator *c, uint32_t peer);
+void rounds_flipped(struct coordinator *c);   /* a FLIP_MAP has settled */
+
+/* core_repair.c: what a death does */
+void repair_check(struct coordinator *c);
+void repair_resume(struct coordinator *c);
+
+#endif

@@ -1,0 +1,656 @@
+/* The coordinator's core against scripted agents: each test is a story, its trace is what the core did.
+ *
+ * The rig answers every message as a healthy agent would, at once; a test switches single answers off, cuts
+ * connections, restarts the core from what its journal holds, and reads phases and messages back as text. */
+#include <check.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "coordinator/core.h"
+
+#define AGENTS 6
+#define MS 1000000ULL
+
+struct fake {
+    bool up, engine, has_view, mute; /* mute: answers nothing */
+    enum op_stage silent;            /* does not answer this stage */
+    enum op_stage fails;             /* answers this stage with an error */
+    bool no_promise, refuses, no_flip;
+    uint64_t incarnation, conn, applied, promised, op;
+    uint64_t step; /* next step of its engine */
+    enum op_role role;
+    unsigned got[64]; /* messages by type */
+};
+
+struct rig {
+    struct coordinator *core;
+    struct coordinator_actions out;
+    struct fake a[AGENTS];
+    struct durable disk;
+    bool has_disk, hold_journal;
+    uint64_t now, conn, held_seq;
+    char phases[2048];
+    char reply[512];
+    int reply_code;
+    uint64_t reply_op;
+    uint32_t reply_outcome;
+    unsigned replies, go_before_commit, prepares, leads[16];
+    uint64_t epochs[16], grace;
+    struct durable pending[64];
+    uint64_t pending_seq[64];
+    unsigned pending_parts[64], n_pending;
+};
+
+static const struct coordinator_config *config(void)
+{
+    static struct coordinator_config c;
+    coordinator_config_default(&c);
+    c.slots = 4;
+    return &c;
+}
+
+static void rig_event(struct rig *r, struct coordinator_event *ev);
+
+static void rig_send(struct rig *r, int i, struct msg *m)
+{
+    struct coordinator_event ev = {.type = CE_MSG, .conn = r->a[i].conn, .msg = m, .wall_ms = 1};
+    if (r->a[i].up && r->core)
+        rig_event(r, &ev);
+    msg_done(m);
+}
+
+static void rig_hello(struct rig *r, int i)
+{
+    struct fake *a = &r->a[i];
+    struct msg m = {.type = MSG_HELLO};
+    a->conn = ++r->conn;
+    a->up = true;
+    snprintf(m.hello.id, sizeof(m.hello.id), "gpu%d", i);
+    snprintf(m.hello.address, sizeof(m.hello.address), "127.0.0.1:%d", 1000 + i);
+    snprintf(m.hello.endpoint, sizeof(m.hello.endpoint), "engine%d", i);
+    m.hello.incarnation = a->incarnation;
+    m.hello.can_load = true;
+    m.hello.layers = 2;
+    m.hello.logical = 8;
+    m.hello.op = a->op;
+    m.hello.applied_epoch = a->applied;
+    m.hello.promised_epoch = a->promised;
+    m.hello.limit = a->step + 3;
+    m.hello.next = a->step;
+    m.hello.engine = a->has_view ? PROMISE_RUNNING : PROMISE_JOINER;
+    m.hello.dispatch = a->engine ? DISPATCH_SOURCE_ROUTED : DISPATCH_NONE;
+    rig_send(r, i, &m);
+}
+
+static void rig_stage(struct rig *r, int i, const struct msg_stage *s)
+{
+    struct fake *a = &r->a[i];
+    struct msg m = {.type = MSG_STAGE_DONE};
+    if (s->stage == a->silent)
+        return;
+    if (s->stage == STAGE_GRACE)
+        r->grace = s->step;
+    m.stage_done.op = s->op;
+    m.stage_done.stage = s->stage;
+    m.stage_done.round = s->round;
+    m.stage_done.attempt = s->attempt;
+    m.stage_done.value = s->stage == STAGE_KV ? 1000 + (uint64_t)i : 0;
+    if (s->stage == a->fails) {
+        m.stage_done.code = ERR_NOMEM;
+        snprintf(m.stage_done.text, sizeof(m.stage_done.text), "no memory for 80 GiB");
+    }
+    if (s->stage == STAGE_GROUP_ID)
+        m.stage_done.blob = blob_new("secret", 6);
+    if (s->stage == STAGE_ALLOCATE && s->load) {
+        m.stage_done.model = model_new(2, 8, 4, 1);
+        m.stage_done.model->manifest = blob_new("manifest", 8);
+        m.stage_done.model->manifest_digest = 42;
+        m.stage_done.model->expert_bytes = 100;
+        m.stage_done.model->dense_bytes = 1000;
+    }
+    rig_send(r, i, &m);
+}
+
+/* What a healthy agent answers. */
+static void rig_receive(struct rig *r, int i, const struct msg *got)
+{
+    struct fake *a = &r->a[i];
+    struct msg m = {0};
+    a->got[got->type]++;
+    if (a->mute)
+        return;
+    switch (got->type) {
+    case MSG_OP_BEGIN:
+        a->op = got->op_begin.op;
+        a->role = got->op_begin.role;
+        break;
+    case MSG_OP_END:
+    case MSG_OP_ABORT:
+        a->op = 0;
+        break;
+    case MSG_STAGE:
+        rig_stage(r, i, &got->stage);
+        break;
+    case MSG_PREPARE:
+        if (a->no_promise)
+            break;
+        m.type = a->refuses ? MSG_REFUSE : MSG_PROMISE;
+        if (a->refuses) {
+            m.refuse.epoch = got->prepare.epoch;
+            snprintf(m.refuse.why, sizeof(m.refuse.why), "not prepared");
+        } else {
+            a->promised = got->prepare.epoch;
+            m.promise.epoch = got->prepare.epoch;
+            m.promise.incarnation = a->incarnation;
+            m.promise.engine = a->has_view ? PROMISE_RUNNING : PROMISE_JOINER;
+            m.promise.limit = a->has_view ? a->step + 3 : 0;
+            m.promise.next = a->step;
+        }
+        rig_send(r, i, &m);
+        break;
+    case MSG_WELCOME: /* a reconnect repeats what is true */
+        if (!a->has_view || a->promised)
+            break;
+        m.type = MSG_FLIPPED;
+        m.flipped.epoch = a->applied;
+        rig_send(r, i, &m);
+        break;
+    case MSG_GO:
+        r->go_before_commit += !r->has_disk || r->disk.commit.epoch != got->go.epoch;
+        a->promised = 0;
+        a->applied = got->go.epoch;
+        a->has_view = true;
+        a->step = got->go.step;
+        if (a->no_flip)
+            break;
+        m.type = MSG_FLIPPED;
+        m.flipped.epoch = got->go.epoch;
+        m.flipped.hold_ns = 1000 * (uint64_t)i;
+        rig_send(r, i, &m);
+        break;
+    case MSG_ABORT:
+        a->promised = 0;
+        break;
+    case MSG_DISMISS:
+        if (a->role != ROLE_REMOVING)
+            break;
+        a->has_view = false;
+        m.type = MSG_STAGE_DONE;
+        m.stage_done.op = got->op_end.op;
+        m.stage_done.stage = STAGE_LET_GO;
+        rig_send(r, i, &m);
+        break;
+    case MSG_MAP:
+        m.type = MSG_MAP_ACK;
+        m.map_ack.version = got->map.map->version;
+        m.map_ack.step = a->step + 10 + (uint64_t)i;
+        rig_send(r, i, &m);
+        break;
+    default:
+        break;
+    }
+}
+
+static void rig_durable(struct rig *r)
+{
+    while (r->n_pending && !r->hold_journal) {
+        if (r->has_disk)
+            durable_done(&r->disk);
+        r->disk = r->pending[0];
+        r->has_disk = true;
+        uint64_t seq = r->pending_seq[0];
+        r->n_pending--;
+        memmove(r->pending, r->pending + 1, r->n_pending * sizeof(r->pending[0]));
+        memmove(r->pending_seq, r->pending_seq + 1, r->n_pending * sizeof(r->pending_seq[0]));
+        struct coordinator_event ev = {.type = CE_JOURNALED, .seq = seq};
+        rig_event(r, &ev);
+    }
+}
+
+static void rig_event(struct rig *r, struct coordinator_event *ev)
+{
+    struct coordinator_actions out = {0};
+    coordinator_step(r->core, r->now, ev, &out);
+    for (size_t k = 0; k < out.n; k++) {
+        struct coordinator_action *x = &out.v[k];
+        if (x->type == CA_PHASE) {
+            const char *to = strstr(x->text, "-> ");
+            size_t used = strlen(r->phases);
+            if (to)
+                snprintf(r->phases + used, sizeof(r->phases) - used, "%.*s ", (int)strcspn(to + 3, " "), to + 3);
+        } else if (x->type == CA_REPLY && x->request) {
+            r->replies++;
+            r->reply_code = x->code;
+            r->reply_op = x->op;
+            r->reply_outcome = x->outcome;
+            snprintf(r->reply, sizeof(r->reply), "%s", x->text);
+        } else if (x->type == CA_JOURNAL) {
+            ck_assert_uint_lt(r->n_pending, 64);
+            ck_assert_int_eq(durable_copy(&r->pending[r->n_pending], x->durable), 0);
+            r->pending_seq[r->n_pending++] = x->seq;
+        }
+    }
+    /* agents answer after the step, in order; a send to a connection that was replaced is lost */
+    for (size_t k = 0; k < out.n; k++) {
+        struct coordinator_action *x = &out.v[k];
+        for (int i = 0; i < AGENTS && (x->type == CA_SEND || x->type == CA_CLOSE); i++) {
+            if (!r->a[i].up || r->a[i].conn != x->conn)
+                continue;
+            if (x->type == CA_CLOSE)
+                r->a[i].up = false;
+            else if (x->msg.type == MSG_PREPARE && i == 0 && r->prepares < 16) {
+                r->leads[r->prepares] = x->msg.prepare.lead_ms;
+                r->epochs[r->prepares++] = x->msg.prepare.epoch;
+            }
+            if (x->type == CA_SEND)
+                rig_receive(r, i, &x->msg);
+            break;
+        }
+        if (x->type == CA_JOURNAL)
+            rig_durable(r);
+    }
+    coordinator_actions_done(&out);
+}
+
+static void rig_start(struct rig *r, int agents)
+{
+    memset(r, 0, sizeof(*r));
+    r->now = 1000 * MS;
+    r->core = coordinator_new(config(), NULL, r->now);
+    for (int i = 0; i < agents; i++) {
+        r->a[i].engine = true;
+        r->a[i].incarnation = 100 + (uint64_t)i;
+        rig_hello(r, i);
+    }
+}
+
+static void rig_stop(struct rig *r)
+{
+    coordinator_free(r->core);
+    for (unsigned i = 0; i < r->n_pending; i++)
+        durable_done(&r->pending[i]);
+    if (r->has_disk)
+        durable_done(&r->disk);
+}
+
+static void rig_scale(struct rig *r, uint32_t target, const char *remove)
+{
+    struct scale_request s = {.target = target, .n_remove = remove ? 1 : 0, .remove = &remove};
+    struct coordinator_event ev = {.type = CE_SCALE, .request = 1, .scale = &s, .wall_ms = 1};
+    r->phases[0] = '\0';
+    rig_event(r, &ev);
+}
+
+static void rig_advance(struct rig *r, uint64_t ms)
+{
+    for (uint64_t end = r->now + ms * MS; r->now < end;) {
+        r->now += 100 * MS;
+        for (int i = 0; i < AGENTS; i++) {
+            struct msg m = {.type = MSG_HEARTBEAT};
+            if (r->a[i].up && !r->a[i].mute)
+                rig_send(r, i, &m);
+        }
+        struct coordinator_event ev = {.type = CE_TICK};
+        rig_event(r, &ev);
+    }
+}
+
+static void rig_cut(struct rig *r, int i)
+{
+    struct coordinator_event ev = {.type = CE_DISCONNECTED, .conn = r->a[i].conn};
+    r->a[i].up = false;
+    rig_event(r, &ev);
+}
+
+static void rig_restart(struct rig *r)
+{
+    coordinator_free(r->core);
+    for (unsigned i = 0; i < r->n_pending; i++)
+        durable_done(&r->pending[i]);
+    r->n_pending = 0;
+    r->hold_journal = false;
+    r->core = coordinator_new(config(), r->has_disk ? &r->disk : NULL, r->now);
+    struct coordinator_event ev = {.type = CE_TICK};
+    rig_event(r, &ev);
+    for (int i = 0; i < AGENTS; i++)
+        if (r->a[i].up)
+            rig_hello(r, i);
+}
+
+static struct coordinator_status status(struct rig *r)
+{
+    struct coordinator_status s;
+    coordinator_status(r->core, r->now, &s);
+    return s;
+}
+
+static uint32_t view_ranks(struct rig *r)
+{
+    const struct view *view = status(r).view;
+    return view ? view->n : 0;
+}
+#define CK_RANKS(r, ranks) ck_assert_uint_eq(view_ranks(r), ranks)
+
+START_TEST(a_scale_up_and_down_pass_through_their_phases)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 2, NULL);
+    ck_assert_str_eq(r.phases, "OPEN PENDING ALLOCATE KV ENGINE_PREPARE PROMISE DECIDE GO FINISH ");
+    CK_RANKS(&r, 2);
+    rig_scale(&r, 4, NULL);
+    ck_assert_str_eq(r.phases, "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO "
+                               "RETIRE GRACE FILL RETIRE FINISH ");
+    CK_RANKS(&r, 4);
+    ck_assert_uint_eq(status(&r).view->kv_bytes, 1000);
+    ck_assert_uint_eq(status(&r).op.record.hold_ns_max, 3000);
+    rig_scale(&r, 3, "gpu1");
+    ck_assert(strstr(r.phases, "DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH ") != NULL);
+    CK_RANKS(&r, 3);
+    ck_assert_int_eq(view_rank(status(&r).view, "gpu1"), -1);
+    ck_assert_int_eq(view_rank(status(&r).view, "gpu2"), 1);
+    ck_assert_uint_eq(r.a[1].got[MSG_DISMISS], 3); /* of the start, of the growth, and of its own leaving */
+    rig_scale(&r, 4, NULL); /* the leaver is a spare again */
+    CK_RANKS(&r, 4);
+    ck_assert_uint_eq(r.go_before_commit, 0);
+    struct err err = {0};
+    ck_assert_int_eq(expert_map_validate(status(&r).view->map, NULL, &err), 0);
+    rig_stop(&r);
+}
+END_TEST
+
+START_TEST(requests_that_cannot_be_get_a_sentence)
+{
+    struct rig r;
+    rig_start(&r, 3);
+    rig_scale(&r, 0, NULL);
+    ck_assert_int_eq(r.reply_code, ERR_INVALID);
+    rig_scale(&r, 5, NULL);
+    ck_assert_int_eq(r.reply_code, ERR_NOTFOUND);
+    ck_assert_str_eq(r.reply, "5 ranks need 5 more agents with an engine and a checkpoint, and 3 are spare: start more, "
+                              "or wait for them with --wait-for-agents");
+    rig_scale(&r, 1, NULL);
+    ck_assert_int_eq(r.reply_code, ERR_LIMIT);
+    ck_assert(strstr(r.reply, "scale to 2 or more") != NULL);
+    rig_scale(&r, 3, NULL);
+    rig_scale(&r, 3, NULL);
+    ck_assert_int_eq(r.reply_code, 0);
+    ck_assert_str_eq(r.reply, "3 ranks already: nothing to do");
+    rig_scale(&r, 2, "gpu9");
+    ck_assert_int_eq(r.reply_code, ERR_NOTFOUND);
+    r.a[1].silent = STAGE_GROUP;
+    rig_scale(&r, 2, NULL);
+    ck_assert_uint_eq(r.reply_outcome, OUTCOME_RUNNING);
+    rig_scale(&r, 3, NULL);
+    ck_assert_int_eq(r.reply_code, ERR_CONFLICT);
+    ck_assert(strstr(r.reply, "is running, in GROUP") != NULL);
+    rig_stop(&r);
+}
+END_TEST
+
+/* Whatever stage fails or loses its agent: the old view serves on, everybody is told, the next operation works. */
+START_TEST(a_failure_before_the_decision_aborts)
+{
+    static const enum op_stage stages[] = {STAGE_ALLOCATE, STAGE_GROUP, STAGE_MAPPING,
+                                           STAGE_WEIGHTS,  STAGE_KV,    STAGE_ENGINE_PREPARE};
+    for (size_t k = 0; k < sizeof(stages) / sizeof(stages[0]); k++)
+        for (int how = 0; how < 3; how++) {
+            struct rig r;
+            rig_start(&r, 4);
+            rig_scale(&r, 2, NULL);
+            uint64_t epoch = status(&r).view->epoch;
+            if (how == 0)
+                r.a[3].fails = stages[k];
+            else
+                r.a[3].silent = stages[k];
+            rig_scale(&r, 4, NULL);
+            if (how == 1)
+                rig_cut(&r, 3);
+            if (how == 2)
+                rig_advance(&r, 61000);
+            ck_assert_uint_eq(status(&r).op.record.outcome, OUTCOME_ABORTED);
+            ck_assert_msg(strstr(status(&r).op.record.why, "gpu3"), "%s", status(&r).op.record.why);
+            ck_assert_uint_eq(status(&r).view->epoch, epoch);
+            CK_RANKS(&r, 2);
+            ck_assert_uint_eq(r.a[0].got[MSG_OP_ABORT], 1);
+            ck_assert_uint_eq(r.a[2].got[MSG_OP_ABORT], 1);
+            rig_scale(&r, 3, NULL); /* gpu2 is there */
+            CK_RANKS(&r, 3);
+            rig_stop(&r);
+        }
+}
+END_TEST
+
+START_TEST(promises_that_do_not_come_are_asked_for_again_with_more_lead)
+{
+    struct rig r;
+    rig_start(&r, 3);
+    rig_scale(&r, 2, NULL);
+    r.prepares = 0;
+    r.a[1].no_promise = true;
+    rig_scale(&r, 3, NULL);
+    rig_advance(&r, 20000);
+    ck_assert_uint_eq(r.prepares, 6);
+    for (unsigned i = 0; i < 6; i++)
+        ck_assert_uint_eq(r.leads[i], 250u << i);
+    for (unsigned i = 1; i < 6; i++)
+        ck_assert_uint_gt(r.epochs[i], r.epochs[i - 1]);
+    ck_assert_uint_eq(status(&r).op.record.outcome, OUTCOME_ABORTED);
+    ck_assert_uint_eq(r.a[0].got[MSG_ABORT], 6);
+    r.a[1].no_promise = false;
+    r.a[1].refuses = true;
+    rig_scale(&r, 3, NULL);
+    rig_advance(&r, 400);
+    r.a[1].refuses = false;
+    rig_advance(&r, 1000);
+    CK_RANKS(&r, 3);
+    rig_stop(&r);
+}
+END_TEST
+
+START_TEST(nothing_is_said_before_it_is_durable)
+{
+    struct rig r;
+    rig_start(&r, 3);
+    rig_scale(&r, 2, NULL);
+    r.hold_journal = true;
+    r.prepares = 0;
+    rig_scale(&r, 3, NULL);
+    unsigned begun = r.a[0].got[MSG_OP_BEGIN];
+    ck_assert_uint_eq(begun, 1); /* of the start alone */
+    unsigned gos = r.a[0].got[MSG_GO];
+    for (int i = 0; i < 20 && status(&r).op_running; i++) {
+        bool prepared = r.prepares > 0;
+        bool going = r.a[0].got[MSG_GO] > gos;
+        ck_assert(!going || r.disk.commit.epoch == status(&r).view->epoch);
+        ck_assert(!prepared || r.disk.epoch >= r.epochs[0]);
+        r.hold_journal = false;
+        rig_durable(&r);
+        r.hold_journal = true;
+    }
+    CK_RANKS(&r, 3);
+    ck_assert_uint_eq(r.go_before_commit, 0);
+    rig_stop(&r);
+}
+END_TEST
+
+/* The coordinator dies with each write in turn just not, or just yet, durable. */
+START_TEST(a_restart_resumes_or_rolls_back_by_the_journal)
+{
+    unsigned committed = 0, aborted = 0;
+    for (int cut = 0; cut < 8; cut++) {
+        struct rig r;
+        rig_start(&r, 3);
+        rig_scale(&r, 2, NULL);
+        uint64_t epoch = status(&r).view->epoch;
+        r.hold_journal = true;
+        rig_scale(&r, 3, NULL);
+        for (int i = 0; i < cut && r.n_pending; i++) {
+            struct durable keep = r.pending[0];
+            uint64_t seq = r.pending_seq[0];
+            r.n_pending--;
+            memmove(r.pending, r.pending + 1, r.n_pending * sizeof(keep));
+            memmove(r.pending_seq, r.pending_seq + 1, r.n_pending * sizeof(seq));
+            durable_done(&r.disk);
+            r.disk = keep;
+            struct coordinator_event ev = {.type = CE_JOURNALED, .seq = seq};
+            rig_event(&r, &ev);
+        }
+        rig_restart(&r);
+        rig_advance(&r, 500);
+        ck_assert_msg(!status(&r).op_running, "cut %d: still in %s", cut, status(&r).op.phase);
+        for (int i = 0; i < 3; i++) {
+            ck_assert_uint_eq(r.a[i].promised, 0);
+            ck_assert_uint_eq(r.a[i].op, 0);
+        }
+        ck_assert_uint_ge(status(&r).view->epoch, epoch);
+        committed += status(&r).view->n == 3;
+        aborted += status(&r).view->n == 2;
+        if (status(&r).view->n == 2)
+            rig_scale(&r, 3, NULL);
+        CK_RANKS(&r, 3);
+        rig_stop(&r);
+    }
+    ck_assert_uint_gt(committed, 0);
+    ck_assert_uint_gt(aborted, 0);
+}
+END_TEST
+
+START_TEST(a_dead_rank_is_repaired_away_when_its_experts_have_copies)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL); /* 4 x 4 slots for 8 experts: two copies of each */
+    uint64_t epoch = status(&r).view->epoch;
+    rig_cut(&r, 1);
+    rig_advance(&r, 2000);
+    ck_assert_uint_eq(status(&r).view->epoch, epoch); /* within its lease */
+    rig_advance(&r, 2000);
+    CK_RANKS(&r, 3);
+    ck_assert_int_eq(view_rank(status(&r).view, "gpu1"), -1);
+    ck_assert_uint_eq(status(&r).op.record.kind, OP_REPAIR);
+    /* the same incarnation is not let in again; a new one is a spare */
+    rig_hello(&r, 1);
+    ck_assert_uint_eq(r.a[1].got[MSG_EVICTED], 1);
+    rig_cut(&r, 1);
+    r.a[1] = (struct fake){.engine = true, .incarnation = 900};
+    rig_hello(&r, 1);
+    rig_scale(&r, 4, NULL);
+    CK_RANKS(&r, 4);
+    rig_stop(&r);
+}
+END_TEST
+
+START_TEST(an_engine_that_dies_is_a_fault_of_the_view)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    struct msg m = {.type = MSG_ENGINE, .engine = {.why = "killed"}};
+    rig_send(&r, 2, &m);
+    CK_RANKS(&r, 3);
+    ck_assert_uint_eq(r.a[2].got[MSG_EVICTED], 1);
+    rig_stop(&r);
+}
+END_TEST
+
+START_TEST(without_a_copy_the_view_waits_for_the_lost_rank)
+{
+    struct rig r;
+    rig_start(&r, 2);
+    rig_scale(&r, 2, NULL); /* no expert has two copies */
+    uint64_t epoch = status(&r).view->epoch;
+    struct msg m = {.type = MSG_ENGINE, .engine = {.why = "killed"}};
+    rig_send(&r, 1, &m);
+    ck_assert_uint_eq(status(&r).view->epoch, epoch);
+    ck_assert_str_ne(status(&r).degraded, "");
+    m = (struct msg){.type = MSG_ENGINE, .engine = {.attached = true, .dispatch = DISPATCH_SOURCE_ROUTED}};
+    rig_send(&r, 1, &m);
+    CK_RANKS(&r, 2); /* the torn step is retried by all */
+    ck_assert_uint_gt(status(&r).view->epoch, epoch);
+    ck_assert_str_eq(status(&r).degraded, "");
+    rig_stop(&r);
+}
+END_TEST
+
+START_TEST(the_grace_step_is_the_latest_of_all_acknowledgements)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    r.a[3].step = 1000;
+    rig_scale(&r, 3, "gpu0");
+    if (r.a[3].got[MSG_MAP])
+        ck_assert_uint_ge(r.grace, 1013);
+    CK_RANKS(&r, 3);
+    rig_stop(&r);
+}
+END_TEST
+
+START_TEST(the_same_key_is_the_same_operation)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 2, NULL);
+    struct scale_request s = {.target = 3, .key = "night-shift"};
+    struct coordinator_event ev = {.type = CE_SCALE, .request = 7, .scale = &s, .wall_ms = 1};
+    rig_event(&r, &ev);
+    uint64_t op = r.reply_op;
+    rig_event(&r, &ev);
+    ck_assert_uint_eq(r.reply_op, op);
+    ck_assert_int_eq(r.reply_code, 0);
+    ck_assert_uint_eq(r.reply_outcome, OUTCOME_DONE);
+    s.target = 4;
+    rig_event(&r, &ev);
+    ck_assert_int_eq(r.reply_code, ERR_CONFLICT);
+    rig_stop(&r);
+}
+END_TEST
+
+START_TEST(an_operation_waits_for_agents_when_told_to)
+{
+    struct rig r;
+    rig_start(&r, 2);
+    rig_scale(&r, 2, NULL);
+    struct scale_request s = {.target = 3, .wait_agents_ms = 5000};
+    struct coordinator_event ev = {.type = CE_SCALE, .request = 7, .scale = &s, .wall_ms = 1};
+    rig_event(&r, &ev);
+    ck_assert(status(&r).op_running);
+    rig_advance(&r, 1000);
+    r.a[2].engine = true;
+    r.a[2].incarnation = 55;
+    rig_hello(&r, 2);
+    CK_RANKS(&r, 3);
+    s.target = 4;
+    rig_event(&r, &ev);
+    rig_advance(&r, 6000);
+    ck_assert_uint_eq(status(&r).op.record.outcome, OUTCOME_ABORTED);
+    rig_stop(&r);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *s = suite_create("coordinator core");
+    TCase *t = tcase_create("stories");
+    tcase_set_timeout(t, 60);
+    tcase_add_test(t, a_scale_up_and_down_pass_through_their_phases);
+    tcase_add_test(t, requests_that_cannot_be_get_a_sentence);
+    tcase_add_test(t, a_failure_before_the_decision_aborts);
+    tcase_add_test(t, promises_that_do_not_come_are_asked_for_again_with_more_lead);
+    tcase_add_test(t, nothing_is_said_before_it_is_durable);
+    tcase_add_test(t, a_restart_resumes_or_rolls_back_by_the_journal);
+    tcase_add_test(t, a_dead_rank_is_repaired_away_when_its_experts_have_copies);
+    tcase_add_test(t, an_engine_that_dies_is_a_fault_of_the_view);
+    tcase_add_test(t, without_a_copy_the_view_waits_for_the_lost_rank);
+    tcase_add_test(t, the_grace_step_is_the_latest_of_all_acknowledgements);
+    tcase_add_test(t, the_same_key_is_the_same_operation);
+    tcase_add_test(t, an_operation_waits_for_agents_when_told_to);
+    suite_add_tcase(s, t);
+    SRunner *runner = srunner_create(s);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed != 0;
+}
