@@ -165,7 +165,7 @@ void commit_tick(struct coordinator *c);
 void commit_done(struct commit *commit);
 const char *commit_state_name(enum commit_state state);
 
-/* core_operation.c: life cycle */
+/* core_operation.c, core_stages.c, core_phases.c, core_recover.c: the life of an operation */
 void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *scale);
 void operation_abort_request(struct coordinator *c, uint64_t request, uint64_t op);
 void operation_watch(struct coordinator *c, uint64_t request, uint64_t op);
@@ -181,6 +181,11 @@ void operation_peer_gone(struct coordinator *c, uint32_t peer, const char *why);
 void operation_peer_ready(struct coordinator *c); /* a spare came, or a map settled */
 void operation_tick(struct coordinator *c);
 void operation_phase(struct coordinator *c, enum op_phase phase, const char *why);
+bool operation_concerns(const struct coordinator *c, enum op_stage stage, uint32_t party);
+void operation_ask(struct coordinator *c, enum op_stage stage, uint32_t party);
+void operation_announce(struct coordinator *c, uint32_t party); /* OP_BEGIN */
+void operation_draining(struct coordinator *c, bool draining); /* marks the leavers in the view that routers watch */
+void operation_notify(struct coordinator *c, enum notify_type what);
 void operation_stage(struct coordinator *c, enum op_phase phase, enum op_stage stage);
 void operation_rounds_done(struct coordinator *c);
 void operation_next(struct coordinator *c); /* the running phase is complete: on to the next one */

@@ -1,0 +1,96 @@
+/* What a restarted coordinator does with the operation that the journal left open.  Part of its core; pure.
+ *
+ * One rule: decided goes on, a repair goes on under its own epoch, everything else is aborted. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "coordinator/core_internal.h"
+
+static void recover_parties(struct coordinator *c)
+{
+    struct op_record *r = &c->durable.open;
+    c->op.peer = calloc(r->n + 1, sizeof(*c->op.peer));
+    c->op.progress = calloc(r->n + 1, sizeof(*c->op.progress));
+    if (!c->op.peer || !c->op.progress)
+        abort();
+    for (uint32_t i = 0; i < r->n; i++)
+        c->op.peer[i] = members_find(c, r->parties[i].id);
+    c->op.started_ns = c->op.phase_since_ns = c->now_ns;
+}
+
+/* A decision whose operation was closed already (a repair was to follow): its parties, from the decision itself. */
+static void recover_orphan(struct coordinator *c)
+{
+    const struct commit_record *k = &c->durable.commit;
+    struct op_record *r = &c->durable.open;
+    r->op = k->op;
+    r->kind = OP_SCALE_UP;
+    r->n_old = k->n_old;
+    r->target = k->view->n;
+    r->parties = calloc(k->n_old + k->view->n + 1, sizeof(*r->parties));
+    r->stays = calloc(k->n_old + k->view->n + 1, 1);
+    if (!r->parties || !r->stays)
+        abort();
+    for (uint32_t i = 0; i < k->n_old; i++) {
+        r->parties[r->n] = k->old[i];
+        r->stays[r->n++] = view_rank(k->view, k->old[i].id) >= 0;
+    }
+    for (uint32_t i = 0; i < k->view->n; i++) {
+        bool old = false;
+        for (uint32_t j = 0; j < k->n_old; j++)
+            old |= strcmp(k->old[j].id, k->view->members[i].id) == 0;
+        if (old)
+            continue;
+        r->parties[r->n] = k->view->members[i];
+        r->stays[r->n++] = 1;
+    }
+}
+
+void operation_recover(struct coordinator *c)
+{
+    struct op_record *r = &c->durable.open;
+    const struct commit_record *k = &c->durable.commit;
+    bool unsettled = k->epoch && !k->settled;
+    if (!r->op && unsettled)
+        recover_orphan(c);
+    if (!r->op) {
+        rounds_recover(c);
+        return;
+    }
+    for (uint32_t i = 0; i < r->n; i++)
+        if (members_find(c, r->parties[i].id) == NOBODY) {
+            struct view one = {.n = 1, .members = &r->parties[i]};
+            if (members_recover(c, &one) < 0)
+                abort();
+        }
+    recover_parties(c);
+    bool decided = k->epoch && k->op == r->op && k->kind != FLIP_MAP;
+    c->op.phase = PHASE_OPEN;
+    c->op.announced = true;
+    core_log(c, CORE_WARN, "recovered operation %llu (%s to %u ranks), %s", (unsigned long long)r->op,
+             op_kind_name(r->kind), r->target,
+             decided ? "decided: it goes on" : r->kind == OP_REPAIR ? "a repair: it goes on" : "undecided: it is aborted");
+    if (unsettled) {
+        if (decided) {
+            c->op.decided = true;
+            snprintf(c->op.why, sizeof(c->op.why), "committed; the coordinator restarted meanwhile");
+            operation_phase(c, PHASE_GO, "recovered");
+        } else {
+            operation_phase(c, PHASE_RETIRE, "recovered");
+        }
+        commit_recover(c);
+        return;
+    }
+    rounds_recover(c);
+    if (decided) {
+        c->op.decided = true;
+        operation_end(c, OUTCOME_DONE, "committed; the coordinator restarted before the slots were all filled");
+    } else if (r->kind == OP_REPAIR && c->bug != COORDINATOR_BUG_RESET_ABORTED_AFTER_RESTART) {
+        c->torn = true;
+        operation_phase(c, PHASE_PROMISE, "recovered");
+        repair_resume(c);
+    } else {
+        operation_abort(c, ERR_ABORTED, "the coordinator restarted before the decision");
+    }
+}
