@@ -1,0 +1,168 @@
+# eep: elastic expert parallelism.  `make help` lists the targets.
+#
+# Variables: BUILD (folder of outputs), CC, SANITIZE (address,undefined or thread), WERROR=1.
+
+BUILD    ?= build
+ifeq ($(origin CC),default)
+CC       := gcc
+endif
+CSTD     := -std=c11 -D_GNU_SOURCE
+WARN     := -Wall -Wextra -Wshadow -Wconversion -Wstrict-prototypes -Wmissing-prototypes
+ifeq ($(WERROR),1)
+WARN     += -Werror
+endif
+OPT      ?= -O2 -g
+HARDEN   := -fstack-protector-strong -fPIC
+ifneq ($(SANITIZE),)
+HARDEN   += -fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize-recover=undefined
+LDFLAGS  += -fsanitize=$(SANITIZE)
+else
+HARDEN   += -D_FORTIFY_SOURCE=2
+LDFLAGS  += -Wl,-z,relro,-z,now
+endif
+CPPFLAGS += -I. -I$(BUILD)/proto
+CFLAGS   += $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP
+LIBS     := -levent -levent_pthreads -lprotobuf-c -llmdb -ljansson -lpthread -lm
+
+PROTOS     := $(wildcard proto/*.proto)
+PROTO_SRC  := $(PROTOS:proto/%.proto=$(BUILD)/proto/%.pb-c.c)
+PROTO_HDR  := $(PROTO_SRC:.c=.h)
+COMMON_SRC := $(wildcard common/*.c)
+COORD_SRC  := $(filter-out coordinator/main.c,$(wildcard coordinator/*.c))
+CTL_SRC    := $(wildcard coordinator/eepctl/*.c)
+AGENT_SRC  := $(filter-out agent/main.c,$(wildcard agent/*.c))
+LIBEEP_SRC := $(wildcard agent/libeep/*.c)
+SIM_SRC    := $(wildcard tests/sim/*.c)
+ENGINE_SRC := $(wildcard tests/engine/*.c)
+FEEDER_SRC := $(wildcard tests/feeder/*.c)
+UNIT_SRC   := $(wildcard tests/unit/test_*.c)
+UNIT_BIN   := $(UNIT_SRC:tests/unit/%.c=$(BUILD)/tests/%)
+BENCH_SRC  := $(wildcard tests/bench/bench_*.c)
+BENCH_BIN  := $(BENCH_SRC:tests/bench/%.c=$(BUILD)/tests/%)
+
+obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst $(BUILD)/%,%,$(1)))
+
+BIN := $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eepctl $(BUILD)/libeep.so $(BUILD)/libeep.a
+
+.PHONY: all
+all: $(BIN) test-tools
+
+# ---- rules ----
+$(BUILD)/proto/%.pb-c.c $(BUILD)/proto/%.pb-c.h &: proto/%.proto
+	@mkdir -p $(BUILD)/proto
+	protoc-c --proto_path=proto --c_out=$(BUILD)/proto $<
+$(BUILD)/proto/%.o: $(BUILD)/proto/%.c
+	$(CC) $(CPPFLAGS) $(CSTD) $(OPT) $(HARDEN) -w -c -o $@ $<
+$(BUILD)/%.o: %.c | $(PROTO_HDR)
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) -c -o $@ $<
+
+.SECONDARY: $(PROTO_SRC) $(PROTO_HDR)
+
+$(BUILD)/libcommon.a: $(call obj,$(COMMON_SRC)) $(PROTO_SRC:.c=.o)
+	rm -f $@ && ar rcs $@ $^
+$(BUILD)/libcoordinator.a: $(call obj,$(COORD_SRC))
+	rm -f $@ && ar rcs $@ $^
+$(BUILD)/libagent.a: $(call obj,$(AGENT_SRC))
+	rm -f $@ && ar rcs $@ $^
+# what libeep shares with the agent: the manifest, the frames of the engine socket
+LIBEEP_SHARED := agent/manifest.c agent/manifest_wire.c agent/engine_frame.c agent/dtype.c
+$(BUILD)/agent/libeep/%.o: CFLAGS += -fvisibility=hidden
+$(BUILD)/libeep.a: $(call obj,$(LIBEEP_SRC) $(LIBEEP_SHARED))
+	rm -f $@ && ar rcs $@ $^
+
+$(BUILD)/eep-coordinator: $(call obj,coordinator/main.c) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/eep-agent: $(call obj,agent/main.c) $(BUILD)/libagent.a $(BUILD)/libcommon.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libcommon.a
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ -lprotobuf-c -lpthread
+
+# ---- test programs (instruments, not products) ----
+TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
+HARNESS   := $(call obj,$(wildcard tests/harness/*.c))
+$(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+$(BUILD)/tests/itest_%: tests/integration/itest_%.c $(HARNESS) $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+$(BUILD)/tests/bench_%: tests/bench/bench_%.c $(HARNESS) $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(LIBS)
+$(BUILD)/tests/eep-sim: $(call obj,$(SIM_SRC)) $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/tests/eep-engine: $(call obj,$(ENGINE_SRC)) $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/tests/eep-feeder: $(call obj,$(FEEDER_SRC)) $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/tests/eep-demo: $(call obj,$(wildcard tests/demo/*.c)) $(HARNESS) $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+.PHONY: test-tools
+test-tools: $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo
+
+# ---- what a newcomer runs ----
+DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
+             liblmdb-dev libjansson-dev uthash-dev
+DEPS_TEST := check strace
+missing    = $(shell for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done)
+define install
+	@missing="$(call missing,$(1))"; \
+	if [ -z "$$missing" ]; then echo "packages are there: $(1)"; \
+	elif [ "$$(id -u)" != 0 ]; then echo "missing packages: $$missing; run 'make $@' once as root (it installs them with apt-get)" >&2; exit 1; \
+	else echo "installing: $$missing"; apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null; fi
+endef
+
+.PHONY: deps deps-test demo check sim bench clean help install format
+deps:      ## install what building and running need (as root, once)
+	$(call install,$(DEPS))
+deps-test: ## install what only the tests need (as root, once)
+	$(call install,$(DEPS) $(DEPS_TEST))
+
+demo:      ## watch a served model go 2 -> 4 -> 3 -> 2 -> 4 ranks under load
+	@$(MAKE) --no-print-directory -s -j2 all
+	@EEP_BIN=$(BUILD) $(BUILD)/tests/eep-demo $(DEMO)
+
+SIM_SEEDS ?= 2000
+ITEST_SRC := $(wildcard tests/integration/itest_*.c)
+ITEST_BIN := $(ITEST_SRC:tests/integration/%.c=$(BUILD)/tests/%)
+.PHONY: check-deps check-unit check-sim check-integration
+check-deps:
+	@missing="$(call missing,$(DEPS_TEST))"; if [ -n "$$missing" ]; then \
+	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
+check: check-deps ## all tests: unit, simulation, integration with the real daemons
+	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim
+	@BUILD=$(BUILD) SIM_SEEDS=$(SIM_SEEDS) tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
+check-unit: check-deps ## unit tests alone
+	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN)
+	@BUILD=$(BUILD) SIM_SEEDS=0 tests/run.sh $(notdir $(UNIT_BIN)) --
+sim:       ## more of the simulation: make sim SIM_SEEDS=100000
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/eep-sim
+	$(BUILD)/tests/eep-sim --seeds $(SIM_SEEDS)
+bench:     ## the figures of docs/figures.md
+	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
+	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests
+
+PREFIX ?= /usr/local
+install: $(BIN)
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
+	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eepctl $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(PREFIX)/lib/libeep.so.0
+	ln -sf libeep.so.0 $(DESTDIR)$(PREFIX)/lib/libeep.so
+	install -m 644 agent/libeep/eep.h $(DESTDIR)$(PREFIX)/include
+
+format:    ## lay out the code
+	clang-format -i $$(git ls-files '*.c' '*.h')
+clean:
+	rm -rf $(BUILD)
+help:      ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

@@ -1,0 +1,27 @@
+/* Positions of the calls in `service Control` of proto/control.proto: the method in a frame's header. */
+#ifndef EEP_COMMON_CONTROL_METHODS_H
+#define EEP_COMMON_CONTROL_METHODS_H
+
+enum control_method {
+    CONTROL_VERSION = 0,
+    CONTROL_STATUS,
+    CONTROL_AGENTS,
+    CONTROL_OPERATIONS,
+    CONTROL_SCALE,
+    CONTROL_ABORT,
+    CONTROL_VERIFY,
+    CONTROL_WATCH_OPERATION,
+    CONTROL_WATCH_VIEW,
+    CONTROL_KV_SET,
+    CONTROL_KV_GET,
+    CONTROL_KV_CHECK,
+    CONTROL_KV_ADD,
+    CONTROL_KV_CAS,
+    CONTROL_KV_DELETE,
+    CONTROL_KV_LIST,
+    CONTROL_KV_WAIT,
+    CONTROL_BARRIER_ARRIVE,
+    CONTROL_METHODS
+};
+
+#endif

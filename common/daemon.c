@@ -1,0 +1,78 @@
+/* Edges that the daemons share.  Loop thread. */
+#include "common/daemon.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "common/address.h"
+
+void daemon_notify(const char *state)
+{
+    const char *path = getenv("NOTIFY_SOCKET");
+    struct sockaddr_un to = {.sun_family = AF_UNIX};
+    if (!path || (path[0] != '/' && path[0] != '@') || strlen(path) >= sizeof to.sun_path)
+        return;
+    size_t len = strlen(path);
+    memcpy(to.sun_path, path, len);
+    if (path[0] == '@')
+        to.sun_path[0] = '\0'; /* abstract */
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return;
+    ssize_t sent = sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&to,
+                          (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len));
+    (void)sent; /* nobody to tell */
+    close(fd);
+}
+
+bool daemon_address_is_local(const char *text)
+{
+    struct address a;
+    if (address_parse(text, &a, NULL) < 0)
+        return false;
+    if (a.is_unix)
+        return true;
+    struct in_addr v4;
+    struct in6_addr v6;
+    if (inet_pton(AF_INET, a.host, &v4) == 1)
+        return ntohl(v4.s_addr) >> 24 == 127;
+    if (inet_pton(AF_INET6, a.host, &v6) == 1)
+        return IN6_IS_ADDR_LOOPBACK(&v6);
+    return strcmp(a.host, "localhost") == 0;
+}
+
+int daemon_write_addresses(const char *path, const char *const *addresses, size_t n, struct err *err)
+{
+    char temporary[4096];
+    if (snprintf(temporary, sizeof temporary, "%s.%ld", path, (long)getpid()) >= (int)sizeof temporary)
+        return err_set(err, ERR_INVALID, "the path of the port file is too long: %s", path);
+    FILE *f = fopen(temporary, "we");
+    if (!f)
+        return err_set(err, ERR_IO, "could not write the port file %s: %s", temporary, strerror(errno));
+    for (size_t i = 0; i < n; i++)
+        fprintf(f, "%s\n", addresses[i]);
+    bool bad = ferror(f) != 0;
+    if (fclose(f) != 0 || bad || rename(temporary, path) != 0) {
+        int why = errno;
+        unlink(temporary);
+        return err_set(err, ERR_IO, "could not write the port file %s: %s", path, strerror(why));
+    }
+    return 0;
+}
+
+void daemon_timer_set(struct event *timer, uint64_t deadline_ns, uint64_t now_ns)
+{
+    if (deadline_ns == UINT64_MAX) {
+        event_del(timer);
+        return;
+    }
+    uint64_t left_us = deadline_ns > now_ns ? (deadline_ns - now_ns + 999) / 1000 : 0;
+    struct timeval t = {.tv_sec = (time_t)(left_us / 1000000), .tv_usec = (suseconds_t)(left_us % 1000000)};
+    event_add(timer, &t);
+}

@@ -1,0 +1,25 @@
+/* What every daemon of ours does at its edges: tell systemd how it stands, keep to the loopback unless told otherwise,
+ * publish the ports that were picked, arm a timer for a deadline. */
+#ifndef EEP_COMMON_DAEMON_H
+#define EEP_COMMON_DAEMON_H
+
+#include <event2/event.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/err.h"
+
+/* "READY=1", "STATUS=...", "STOPPING=1" to $NOTIFY_SOCKET (sd_notify(3)); nothing when systemd did not start us. */
+void daemon_notify(const char *state);
+
+/* A unix socket, or a host that names the loopback only.  An address that cannot be parsed is not local. */
+bool daemon_address_is_local(const char *address);
+
+/* Writes one address a line, in place of the file at once (write, then rename). */
+int daemon_write_addresses(const char *path, const char *const *addresses, size_t n, struct err *err) MUST_CHECK;
+
+/* Arms the timer for a monotonic deadline (UINT64_MAX: disarms it); one that has passed fires in the next loop turn. */
+void daemon_timer_set(struct event *timer, uint64_t deadline_ns, uint64_t now_ns);
+
+#endif

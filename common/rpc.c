@@ -1,0 +1,444 @@
+/* Event-driven connections: lifetime, input, output.  Handshakes: rpc_handshake.c; listeners: rpc_listener.c.
+ * One loop thread.
+ *
+ * A connection goes through
+ *
+ *     CONNECTING --> SHAKING --> READY --> FAILING --> DEAD
+ *                                    \--> FINISHING --/
+ *
+ * Whatever ends it only marks it; the deferred event of struct rpc tells the user and frees, so that nobody up the
+ * stack holds a pointer to a freed connection. */
+#include <event2/buffer.h>
+#include <event2/bufferevent.h>
+#include <event2/dns.h>
+#include <event2/util.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include "common.pb-c.h"
+#include "common/address.h"
+#include "common/rpc_parts.h"
+
+#define READ_AHEAD (64u << 10) /* bytes taken from the kernel beyond the frame that is being received */
+
+static void conn_free(struct rpc_conn *conn)
+{
+    if (conn->listener)
+        conn->listener->n_conns--;
+    if (conn->bev)
+        bufferevent_free(conn->bev);
+    if (conn->timer)
+        event_free(conn->timer);
+    free(conn);
+}
+
+static void conn_move(struct rpc_conn *conn, struct rpc_conn **from, struct rpc_conn **to)
+{
+    DL_DELETE(*from, conn);
+    DL_APPEND(*to, conn);
+    event_active(conn->rpc->deferred, 0, 0);
+}
+
+static void conn_silence(struct rpc_conn *conn)
+{
+    if (conn->bev) {
+        bufferevent_setcb(conn->bev, NULL, NULL, NULL, NULL);
+        bufferevent_disable(conn->bev, EV_READ | EV_WRITE);
+    }
+    event_del(conn->timer);
+}
+
+void rpc_conn_fail(struct rpc_conn *conn, int code, const char *fmt, ...)
+{
+    if (conn->state == RPC_FINISHING) {
+        rpc_conn_close(conn);
+        return;
+    }
+    if (conn->state >= RPC_FAILING)
+        return;
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(conn->why, sizeof conn->why, fmt, args);
+    va_end(args);
+    conn->why_code = code;
+    conn->state = RPC_FAILING;
+    conn_silence(conn);
+    conn_move(conn, &conn->rpc->conns, &conn->rpc->failing);
+}
+
+void rpc_conn_close(struct rpc_conn *conn)
+{
+    if (conn->state == RPC_DEAD)
+        return;
+    struct rpc_conn **from = conn->state == RPC_FAILING ? &conn->rpc->failing : &conn->rpc->conns;
+    conn->state = RPC_DEAD;
+    conn_silence(conn);
+    conn_move(conn, from, &conn->rpc->dead);
+}
+
+/* Tells users of connections that have failed, then frees what is dead.  Runs from the loop with nothing of ours up
+ * the stack. */
+static void on_deferred(evutil_socket_t fd, short what, void *arg)
+{
+    (void)fd;
+    (void)what;
+    struct rpc *rpc = arg;
+    struct rpc_conn *conn;
+    while ((conn = rpc->failing)) {
+        conn->state = RPC_DEAD;
+        DL_DELETE(rpc->failing, conn);
+        DL_APPEND(rpc->dead, conn);
+        if (conn->owed_close && conn->handlers->on_close)
+            conn->handlers->on_close(conn->user, conn, conn->why_code, conn->why);
+    }
+    while ((conn = rpc->dead)) {
+        DL_DELETE(rpc->dead, conn);
+        conn_free(conn);
+    }
+}
+
+struct rpc *rpc_new(struct event_base *base)
+{
+    struct rpc *rpc = calloc(1, sizeof *rpc);
+    if (!rpc)
+        return NULL;
+    rpc->base = base;
+    rpc->deferred = event_new(base, -1, 0, on_deferred, rpc);
+    if (!rpc->deferred) {
+        free(rpc);
+        return NULL;
+    }
+    return rpc;
+}
+
+void rpc_free(struct rpc *rpc)
+{
+    if (!rpc)
+        return;
+    while (rpc->listeners)
+        rpc_listener_close(rpc->listeners);
+    struct rpc_conn **lists[] = {&rpc->conns, &rpc->failing, &rpc->dead};
+    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
+        while (*lists[i]) {
+            struct rpc_conn *conn = *lists[i];
+            DL_DELETE(*lists[i], conn);
+            conn_free(conn);
+        }
+    }
+    if (rpc->dns)
+        evdns_base_free(rpc->dns, 0);
+    event_free(rpc->deferred);
+    free(rpc);
+}
+
+/* ---- input ---- */
+
+static void conn_frame(struct rpc_conn *conn, const struct frame *frame)
+{
+    if (conn->state == RPC_SHAKING)
+        rpc_handshake_frame(conn, frame);
+    else if (frame->header.kind == FRAME_HANDSHAKE)
+        rpc_conn_fail(conn, ERR_PROTOCOL, "%s sent a second handshake", conn->name);
+    else
+        conn->handlers->on_frame(conn->user, conn, frame);
+}
+
+static void on_read(struct bufferevent *bev, void *arg)
+{
+    struct rpc_conn *conn = arg;
+    struct evbuffer *input = bufferevent_get_input(bev);
+    size_t need = FRAME_HEADER_BYTES;
+    if (conn->state == RPC_FINISHING) {
+        evbuffer_drain(input, evbuffer_get_length(input));
+        return;
+    }
+    while (conn->state == RPC_SHAKING || conn->state == RPC_READY) {
+        size_t len = evbuffer_get_length(input);
+        need = FRAME_HEADER_BYTES;
+        if (len == 0)
+            break;
+        uint8_t head[FRAME_HEADER_BYTES];
+        ev_ssize_t got = evbuffer_copyout(input, head, sizeof head);
+        struct err err = {0};
+        struct frame frame;
+        uint32_t limit = conn->state == RPC_READY ? FRAME_LIMIT : FRAME_LIMIT_HANDSHAKE;
+        int rc = frame_header_get(head, got < 0 ? 0 : (size_t)got, limit, &frame.header, &err);
+        if (rc < 0) {
+            rpc_conn_fail(conn, rc, "%s: %s", conn->name, err.text);
+            return;
+        }
+        if (rc == 0)
+            break;
+        need = FRAME_HEADER_BYTES + (size_t)frame.header.length;
+        if (len < need)
+            break;
+        const uint8_t *data = evbuffer_pullup(input, (ev_ssize_t)need);
+        if (!data) {
+            rpc_conn_fail(conn, ERR_NOMEM, "no memory for a frame of %zu bytes of %s", need, conn->name);
+            return;
+        }
+        frame.payload = data + FRAME_HEADER_BYTES;
+        conn_frame(conn, &frame);
+        if (conn->state == RPC_SHAKING || conn->state == RPC_READY)
+            evbuffer_drain(input, need);
+    }
+    if (conn->state == RPC_FINISHING)
+        evbuffer_drain(input, evbuffer_get_length(input));
+    /* Less than 24 bytes wake us as well: who does not speak the protocol is found out by its first bytes. */
+    if (conn->state == RPC_SHAKING || conn->state == RPC_READY)
+        bufferevent_setwatermark(bev, EV_READ, need > FRAME_HEADER_BYTES ? need : 0, need + READ_AHEAD);
+}
+
+static void on_write(struct bufferevent *bev, void *arg)
+{
+    struct rpc_conn *conn = arg;
+    if (conn->state != RPC_FINISHING || evbuffer_get_length(bufferevent_get_output(bev)) > 0)
+        return;
+    /* The last bytes are in the kernel.  Wait for the peer's end of file before closing: unread input would turn the
+     * close into a reset, which may overtake them. */
+    shutdown(bufferevent_getfd(bev), SHUT_WR);
+}
+
+static void on_event(struct bufferevent *bev, short what, void *arg)
+{
+    struct rpc_conn *conn = arg;
+    int error = EVUTIL_SOCKET_ERROR();
+    if (what & BEV_EVENT_CONNECTED) {
+        address_tune(bufferevent_getfd(bev));
+        evutil_make_socket_closeonexec(bufferevent_getfd(bev)); /* libevent leaves it open for children */
+        conn->state = RPC_SHAKING;
+        rpc_handshake_start(conn);
+        return;
+    }
+    const char *during = conn->state == RPC_SHAKING ? " during the handshake" : "";
+    if (conn->state == RPC_CONNECTING) {
+        int dns = bufferevent_socket_get_dns_error(bev);
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "cannot connect to %s: %s", conn->name,
+                      dns ? evutil_gai_strerror(dns) : evutil_socket_error_to_string(error));
+    } else if (what & BEV_EVENT_EOF) {
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "%s closed the connection%s", conn->name, during);
+    } else {
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "the connection with %s was lost%s: %s", conn->name, during,
+                      evutil_socket_error_to_string(error));
+    }
+}
+
+static void on_timer(evutil_socket_t fd, short what, void *arg)
+{
+    (void)fd;
+    (void)what;
+    struct rpc_conn *conn = arg;
+    if (conn->state == RPC_FINISHING)
+        rpc_conn_close(conn);
+    else
+        rpc_conn_fail(conn, ERR_TIMEOUT, "%s did not finish the handshake within %d ms", conn->name,
+                      RPC_HANDSHAKE_MS);
+}
+
+static void conn_timer(struct rpc_conn *conn, unsigned ms)
+{
+    struct timeval after = {.tv_sec = ms / 1000, .tv_usec = (suseconds_t)(ms % 1000) * 1000};
+    event_add(conn->timer, &after);
+}
+
+/* ---- making connections ---- */
+
+struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options, int fd, enum rpc_state state)
+{
+    struct rpc_conn *conn = calloc(1, sizeof *conn);
+    if (!conn)
+        return NULL;
+    conn->rpc = rpc;
+    conn->id = ++rpc->last_id;
+    conn->handlers = options->handlers;
+    conn->user = options->user;
+    conn->self = *options->self;
+    conn->output_limit = options->output_limit ? options->output_limit : RPC_OUTPUT_LIMIT;
+    conn->state = state;
+    conn->timer = evtimer_new(rpc->base, on_timer, conn);
+    conn->bev = bufferevent_socket_new(rpc->base, fd, BEV_OPT_CLOSE_ON_FREE);
+    if (!conn->timer || !conn->bev || bufferevent_enable(conn->bev, EV_READ | EV_WRITE) < 0) {
+        conn_free(conn);
+        return NULL;
+    }
+    bufferevent_setcb(conn->bev, on_read, on_write, on_event, conn);
+    bufferevent_setwatermark(conn->bev, EV_READ, 0, FRAME_HEADER_BYTES + READ_AHEAD);
+    conn_timer(conn, RPC_HANDSHAKE_MS);
+    DL_APPEND(rpc->conns, conn);
+    return conn;
+}
+
+/* Names are resolved without blocking the loop. */
+static struct evdns_base *rpc_dns(struct rpc *rpc)
+{
+    if (!rpc->dns)
+        rpc->dns =
+            evdns_base_new(rpc->base, EVDNS_BASE_INITIALIZE_NAMESERVERS | EVDNS_BASE_DISABLE_WHEN_INACTIVE);
+    if (!rpc->dns) {
+        /* No resolv.conf: /etc/hosts is all there is. */
+        rpc->dns = evdns_base_new(rpc->base, EVDNS_BASE_DISABLE_WHEN_INACTIVE);
+        if (rpc->dns)
+            evdns_base_load_hosts(rpc->dns, "/etc/hosts");
+    }
+    return rpc->dns;
+}
+
+static int conn_connect(struct rpc_conn *conn, const struct address *a)
+{
+    if (a->is_unix) {
+        struct sockaddr_un sun = {.sun_family = AF_UNIX};
+        snprintf(sun.sun_path, sizeof sun.sun_path, "%.*s", (int)sizeof sun.sun_path - 1, a->host);
+        return bufferevent_socket_connect(conn->bev, (struct sockaddr *)&sun, sizeof sun);
+    }
+    char text[ADDRESS_TEXT_MAX + 16];
+    snprintf(text, sizeof text, strchr(a->host, ':') ? "[%s]:%s" : "%s:%s", a->host, a->port);
+    struct sockaddr_storage ss;
+    int len = sizeof ss;
+    if (evutil_parse_sockaddr_port(text, (struct sockaddr *)&ss, &len) == 0)
+        return bufferevent_socket_connect(conn->bev, (struct sockaddr *)&ss, len);
+    return bufferevent_socket_connect_hostname(conn->bev, rpc_dns(conn->rpc), AF_UNSPEC, a->host, atoi(a->port));
+}
+
+int rpc_connect(struct rpc *rpc, const char *address, const struct rpc_options *options, struct rpc_conn **ret_conn,
+                struct err *err)
+{
+    struct address a;
+    int rc = address_parse(address, &a, err);
+    if (rc < 0)
+        return rc;
+    struct rpc_conn *conn = rpc_conn_new(rpc, options, -1, RPC_CONNECTING);
+    if (!conn)
+        return err_set(err, ERR_NOMEM, "no memory for a connection to %s", address);
+    conn->connector = true;
+    conn->owed_close = true;
+    snprintf(conn->name, sizeof conn->name, "%s", address);
+    if (conn_connect(conn, &a) < 0)
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "cannot connect to %s: %s", address,
+                      evutil_socket_error_to_string(EVUTIL_SOCKET_ERROR()));
+    *ret_conn = conn;
+    return 0;
+}
+
+/* ---- output ---- */
+
+/* Room for a frame in the output buffer, its header already written; commit it with conn_commit. */
+static int conn_reserve(struct rpc_conn *conn, const struct frame_header *header, size_t len, struct evbuffer_iovec *vec)
+{
+    struct evbuffer *output = bufferevent_get_output(conn->bev);
+    size_t waiting = evbuffer_get_length(output);
+    if (len > FRAME_LIMIT) {
+        rpc_conn_fail(conn, ERR_LIMIT, "a frame of %zu bytes for %s is over the limit of %u", len, conn->name,
+                      FRAME_LIMIT);
+        return ERR_LIMIT;
+    }
+    if (waiting > 0 && waiting + FRAME_HEADER_BYTES + len > conn->output_limit) {
+        rpc_conn_fail(conn, ERR_LIMIT, "%s reads too slowly: cut off with %zu bytes waiting", conn->name, waiting);
+        return ERR_LIMIT;
+    }
+    if (evbuffer_reserve_space(output, (ev_ssize_t)(FRAME_HEADER_BYTES + len), vec, 1) != 1) {
+        rpc_conn_fail(conn, ERR_NOMEM, "no memory for a frame of %zu bytes for %s", len, conn->name);
+        return ERR_NOMEM;
+    }
+    frame_header_put(vec->iov_base, header);
+    vec->iov_len = FRAME_HEADER_BYTES + len;
+    return 0;
+}
+
+int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, uint64_t call,
+                 const ProtobufCMessage *msg)
+{
+    size_t len = msg ? protobuf_c_message_get_packed_size(msg) : 0;
+    struct frame_header header = {(uint32_t)len, (uint16_t)kind, method, call};
+    struct evbuffer_iovec vec;
+    int rc = conn_reserve(conn, &header, len, &vec);
+    if (rc < 0)
+        return rc;
+    if (msg)
+        protobuf_c_message_pack(msg, (uint8_t *)vec.iov_base + FRAME_HEADER_BYTES);
+    evbuffer_commit_space(bufferevent_get_output(conn->bev), &vec, 1);
+    return 0;
+}
+
+int rpc_conn_send(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, uint64_t call,
+                  const ProtobufCMessage *msg)
+{
+    return conn->state == RPC_READY ? rpc_conn_put(conn, kind, method, call, msg) : ERR_UNREACHABLE;
+}
+
+int rpc_conn_send_bytes(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, uint64_t call, const void *data,
+                        size_t len)
+{
+    if (conn->state != RPC_READY)
+        return ERR_UNREACHABLE;
+    struct frame_header header = {(uint32_t)len, (uint16_t)kind, method, call};
+    struct evbuffer_iovec vec;
+    int rc = conn_reserve(conn, &header, len, &vec);
+    if (rc < 0)
+        return rc;
+    if (len > 0)
+        memcpy((uint8_t *)vec.iov_base + FRAME_HEADER_BYTES, data, len);
+    evbuffer_commit_space(bufferevent_get_output(conn->bev), &vec, 1);
+    return 0;
+}
+
+int rpc_conn_send_error(struct rpc_conn *conn, uint16_t method, uint64_t call, int code, const char *text)
+{
+    char copy[ERR_TEXT_MAX]; /* protobuf-c wants a pointer that is not const */
+    snprintf(copy, sizeof copy, "%s", text);
+    Pb__Error error = PB__ERROR__INIT;
+    error.code = code;
+    error.text = copy;
+    return rpc_conn_send(conn, FRAME_ERROR, method, call, &error.base);
+}
+
+void rpc_conn_finish(struct rpc_conn *conn, unsigned linger_ms)
+{
+    if (conn->state >= RPC_FINISHING)
+        return;
+    if (conn->state == RPC_CONNECTING) {
+        rpc_conn_close(conn);
+        return;
+    }
+    conn->state = RPC_FINISHING;
+    conn->owed_close = false;
+    conn_timer(conn, linger_ms);
+    bufferevent_setwatermark(conn->bev, EV_READ, 0, READ_AHEAD);
+    if (evbuffer_get_length(bufferevent_get_output(conn->bev)) == 0)
+        shutdown(bufferevent_getfd(conn->bev), SHUT_WR);
+}
+
+/* ---- small things ---- */
+
+void rpc_conn_set_user(struct rpc_conn *conn, void *user)
+{
+    conn->user = user;
+}
+
+void *rpc_conn_user(const struct rpc_conn *conn)
+{
+    return conn->user;
+}
+
+uint64_t rpc_conn_id(const struct rpc_conn *conn)
+{
+    return conn->id;
+}
+
+const struct rpc_identity *rpc_conn_peer(const struct rpc_conn *conn)
+{
+    return &conn->peer;
+}
+
+const char *rpc_conn_name(const struct rpc_conn *conn)
+{
+    return conn->name;
+}
+
+size_t rpc_conn_unsent(const struct rpc_conn *conn)
+{
+    return evbuffer_get_length(bufferevent_get_output(conn->bev));
+}

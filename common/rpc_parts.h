@@ -1,0 +1,84 @@
+/* Inside common/rpc*.c: what the files of the event-driven connections share.  One loop thread. */
+#ifndef EEP_COMMON_RPC_PARTS_H
+#define EEP_COMMON_RPC_PARTS_H
+
+#include <event2/listener.h>
+#include <utlist.h>
+
+#include "common.pb-c.h"
+#include "common/address.h"
+#include "common/rpc.h"
+
+enum rpc_state {
+    RPC_CONNECTING, /* no connection yet */
+    RPC_SHAKING,    /* the other end's half of the handshake is awaited */
+    RPC_READY,
+    RPC_FINISHING,  /* the user has let go; queued output is still sent */
+    RPC_FAILING,    /* lost; the user is not told yet */
+    RPC_DEAD,       /* to be freed after the loop turn */
+};
+
+struct rpc_conn {
+    struct rpc *rpc;
+    struct rpc_listener *listener; /* counts it; NULL for connectors and after the listener has closed */
+    const struct rpc_handlers *handlers;
+    void *user;
+    struct rpc_identity self, peer;
+    uint64_t id;
+    enum rpc_state state;
+    bool connector;
+    bool owed_close; /* the user knows this connection and must be told of its end */
+    size_t output_limit;
+    struct bufferevent *bev;
+    struct event *timer; /* of the handshake, or of lingering */
+    int why_code;
+    char why[ERR_TEXT_MAX];
+    char name[64 + RPC_NAME_MAX + ADDRESS_TEXT_MAX];
+    struct rpc_conn *prev, *next; /* in one of the lists of struct rpc, by state */
+};
+
+struct rpc {
+    struct event_base *base;
+    struct evdns_base *dns; /* made when first needed */
+    struct event *deferred; /* tells users, frees connections */
+    uint64_t last_id;
+    struct rpc_conn *conns, *failing, *dead;
+    struct rpc_listener *listeners;
+};
+
+struct rpc_socket {
+    struct evconnlistener *ev;
+    int fd;
+    char given[ADDRESS_TEXT_MAX], actual[ADDRESS_TEXT_MAX];
+};
+
+struct rpc_listener {
+    struct rpc *rpc;
+    struct rpc_options options;
+    struct rpc_identity self;
+    unsigned n_conns;
+    struct event *pause; /* accepting again after descriptors had run out */
+    size_t n;
+    struct rpc_socket *sockets;
+    struct rpc_listener *prev, *next;
+};
+
+/* bev on fd (-1: not connected yet), in rpc->conns, its handshake timer running.  NULL when out of memory; fd stays
+ * the caller's then. */
+struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options, int fd, enum rpc_state state);
+void rpc_conn_fail(struct rpc_conn *conn, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* As rpc_conn_send, in any state that has a connection. */
+int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, uint64_t call,
+                 const ProtobufCMessage *msg);
+
+/* ---- handshake (rpc_handshake.c) ---- */
+
+void rpc_handshake_start(struct rpc_conn *conn); /* connector: sends Hello */
+void rpc_handshake_frame(struct rpc_conn *conn, const struct frame *frame);
+/* Shared with the blocking client.  hello_fill borrows the strings of self. */
+void rpc_hello_fill(Pb__Hello *ret_hello, const struct rpc_identity *self);
+/* The acceptor's answer: HelloReply, or the error that it carries. */
+int rpc_hello_answer(const struct frame *frame, const struct rpc_identity *self, struct rpc_identity *ret_peer,
+                     struct err *err) MUST_CHECK;
+
+#endif
