@@ -1,0 +1,43 @@
+/* Placement: from the present map to a target map and the moves that lead there.  Pure, deterministic functions. */
+#ifndef EEP_COORDINATOR_PLANNER_H
+#define EEP_COORDINATOR_PLANNER_H
+
+#include "common/topology.h"
+
+/* Parties are the old view's ranks in order, then the joiners. */
+struct plan_input {
+    const struct expert_map *now;  /* over parties; a joiner's slots are empty.  Its version is not used. */
+    const uint8_t *leaving;        /* [parties]; NULL = nobody */
+    const uint8_t *joining;        /* [parties]; NULL = nobody */
+    const uint32_t *node;          /* [parties]; NULL = all on one node */
+    const double *load;            /* [layers][logical]; NULL or all zero = spread evenly */
+};
+
+/* A planner that is good enough to scale: survivors keep what they have, every expert is covered, free slots are
+ * filled, sources are levelled over the holders.  ERR_LIMIT when the experts do not fit. */
+int plan_make(const struct plan_input *in, struct plan **ret_plan, struct err *err) MUST_CHECK;
+
+/* Where a cold start puts the experts: every one at least once, replicas spread evenly.  held and live are set. */
+int plan_initial(uint32_t layers, uint32_t logical, uint32_t ranks, uint32_t slots, struct expert_map **ret_map,
+                 struct err *err) MUST_CHECK;
+
+/* Walks the plan round by round: coverage by live replicas on serving ranks at every moment, no slot written while
+ * live, sources held and verified, no slot written twice in a round, the end equals the target. */
+int plan_validate(const struct plan_input *in, const struct plan *plan, struct err *err) MUST_CHECK;
+
+/* The map over parties once `rounds_done` rounds have been completed and activated: what the coordinator announces at
+ * the commit (rounds_done = rounds_before) and after every later round.  Dormant copies that the target routes to are
+ * live from the start: promoting them costs nothing.  Leavers keep what they have; joiners' filled slots are live,
+ * which counts from the commit on (before it a joiner is no rank).  Select the members' rows with expert_map_select.
+ * The version is that of in->now.  NULL when out of memory. */
+struct expert_map *plan_map_after(const struct plan_input *in, const struct plan *plan, uint32_t rounds_done);
+
+/* The map announced at the start of `round`: the rounds before it are activated, its retires are no longer live, and
+ * the slots that it writes hold nothing.  NULL when out of memory. */
+struct expert_map *plan_map_during(const struct plan_input *in, const struct plan *plan, uint32_t round);
+
+/* After a death: promotes dormant copies where an expert lost its last live replica, in place (map is the caller's
+ * own copy, not shared).  Returns the number of (layer, expert) pairs that have no copy at all. */
+uint64_t plan_cover_from_dormant(struct expert_map *map);
+
+#endif
