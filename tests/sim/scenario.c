@@ -1,0 +1,408 @@
+/* What a seed means: sizes, delays, the operator's commands, requests, faults, and at the end the quiet in which
+ * everything must come to rest and one more operation must succeed.  Single thread. */
+#include "tests/sim/sim.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define QUIET_BOUND (240 * 1000 * MS) /* virtual time within which everything rests after the last fault */
+
+static void size_world(struct sim *s)
+{
+    uint64_t share = sim_between(s, 0, 999);
+    uint32_t low = 2, high = 4, min;
+
+    if (share >= 995) {
+        low = 32;
+        high = 64;
+    } else if (share >= 970) {
+        low = 9;
+        high = 24;
+    } else if (share >= 700) {
+        low = 4;
+        high = 8;
+    }
+    if (low < s->options->agents_min || high > s->options->agents_max) {
+        low = s->options->agents_min;
+        high = s->options->agents_max;
+    }
+    s->n = (uint32_t)sim_between(s, low, high);
+    min = s->n / 4 > 2 ? s->n / 4 : s->n < 2 ? s->n : 2;
+    s->layers = (uint32_t)sim_between(s, 1, s->n > 8 ? 2 : 3);
+    s->logical = (uint32_t)sim_between(s, 4, s->n > 8 || sim_chance(s, 300) ? 32 : 12);
+    s->slots = (s->logical + min - 1) / min + (uint32_t)sim_between(s, 0, 2);
+    s->first_ranks = (uint32_t)sim_between(s, min, s->n);
+    coordinator_config_default(&s->config);
+    s->config.min_ranks = min;
+    s->config.slots = s->slots;
+}
+
+static void time_world(struct sim *s)
+{
+    static const uint32_t leads[] = {4, 10, 30, 250};
+    bool fast = s->n <= 4 && sim_chance(s, 600);
+
+    s->delay_min = 20 * US;
+    s->delay_max = fast ? 300 * US : sim_between(s, 300 * US, 5 * MS);
+    s->disk_max = sim_chance(s, 300) ? 30 * MS : 10 * MS;
+    s->step_ns = sim_between(s, 200 * US, fast ? 2 * MS : 20 * MS);
+    s->transfer_max = sim_between(s, 500 * US, 10 * MS);
+    s->run_ahead = sim_chance(s, 500);
+    s->dispatch = sim_chance(s, 250) ? DISPATCH_REPLICATED : DISPATCH_SOURCE_ROUTED;
+    s->quick_attach = sim_chance(s, 500) ? 5 * MS : 300 * MS;
+    s->p_interleave = sim_chance(s, 700) ? 200 : 20;
+    s->config.lead_ms = leads[sim_between(s, 0, 3)];
+    s->config.lease_ms = sim_chance(s, 500) ? 300 : 3000;
+    s->config.heartbeat_ms = s->config.lease_ms / 6;
+    s->config.flipped_ms = sim_chance(s, 500) ? 1000 : 10000;
+    s->config.indoubt_ms = sim_chance(s, 500) ? 1000 : 30000;
+    s->config.stage_ms = 5000;
+    s->config.transfer_ms = 6000;
+    s->config.drain_ms = 500;
+}
+
+void scenario_start(struct sim *s)
+{
+    size_world(s);
+    time_world(s);
+    s->faulty = s->options->faults && sim_chance(s, 700);
+    if (s->faulty) {
+        s->p_duplicate = sim_chance(s, 300) ? 200 : 0;
+        s->p_target = sim_chance(s, 600) ? 60 : 0;
+        s->p_zombie = 500;
+    }
+    s->ops_left = (uint32_t)sim_between(s, 2, s->n > 8 ? 3 : 7);
+    s->agents = calloc(s->n, sizeof *s->agents);
+    s->covered = calloc((size_t)s->layers * s->logical, 1);
+    if (!s->agents || !s->covered) {
+        s->n = 0;
+        sim_fail(s, "out of memory");
+        return;
+    }
+    sim_note(s, "seed %" PRIu64 ": %u agents, %u layers, %u experts, %u slots, first %u ranks, step %" PRIu64
+             " us, lead %u ms, lease %u ms, %s%s, %s", s->seed, s->n, s->layers, s->logical, s->slots, s->first_ranks,
+             s->step_ns / US, s->config.lead_ms, s->config.lease_ms,
+             s->dispatch == DISPATCH_REPLICATED ? "replicated" : "source-routed", s->run_ahead ? ", runs ahead" : "",
+             s->faulty ? "faults" : "no faults");
+    process_start(s);
+    for (uint32_t i = 0; i < s->n; i++) {
+        s->agents[i].index = i;
+        agent_start(s, &s->agents[i]);
+    }
+    sim_push(s, 60 * MS, SE_OPERATOR, 0, 0);
+    sim_push(s, 100 * MS, SE_REQUEST, 0, 0);
+    if (s->faulty)
+        sim_push(s, sim_between(s, 50 * MS, 1000 * MS), SE_FAULT, 0, 0);
+}
+
+/* ---- the operator ---- */
+
+static void ask(struct sim *s, uint32_t target, const char *key, uint32_t n_remove, const char *const *remove)
+{
+    struct scale_request scale = {.target = target, .n_remove = n_remove, .remove = remove};
+    struct coordinator_event event = {.type = CE_SCALE, .request = ++s->request, .scale = &scale, .wall_ms = s->now / MS};
+
+    snprintf(scale.key, sizeof scale.key, "%s", key);
+    if (sim_chance(s, 200))
+        scale.wait_agents_ms = 500;
+    sim_note(s, "OPERATOR scale to %u%s%s%s%s, request %" PRIu64, target, *key ? " key " : "", key,
+             n_remove ? " without " : "", n_remove ? remove[0] : "", s->request);
+    s->last_target = target;
+    if (*key && s->n_asked < 32) {
+        int k = -1;
+        for (uint32_t i = 0; i < s->n_keys; i++)
+            if (strcmp(s->keys[i].key, key) == 0)
+                k = (int)i;
+        if (k < 0 && s->n_keys < SIM_KEYS) {
+            k = (int)s->n_keys++;
+            snprintf(s->keys[k].key, sizeof s->keys[k].key, "%s", key);
+        }
+        s->asked[s->n_asked].request = s->request;
+        s->asked[s->n_asked++].key = k;
+    }
+    for (uint32_t i = 0; *key && i < s->n_history; i++)
+        if (strcmp(s->history[i].key, key) == 0)
+            event.known = &s->history[i];
+    process_event(s, &event);
+}
+
+static void watch(struct sim *s, uint64_t op)
+{
+    struct coordinator_event event = {.type = CE_WATCH_OP, .request = ++s->request, .op = op, .wall_ms = s->now / MS};
+
+    s->final_request = s->request;
+    process_event(s, &event);
+}
+
+void scenario_reply(struct sim *s, const struct coordinator_action *reply)
+{
+    for (uint32_t i = 0; i < s->n_asked; i++) {
+        struct sim_key *key;
+        if (s->asked[i].request != reply->request || s->asked[i].key < 0 || reply->code != 0 || reply->op == 0)
+            continue;
+        key = &s->keys[s->asked[i].key];
+        if (key->op && key->op != reply->op)
+            sim_fail(s, "promise 7: key %s names operations %" PRIu64 " and %" PRIu64, key->key, key->op, reply->op);
+        key->op = reply->op;
+    }
+    s->ops_refused += reply->code != 0;
+    if (reply->request != s->final_request)
+        return;
+    if (s->final_stage == 1) {
+        if (reply->code != 0)
+            sim_fail(s, "promise 6: the last operation is refused: %s", reply->text);
+        s->final_op = reply->op;
+        s->final_stage = 2;
+    } else if (s->final_stage == 3) {
+        if (reply->outcome != OUTCOME_DONE)
+            sim_fail(s, "promise 6: the last operation ends as %u: %s", reply->outcome, reply->text);
+        s->final_stage = 4;
+    }
+}
+
+static void operate(struct sim *s)
+{
+    const struct view *view = s->coordinator.disk.view;
+    uint32_t now = view ? view->n : 0, target = now, n_remove = 0;
+    char key[OP_KEY_MAX] = "", names[4][AGENT_ID_MAX];
+    const char *remove[4];
+
+    if (s->ops_left == 0)
+        return;
+    sim_push(s, sim_between(s, 20 * MS, s->n > 8 ? 500 * MS : 1500 * MS), SE_OPERATOR, 0, 0);
+    if (!s->coordinator.up)
+        return;
+    if (sim_chance(s, 120)) {
+        struct coordinator_event event = {.type = CE_ABORT, .request = ++s->request, .wall_ms = s->now / MS};
+        sim_note(s, "OPERATOR abort, request %" PRIu64, s->request);
+        process_event(s, &event);
+        return;
+    }
+    if (*s->last_key && sim_chance(s, 150)) {
+        ask(s, s->last_target, s->last_key, 0, NULL);
+        return;
+    }
+    if (!view)
+        target = s->first_ranks;
+    else if (s->n > s->config.min_ranks)
+        while (target == now)
+            target = (uint32_t)sim_between(s, s->config.min_ranks, s->n);
+    else
+        return;
+    if (view && target < now && sim_chance(s, 600)) {
+        n_remove = now - target < 4 ? now - target : 1;
+        for (uint32_t i = 0; i < n_remove; i++) { /* neighbours, from any rank on, rank 0 included */
+            snprintf(names[i], sizeof names[i], "%s", view->members[(s->request + i) % now].id);
+            remove[i] = names[i];
+        }
+    }
+    if (sim_chance(s, 500)) {
+        snprintf(key, sizeof key, "key-%u", s->ops_left);
+        snprintf(s->last_key, sizeof s->last_key, "%s", key);
+    }
+    s->ops_left--;
+    ask(s, target, key, n_remove, n_remove ? remove : NULL);
+}
+
+/* ---- requests ---- */
+
+static void request(struct sim *s)
+{
+    const struct view *view = s->coordinator.disk.view;
+
+    if (s->calm)
+        return;
+    sim_push(s, sim_between(s, s->step_ns, 20 * s->step_ns + 20 * MS), SE_REQUEST, 0, 0);
+    if (!view)
+        return;
+    for (uint32_t tries = 0; tries < 3; tries++) {
+        struct sim_agent *a = agent_of(s, &view->members[sim_random(s) % view->n]);
+        if (!a || !engine_takes_requests(s, a))
+            continue;
+        engine_request(s, a, sim_between(s, 1, 12));
+        s->n_requests++;
+        return;
+    }
+}
+
+/* ---- faults ---- */
+
+static uint64_t outage(struct sim *s)
+{
+    uint64_t kind = sim_between(s, 0, 9);
+
+    return kind < 5 ? sim_between(s, MS, 20 * MS) : kind < 9 ? sim_between(s, 20 * MS, 800 * MS)
+                                                              : sim_between(s, 1000 * MS, 6000 * MS);
+}
+
+static void fault(struct sim *s)
+{
+    struct sim_agent *a = &s->agents[sim_random(s) % s->n];
+    uint64_t kind = sim_between(s, 0, 99);
+
+    s->fault_at = s->now;
+    if (kind < 25) {
+        if (s->coordinator.up)
+            process_crash(s, outage(s));
+    } else if (kind < 40) {
+        if (a->conn) {
+            sim_note(s, "CONNECTION of a%02u breaks", a->index);
+            network_break(s, a->conn, sim_chance(s, 300));
+        }
+    } else if (kind < 48) {
+        a->blocked_until = s->now + s->config.lease_ms * MS / 2 + sim_between(s, 0, s->config.lease_ms * MS);
+        sim_note(s, "PARTITION of a%02u", a->index);
+        s->losses++;
+        if (a->conn)
+            network_break(s, a->conn, sim_chance(s, 300));
+    } else if (kind < 58) {
+        if (a->up)
+            agent_crash(s, a, outage(s));
+    } else if (kind < 74) {
+        if (a->engine.pc != ENGINE_NONE)
+            engine_death(s, a, "as simulated", true);
+    } else if (kind < 85) {
+        a->corrupt = 1;
+    } else if (kind < 94) {
+        a->fail = 1;
+    } else if (a->up && !a->stopping) {
+        sim_push(s, 0, SE_AGENT_CALL, a->index, a->life)->call = AE_STOP;
+        a->stopping = true;
+    }
+}
+
+void scenario_target(struct sim *s, const struct msg *msg)
+{
+    struct sim_agent *a;
+    uint64_t soon;
+
+    if (s->p_target == 0 || s->calm ||
+        (msg->type != MSG_PREPARE && msg->type != MSG_GO && msg->type != MSG_PROMISE && msg->type != MSG_FLIPPED &&
+         msg->type != MSG_MAP))
+        return;
+    if (!sim_chance(s, s->p_target / (s->n > 8 ? 8 : 1)))
+        return;
+    soon = sim_between(s, US, sim_chance(s, 500) ? MS : 12 * MS);
+    a = &s->agents[sim_random(s) % s->n];
+    switch (sim_between(s, 0, 5)) {
+    case 0:
+    case 1:
+    case 2: sim_push(s, soon, SE_COORDINATOR_CRASH, 0, 0)->x = outage(s); return;
+    case 3: sim_push(s, soon, SE_AGENT_CRASH, a->index, a->life)->x = outage(s); return;
+    case 4: sim_push(s, soon, SE_ENGINE_DEATH, a->index, a->engine.life); return;
+    default:
+        if (a->conn)
+            network_break(s, a->conn, false);
+    }
+}
+
+/* ---- the end ---- */
+
+static void calm_down(struct sim *s)
+{
+    s->calm = true;
+    s->calm_at = s->now;
+    s->p_duplicate = s->p_target = 0;
+    for (uint32_t i = 0; i < s->n; i++) {
+        s->agents[i].blocked_until = 0;
+        s->agents[i].corrupt = s->agents[i].fail = 0;
+    }
+    sim_note(s, "---- no more faults, requests or commands ----");
+}
+
+/* Nobody of the committed view is left who could carry it on, or not every expert has a holder that is left: the view
+ * waits for ranks that will not come back. */
+static bool lost(struct sim *s)
+{
+    const struct view *view = s->coordinator.disk.view;
+
+    if (!view)
+        return s->losses > 0;
+    for (uint32_t l = 0; l < s->layers; l++)
+        for (uint32_t e = 0; e < s->logical; e++) {
+            bool held = false;
+            for (uint32_t r = 0; r < view->n && !held; r++)
+                for (uint32_t slot = 0; slot < s->slots && !held; slot++)
+                    held = view->map->held[expert_map_at(view->map, l, r, slot)] == (int32_t)e &&
+                           agent_is(agent_of(s, &view->members[r]), &view->members[r]);
+            if (!held)
+                return true;
+        }
+    return false;
+}
+
+static void last_operation(struct sim *s)
+{
+    const struct view *view = s->coordinator.disk.view;
+    uint32_t now = view ? view->n : 0, target = s->n;
+
+    if (!view)
+        target = s->first_ranks;
+    else if (now == s->n)
+        target = s->config.min_ranks;
+    if (target == now || lost(s)) {
+        s->ended = true;
+        return;
+    }
+    s->final_stage = 1;
+    s->final_request = s->request + 1;
+    s->calm_at = s->now;
+    ask(s, target, "", 0, NULL);
+}
+
+static void probe_calm(struct sim *s)
+{
+    char why[300];
+    bool quiet = check_is_quiet(s, why, sizeof why);
+
+    s->quiet_probes = quiet ? s->quiet_probes + 1 : 0;
+    quiet = s->quiet_probes > 4; /* what is still under way has arrived */
+    if (s->final_stage == 2) {
+        s->final_stage = 3;
+        watch(s, s->final_op);
+    } else if (quiet && s->final_stage == 0) {
+        last_operation(s);
+    } else if (quiet && s->final_stage == 4) {
+        s->ended = true;
+    } else if (s->now - s->calm_at > QUIET_BOUND) {
+        if (lost(s))
+            s->ended = true;
+        else
+            sim_fail(s, "promise 3: no rest %" PRIu64 " s after the last %s: %s", QUIET_BOUND / (1000 * MS),
+                     s->final_stage ? "operation" : "fault", why);
+    }
+}
+
+static void probe(struct sim *s)
+{
+    sim_push(s, (s->calm && s->now - s->calm_at > 5000 * MS ? 500 : 50) * MS, SE_PROBE, 0, 0);
+    if (s->n_events > s->options->max_events * 10 + 1000000)
+        sim_fail(s, "promise 3: no rest after %" PRIu64 " events: something goes round in circles", s->n_events);
+    if (s->calm)
+        probe_calm(s);
+    else if (s->ops_left == 0 || s->n_events > s->options->max_events)
+        if (sim_chance(s, 100) || s->n_events > s->options->max_events)
+            calm_down(s);
+}
+
+void scenario_event(struct sim *s, const struct sim_event *e)
+{
+    switch (e->kind) {
+    case SE_OPERATOR:
+        if (s->probes++ == 0)
+            sim_push(s, 50 * MS, SE_PROBE, 0, 0);
+        if (!s->calm)
+            operate(s);
+        return;
+    case SE_REQUEST: request(s); return;
+    case SE_FAULT:
+        if (s->calm)
+            return;
+        fault(s);
+        sim_push(s, sim_between(s, MS, 1500 * MS), SE_FAULT, 0, 0);
+        return;
+    default: probe(s);
+    }
+}
