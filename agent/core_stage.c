@@ -1,0 +1,452 @@
+/* The stages of an operation: what the coordinator commands, and the answers.  Part of the agent's core; pure.
+ *
+ * A stage is one record, found by (stage, round, attempt): running, or finished with the answer that was given, which
+ * is repeated when the command is.  What the worker or the engine does for a stage ends in agent_stage_answer. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "agent/core_internal.h"
+
+#define U(x) ((unsigned long long)(x))
+
+/* What the stage's command, or its success, means to the machine; ME_EVENTS = nothing. */
+static enum machine_event stage_event(enum op_stage stage)
+{
+    switch (stage) {
+    case STAGE_ALLOCATE: return ME_INIT_DONE;
+    case STAGE_GROUP: return ME_GROUP_DONE;
+    case STAGE_MAPPING: return ME_MAPPING_DONE;
+    case STAGE_WEIGHTS: return ME_WEIGHTS_DONE;
+    case STAGE_KV: return ME_KV_DONE;
+    case STAGE_ENGINE_PREPARE: return ME_ENGINE_PREPARE;
+    case STAGE_GRACE:
+    case STAGE_FILL: return ME_RESHUFFLE;
+    default: return ME_EVENTS;
+    }
+}
+
+/* These tell the machine when the command comes, the others when it has been carried out. */
+static bool stage_moves_at_once(enum op_stage stage)
+{
+    return stage == STAGE_ENGINE_PREPARE || stage == STAGE_GRACE || stage == STAGE_FILL;
+}
+
+/* ---- answers ---- */
+
+static void stage_free(struct core_stage *s)
+{
+    expert_map_unref(s->map);
+    msg_done(&s->answer);
+    free(s);
+}
+
+void agent_stage_clear(struct agent_core *core)
+{
+    while (core->op.stages) {
+        struct core_stage *s = core->op.stages;
+        core->op.stages = s->next;
+        stage_free(s);
+    }
+}
+
+struct core_stage *agent_stage_find(struct agent_core *core, enum op_stage stage, uint32_t round, uint64_t attempt)
+{
+    for (struct core_stage *s = core->op.stages; s; s = s->next)
+        if (s->stage == stage && s->round == round && s->attempt == attempt)
+            return s;
+    return NULL;
+}
+
+static bool stage_is_latest(const struct agent_core *core, enum op_stage stage, uint32_t round, uint64_t attempt)
+{
+    for (const struct core_stage *s = core->op.stages; s; s = s->next)
+        if (s->stage == stage && s->round == round && s->attempt > attempt)
+            return false;
+    return true;
+}
+
+static struct core_stage *stage_add(struct agent_core *core, enum op_stage stage, uint32_t round, uint64_t attempt)
+{
+    struct core_stage *s = acore_alloc(1, sizeof(*s));
+    s->stage = stage;
+    s->round = round;
+    s->attempt = attempt;
+    s->state = STAGE_RUNNING;
+    s->deadline_ns = CORE_NEVER;
+    s->next = core->op.stages;
+    core->op.stages = s;
+    return s;
+}
+
+struct msg_stage_done *agent_stage_answer(struct agent_core *core, struct core_stage *s, int code, const char *text)
+{
+    struct msg_stage_done *d = &s->answer.stage_done;
+    s->state = STAGE_FINISHED;
+    s->answer.type = MSG_STAGE_DONE;
+    d->op = core->op.op;
+    d->stage = s->stage;
+    d->round = s->round;
+    d->attempt = s->attempt;
+    d->code = code;
+    snprintf(d->text, sizeof(d->text), "%s", text && *text ? text : code ? err_code_name(code) : "");
+    return d;
+}
+
+static void stage_send(struct agent_core *core, const struct core_stage *s)
+{
+    struct msg *m = acore_send(core, MSG_STAGE_DONE);
+    if (m)
+        msg_copy(m, &s->answer);
+}
+
+void agent_stage_answered(struct agent_core *core, struct core_stage *s)
+{
+    const struct msg_stage_done *d = &s->answer.stage_done;
+    if (d->code)
+        acore_log(core, AGENT_LOG_ERROR, "%s of operation %llu failed: %s", op_stage_name(s->stage), U(d->op), d->text);
+    stage_send(core, s);
+    enum machine_event event = stage_event(s->stage);
+    if (!d->code && event != ME_EVENTS && !stage_moves_at_once(s->stage) &&
+        stage_is_latest(core, s->stage, s->round, s->attempt))
+        agent_operation_move(core, event);
+}
+
+static void stage_end(struct agent_core *core, struct core_stage *s, int code, const char *text)
+{
+    agent_stage_answer(core, s, code, text);
+    agent_stage_answered(core, s);
+}
+
+/* Not asked for by a STAGE: the answer to DISMISS. */
+void agent_stage_let_go(struct agent_core *core, uint64_t op)
+{
+    if (op && op == core->op.op) {
+        struct core_stage *s = agent_stage_find(core, STAGE_LET_GO, 0, 0);
+        if (!s)
+            s = stage_add(core, STAGE_LET_GO, 0, 0);
+        stage_end(core, s, 0, NULL);
+        return;
+    }
+    struct msg *m = acore_send(core, MSG_STAGE_DONE); /* an operation of before a restart of the operation's record */
+    if (m) {
+        m->stage_done.op = op;
+        m->stage_done.stage = STAGE_LET_GO;
+    }
+}
+
+void agent_stage_repeat_let_go(struct agent_core *core)
+{
+    const struct core_stage *s = agent_stage_find(core, STAGE_LET_GO, 0, 0);
+    if (s && s->state == STAGE_FINISHED)
+        stage_send(core, s);
+}
+
+/* ---- the stages ---- */
+
+void agent_stage_allocate(struct agent_core *core, struct core_stage *s)
+{
+    if (core->release.state != RELEASE_NONE) {
+        s->state = STAGE_DEFERRED; /* the regions of an earlier operation are not free yet */
+        return;
+    }
+    s->state = STAGE_RUNNING;
+    if (s->load && !s->map) {
+        stage_end(core, s, ERR_INVALID, "ALLOCATE of a cold start without a map");
+        return;
+    }
+    if (!s->load && !core->model) {
+        stage_end(core, s, ERR_INVALID, "ALLOCATE without a model; OP_BEGIN carries it");
+        return;
+    }
+    bool seals = core->engine.attached && core->engine.seals;
+    if (s->load && !seals && !core->config.can_load) {
+        stage_end(core, s, ERR_NOTFOUND, "no checkpoint is configured and no engine that seals is attached");
+        return;
+    }
+    core->weights_touched = true;
+    if (s->load && seals) {
+        struct agent_action *a = acore_act(core, AA_ENGINE_LOAD);
+        a->map = expert_map_ref(s->map);
+        a->self = core->op.self;
+        a->op = core->op.op;
+        a->attempt = s->attempt;
+        return;
+    }
+    struct work *w = agent_work_submit(core, s->load ? WORK_LOAD : WORK_ALLOCATE, s, 0);
+    w->map = expert_map_ref(s->map);
+}
+
+void agent_stage_sealed(struct agent_core *core, const struct agent_event *event)
+{
+    struct core_stage *s = core->op.stages;
+    while (s && !(s->stage == STAGE_ALLOCATE && s->load && s->state == STAGE_RUNNING))
+        s = s->next;
+    if (!s || !agent_operation_running(core))
+        return; /* aborted meanwhile */
+    if (event->code || !event->model) {
+        stage_end(core, s, event->code ? event->code : ERR_INVALID, event->text ? event->text : "sealed without a model");
+        return;
+    }
+    core->weights = true;
+    model_unref(core->model);
+    core->model = model_ref(event->model);
+    struct msg_stage_done *d = agent_stage_answer(core, s, 0, NULL);
+    d->model = model_ref(event->model);
+    d->bytes = event->bytes;
+    agent_stage_answered(core, s);
+}
+
+static void stage_mapping(struct agent_core *core, struct core_stage *s, const struct msg_stage *m)
+{
+    const struct plan *plan = m->plan;
+    const struct model *model = core->model;
+    char text[160];
+    if (!plan || !plan->target || plan->parties != core->op.n || plan->target->ranks != core->op.n) {
+        snprintf(text, sizeof(text), "the plan is not over the %u parties of the operation", core->op.n);
+        stage_end(core, s, ERR_INVALID, text);
+        return;
+    }
+    if (!model) {
+        stage_end(core, s, ERR_INVALID, "a plan for a model that this agent does not know");
+        return;
+    }
+    const struct expert_map *t = plan->target;
+    if (t->layers != model->layers || t->logical != model->logical || t->slots != model->slots) {
+        snprintf(text, sizeof(text), "the plan is for %u layers, %u experts, %u slots; the model has %u, %u, %u",
+                 t->layers, t->logical, t->slots, model->layers, model->logical, model->slots);
+        stage_end(core, s, ERR_INVALID, text);
+        return;
+    }
+    if (expert_map_digest(t) != m->plan_digest) {
+        stage_end(core, s, ERR_CORRUPT, "the target map does not match its digest");
+        return;
+    }
+    plan_unref(core->op.plan);
+    core->op.plan = plan_ref(m->plan);
+    stage_end(core, s, 0, NULL);
+}
+
+static void stage_transfer(struct agent_core *core, struct core_stage *s)
+{
+    if (!core->op.plan) {
+        stage_end(core, s, ERR_NOTFOUND, "no plan: MAPPING has not been carried out here");
+        return;
+    }
+    agent_work_submit(core, s->stage == STAGE_WEIGHTS ? WORK_WEIGHTS : WORK_FILL, s, 0);
+}
+
+static void stage_group(struct agent_core *core, struct core_stage *s, struct blob *blob)
+{
+    if (!blob) {
+        stage_end(core, s, ERR_INVALID, "GROUP without the group's id");
+        return;
+    }
+    agent_work_group_destroy(core); /* of an earlier attempt */
+    struct work *w = agent_work_submit(core, WORK_GROUP, s, 0);
+    w->blob = blob_ref(blob);
+    core->group = true;
+}
+
+static void stage_engine_prepare(struct agent_core *core, struct core_stage *s, struct view *view)
+{
+    core->op.prepared = false;
+    core->op.prepare_attempt = s->attempt;
+    if (!view || !core->engine.attached) {
+        stage_end(core, s, view ? ERR_NOTFOUND : ERR_INVALID, view ? "no engine is attached" : "no view to prepare");
+        return;
+    }
+    struct agent_action *a = acore_act(core, AA_ENGINE_PREPARE);
+    a->view = view_ref(view);
+    a->op = core->op.op;
+    a->attempt = s->attempt;
+}
+
+void agent_stage_prepared(struct agent_core *core, const struct agent_event *event)
+{
+    if (!agent_operation_running(core) || event->op != core->op.op)
+        return;
+    struct core_stage *s = core->op.stages;
+    while (s && !(s->stage == STAGE_ENGINE_PREPARE && s->attempt == event->attempt && s->state == STAGE_RUNNING))
+        s = s->next;
+    if (!s)
+        return;
+    if (event->attempt == core->op.prepare_attempt)
+        core->op.prepared = event->code == 0;
+    stage_end(core, s, event->code, event->text);
+}
+
+static void stage_drain(struct agent_core *core, struct core_stage *s, uint32_t deadline_ms)
+{
+    if (!core->engine.attached) {
+        stage_end(core, s, 0, NULL);
+        return;
+    }
+    s->deadline_ns = core->now_ns + deadline_ms * CORE_MS;
+    struct agent_action *a = acore_act(core, AA_ENGINE_DRAIN);
+    a->value = deadline_ms;
+    a->op = core->op.op;
+}
+
+void agent_stage_drained(struct agent_core *core, const char *text)
+{
+    for (struct core_stage *s = core->op.stages; s && agent_operation_running(core); s = s->next)
+        if (s->stage == STAGE_DRAIN && s->state == STAGE_RUNNING)
+            stage_end(core, s, 0, text);
+}
+
+static void stage_kv(struct agent_core *core, struct core_stage *s)
+{
+    struct msg_stage_done *d = agent_stage_answer(core, s, 0, NULL);
+    d->value = core->engine.attached ? core->engine.kv_bytes : NO_LIMIT;
+    agent_stage_answered(core, s);
+}
+
+/* ---- grace ---- */
+
+static bool grace_over(const struct agent_core *core, const struct core_stage *s)
+{
+    return s->step == 0 || !core->engine.attached || core->page.done + 1 >= s->step ||
+           core->bug == AGENT_BUG_NO_GRACE;
+}
+
+/* The smallest step that some GRACE waits for; 0 = none does. */
+static uint64_t grace_awaited(const struct agent_core *core)
+{
+    uint64_t least = 0;
+    for (const struct core_stage *s = core->op.stages; s; s = s->next)
+        if (s->stage == STAGE_GRACE && s->state == STAGE_RUNNING && (!least || s->step - 1 < least))
+            least = s->step - 1;
+    return least;
+}
+
+static void grace_ask(struct agent_core *core, bool want_page)
+{
+    uint64_t done = grace_awaited(core);
+    if (done == core->notify_done)
+        return;
+    core->notify_done = done;
+    acore_page(core, PAGE_NOTIFY_DONE, done);
+    core->out->v[core->out->n - 1].want_page = want_page;
+}
+
+static void stage_grace(struct agent_core *core, struct core_stage *s)
+{
+    if (grace_over(core, s))
+        stage_end(core, s, 0, NULL);
+    else
+        grace_ask(core, true); /* the step may end between the snapshot and the store: look again */
+}
+
+void agent_stage_check(struct agent_core *core)
+{
+    if (!agent_operation_running(core))
+        return;
+    bool ended = false;
+    for (struct core_stage *s = core->op.stages; s; s = s->next) {
+        if (s->state != STAGE_RUNNING)
+            continue;
+        if (s->stage == STAGE_GRACE && grace_over(core, s)) {
+            stage_end(core, s, 0, NULL);
+            ended = true;
+        } else if (s->stage == STAGE_DRAIN && core->now_ns >= s->deadline_ns) {
+            stage_end(core, s, 0, "drain deadline passed");
+        }
+    }
+    if (ended)
+        grace_ask(core, false);
+}
+
+void agent_stage_engine_gone(struct agent_core *core)
+{
+    core->op.prepared = false;
+    if (!agent_operation_running(core))
+        return;
+    for (struct core_stage *s = core->op.stages; s; s = s->next) {
+        if (s->state != STAGE_RUNNING)
+            continue;
+        bool loading = s->stage == STAGE_ALLOCATE && s->load && core->engine.seals;
+        if (s->stage == STAGE_ENGINE_PREPARE || loading)
+            stage_end(core, s, ERR_UNREACHABLE, "the engine is gone");
+    }
+    agent_stage_drained(core, NULL);
+    /* GRACE is over by itself: nothing runs any more that could still read */
+}
+
+/* ---- dispatch ---- */
+
+static void stage_start(struct agent_core *core, const struct msg_stage *m)
+{
+    struct core_stage *s = stage_add(core, (enum op_stage)m->stage, m->round, m->attempt);
+    if (stage_moves_at_once(s->stage))
+        agent_operation_move(core, stage_event(s->stage));
+    switch (s->stage) {
+    case STAGE_ALLOCATE:
+        s->load = m->load;
+        s->map = expert_map_ref(m->map);
+        agent_stage_allocate(core, s);
+        return;
+    case STAGE_GROUP_ID: agent_work_submit(core, WORK_GROUP_ID, s, 0); return;
+    case STAGE_GROUP: stage_group(core, s, m->blob); return;
+    case STAGE_MAPPING: stage_mapping(core, s, m); return;
+    case STAGE_WEIGHTS:
+    case STAGE_FILL: stage_transfer(core, s); return;
+    case STAGE_KV: stage_kv(core, s); return;
+    case STAGE_ENGINE_PREPARE: stage_engine_prepare(core, s, m->view); return;
+    case STAGE_DRAIN: stage_drain(core, s, m->deadline_ms); return;
+    case STAGE_GRACE:
+        s->step = m->step;
+        stage_grace(core, s);
+        return;
+    case STAGE_LET_GO:
+    case STAGE_MAX: return; /* refused before */
+    }
+}
+
+/* An operation that this agent is not in (any more): the coordinator should not wait for it. */
+static void stage_decline(struct agent_core *core, const struct msg_stage *m, int code, const char *text)
+{
+    struct msg *answer = acore_send(core, MSG_STAGE_DONE);
+    if (!answer)
+        return;
+    struct msg_stage_done *d = &answer->stage_done;
+    d->op = m->op;
+    d->stage = m->stage;
+    d->round = m->round;
+    d->attempt = m->attempt;
+    d->code = code;
+    snprintf(d->text, sizeof(d->text), "%s", text);
+}
+
+void agent_stage_command(struct agent_core *core, const struct msg_stage *m)
+{
+    if (m->stage < STAGE_ALLOCATE || m->stage >= STAGE_LET_GO) {
+        acore_illegal(core, "STAGE %u is not for an agent", m->stage);
+        return;
+    }
+    if (m->op != core->op.op) {
+        if (m->op > core->op.op)
+            stage_decline(core, m, ERR_NOTFOUND, "this agent is in no such operation");
+        return;
+    }
+    enum op_stage stage = (enum op_stage)m->stage;
+    const struct core_stage *known = agent_stage_find(core, stage, m->round, m->attempt);
+    if (known) {
+        if (known->state == STAGE_FINISHED)
+            stage_send(core, known);
+        return;
+    }
+    if (!agent_operation_running(core)) {
+        stage_decline(core, m, ERR_ABORTED, "the operation has ended here");
+        return;
+    }
+    if (!stage_is_latest(core, stage, m->round, m->attempt))
+        return; /* overtaken by a later attempt */
+    enum machine_event event = stage_event(stage);
+    if (event != ME_EVENTS && !agent_operation_may(core, event)) {
+        acore_illegal(core, "STAGE %s in %s of operation %llu", op_stage_name(stage),
+                      machine_state_name(core->op.state), U(m->op));
+        return;
+    }
+    stage_start(core, m);
+}

@@ -1,0 +1,352 @@
+/* eep-agent: options, signals, systemd, and the life of incarnations.
+ *
+ * One process, one service at a time (service.h).  An evicted incarnation is closed and a new one opened, after a pause
+ * that grows while evictions follow each other closely.  SIGTERM and SIGINT ask the coordinator to drain this agent
+ * first; a second one, or --stop-after, ends at once. */
+#include <argp.h>
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "agent/engine_process.h"
+#include "agent/service.h"
+#include "common/clock.h"
+#include "common/daemon.h"
+
+#define LAST_WORDS_MS 100 /* between the core's exit and closing its connections */
+#define RESTART_FIRST_MS 200
+#define RESTART_LAST_MS 5000
+#define STEADY_NS (60 * UINT64_C(1000000000))
+
+struct options {
+    struct service_config service;
+    const char *engine_command, *port_file;
+    char engine_socket[512];
+    enum log_level level;
+    uint32_t stop_after_ms;
+};
+
+enum { KEY_USAGE = 0x7fff, KEY_HELP = 'h', KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
+       KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
+       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER };
+
+static const struct argp_option option_table[] = {
+    {"id", KEY_ID, "NAME", 0, "name of this agent, unique in the cluster (required)", 0},
+    {"coordinator", KEY_COORDINATOR, "ADDR", 0, "unix:/path or host:port (default unix:/run/eep/coordinator.sock)", 0},
+    {"cluster", KEY_CLUSTER, "NAME", 0, "name of the cluster (default eep)", 0},
+    {"node", KEY_NODE, "N", 0, "number of this host: agents of one host have the same (default 0)", 0},
+    {0, 0, 0, 0, "Model:", 1},
+    {"checkpoint", KEY_CHECKPOINT, "DIR", 0,
+     "Hugging Face folder to load from in a cold start; an agent without one joins a model that serves, or has an "
+     "engine that brings its own layout", 1},
+    {"slots", KEY_SLOTS, "N", 0, "expert slots per layer that fit here (default 0: as the coordinator says)", 1},
+    {"memory", KEY_MEMORY, "NAME", 0, "memory backend (default host)", 1},
+    {"transport", KEY_TRANSPORT, "NAME", 0, "transport of weights (default host)", 1},
+    {"transfer-ms", KEY_TRANSFER, "MS", 0, "a transfer without progress ends after this (60000)", 1},
+    {0, 0, 0, 0, "Engine:", 2},
+    {"engine-socket", KEY_ENGINE_SOCKET, "PATH", 0, "where the engine attaches (default /run/eep/agent-NAME.sock)", 2},
+    {"engine-command", KEY_ENGINE_COMMAND, "COMMAND", 0,
+     "start this engine by the shell with $EEP_SOCKET set, start it again when it ends, stop it with the agent", 2},
+    {0, 0, 0, 0, "Network:", 3},
+    {"listen", KEY_LISTEN, "HOST:PORT", 0, "for other agents (default 127.0.0.1:0; port 0 picks one)", 3},
+    {"data-listen", KEY_DATA_LISTEN, "HOST:PORT", 0, "for weights (default 127.0.0.1:0)", 3},
+    {"advertise", KEY_ADVERTISE, "HOST", 0, "the host by which other agents reach this one", 3},
+    {"insecure", KEY_INSECURE, 0, 0, "allow addresses other than the loopback, without encryption", 3},
+    {"port-file", KEY_PORT_FILE, "FILE", 0, "write both addresses with their real ports there, one a line", 3},
+    {0, 0, 0, 0, "Process:", 4},
+    {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (60000)", 4},
+    {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 4},
+    {"help", KEY_HELP, 0, 0, "show this help", -1},
+    {"usage", KEY_USAGE, 0, OPTION_HIDDEN, "", -1},
+    {0},
+};
+
+static uint32_t number(struct argp_state *state, const char *what, const char *arg, uint32_t max)
+{
+    char *end;
+    errno = 0;
+    unsigned long value = strtoul(arg, &end, 10);
+    if (errno || end == arg || *end || strchr(arg, '-') || value > max)
+        argp_error(state, "--%s must be a whole number from 0 to %u, not '%s'", what, max, arg);
+    return (uint32_t)value;
+}
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct options *o = state->input;
+    struct service_config *s = &o->service;
+    switch (key) {
+    case KEY_ID: s->id = arg; return 0;
+    case KEY_COORDINATOR: s->coordinator = arg; return 0;
+    case KEY_CLUSTER: s->cluster = arg; return 0;
+    case KEY_NODE: s->node = number(state, "node", arg, UINT32_MAX); return 0;
+    case KEY_CHECKPOINT: s->checkpoint = arg; return 0;
+    case KEY_SLOTS: s->slots = number(state, "slots", arg, 65536); return 0;
+    case KEY_MEMORY: s->memory = arg; return 0;
+    case KEY_TRANSPORT: s->transport = arg; return 0;
+    case KEY_TRANSFER: s->transfer_timeout_ms = number(state, "transfer-ms", arg, 86400000); return 0;
+    case KEY_ENGINE_SOCKET: s->engine_socket = arg; return 0;
+    case KEY_ENGINE_COMMAND: o->engine_command = arg; return 0;
+    case KEY_LISTEN: s->listen = arg; return 0;
+    case KEY_DATA_LISTEN: s->data_listen = arg; return 0;
+    case KEY_ADVERTISE: s->advertise = arg; return 0;
+    case KEY_INSECURE: s->insecure = true; return 0;
+    case KEY_PORT_FILE: o->port_file = arg; return 0;
+    case KEY_STOP_AFTER: o->stop_after_ms = number(state, "stop-after", arg, 86400000); return 0;
+    case KEY_LEVEL:
+        if (log_level_parse(arg, &o->level) < 0)
+            argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
+        return 0;
+    case KEY_HELP:
+        argp_state_help(state, stdout,
+                        ARGP_HELP_SHORT_USAGE | ARGP_HELP_LONG | ARGP_HELP_DOC | ARGP_HELP_EXIT_OK);
+        return 0;
+    case KEY_USAGE:
+        argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
+        return 0;
+    case ARGP_KEY_ARG:
+        argp_error(state, "unexpected argument '%s'", arg);
+        return 0;
+    case ARGP_KEY_END:
+        if (!s->id)
+            argp_error(state, "--id NAME is required");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+enum phase {
+    RUNNING,  /* a service is open */
+    CLOSING,  /* its core has ended; the last words go out */
+    PAUSING,  /* evicted; the next incarnation comes soon */
+    STOPPING, /* the engine process is being stopped */
+};
+
+struct process {
+    const struct options *options;
+    struct event_base *base;
+    struct log *log;
+    enum phase phase;
+    bool stop;           /* asked to */
+    enum agent_exit why;
+    struct service *service;
+    struct engine_process *engine;
+    struct event *turn;  /* what comes next in this phase */
+    struct event *stop_after, *status, *signals[3];
+    uint64_t opened_ns;
+    unsigned restart_ms;
+};
+
+static void turn_in(struct process *p, unsigned ms)
+{
+    struct timeval t = {.tv_sec = ms / 1000, .tv_usec = (suseconds_t)(ms % 1000) * 1000};
+    event_add(p->turn, &t);
+}
+
+static void on_exit_asked(void *user, enum agent_exit value)
+{
+    struct process *p = user;
+    p->phase = CLOSING;
+    p->why = value;
+    turn_in(p, LAST_WORDS_MS); /* not from inside the service */
+}
+
+static int open_service(struct process *p, struct err *err)
+{
+    struct service_config config = p->options->service;
+    config.base = p->base;
+    config.log = p->log;
+    config.on_exit = on_exit_asked;
+    config.user = p;
+    int rc = service_open(&config, &p->service, err);
+    if (rc < 0)
+        return rc;
+    p->phase = RUNNING;
+    p->opened_ns = clock_now_ns();
+    const char *addresses[] = {service_address(p->service), service_data_address(p->service)};
+    return p->options->port_file ? daemon_write_addresses(p->options->port_file, addresses, 2, err) : 0;
+}
+
+static void on_engine_stopped(void *user)
+{
+    struct process *p = user;
+    event_base_loopbreak(p->base);
+}
+
+static void end(struct process *p)
+{
+    p->phase = STOPPING;
+    event_del(p->turn);
+    service_close(p->service);
+    p->service = NULL;
+    if (p->engine)
+        engine_process_stop(p->engine, on_engine_stopped, p);
+    else
+        event_base_loopbreak(p->base);
+}
+
+static void pause_before_restart(struct process *p)
+{
+    p->phase = PAUSING;
+    if (clock_now_ns() - p->opened_ns >= STEADY_NS)
+        p->restart_ms = RESTART_FIRST_MS;
+    turn_in(p, p->restart_ms);
+    p->restart_ms = p->restart_ms * 2 < RESTART_LAST_MS ? p->restart_ms * 2 : RESTART_LAST_MS;
+}
+
+static void on_turn(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    struct process *p = user;
+    struct err err;
+    if (p->phase == CLOSING && (p->stop || p->why == AGENT_EXIT_STOPPED)) {
+        end(p);
+    } else if (p->phase == CLOSING) {
+        service_close(p->service);
+        p->service = NULL;
+        log_event(p->log, LOG_LEVEL_WARN, "restarting", "agent=%s in_ms=%u why=%s", p->options->service.id,
+                  p->restart_ms, "this incarnation was evicted");
+        pause_before_restart(p);
+    } else if (p->phase == PAUSING && open_service(p, &err) < 0) {
+        log_event(p->log, LOG_LEVEL_ERROR, "not-restarted", "agent=%s why=%s", p->options->service.id, err.text);
+        service_close(p->service);
+        p->service = NULL;
+        pause_before_restart(p);
+    }
+}
+
+static void on_stop(evutil_socket_t signal_number, short what, void *user)
+{
+    (void)what;
+    struct process *p = user;
+    bool again = p->stop;
+    p->stop = true;
+    if (signal_number > 0)
+        log_event(p->log, LOG_LEVEL_INFO, "stopping", "signal=%s", strsignal((int)signal_number));
+    if (!again) {
+        daemon_notify("STOPPING=1");
+        struct timeval t = {.tv_sec = p->options->stop_after_ms / 1000,
+                            .tv_usec = (suseconds_t)(p->options->stop_after_ms % 1000) * 1000};
+        event_add(p->stop_after, &t);
+    }
+    if (p->phase == RUNNING)
+        service_stop(p->service);
+    else if (p->phase == PAUSING)
+        end(p);
+}
+
+static void on_stop_after(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd;
+    struct process *p = user;
+    if (p->phase != RUNNING)
+        return;
+    log_event(p->log, LOG_LEVEL_WARN, "stopping-undrained", "agent=%s waited_ms=%u", p->options->service.id,
+              p->options->stop_after_ms);
+    on_stop(-1, what, p);
+}
+
+static void on_hangup(evutil_socket_t signal_number, short what, void *user)
+{
+    (void)signal_number, (void)what;
+    log_event(((struct process *)user)->log, LOG_LEVEL_INFO, "nothing-to-reload", NULL);
+}
+
+static void on_status(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    struct process *p = user;
+    char text[256] = "STATUS=starting again";
+    if (p->service)
+        service_status_text(p->service, text + 7, sizeof text - 7);
+    daemon_notify(text);
+}
+
+static int open_events(struct process *p, struct err *err)
+{
+    const struct timeval every = {.tv_sec = 2};
+    p->turn = event_new(p->base, -1, 0, on_turn, p);
+    p->stop_after = event_new(p->base, -1, 0, on_stop_after, p);
+    p->status = event_new(p->base, -1, EV_PERSIST, on_status, p);
+    p->signals[0] = evsignal_new(p->base, SIGTERM, on_stop, p);
+    p->signals[1] = evsignal_new(p->base, SIGINT, on_stop, p);
+    p->signals[2] = evsignal_new(p->base, SIGHUP, on_hangup, p);
+    bool bad = !p->turn || !p->stop_after || !p->status;
+    for (size_t i = 0; i < 3; i++)
+        bad = bad || !p->signals[i] || event_add(p->signals[i], NULL) != 0;
+    if (!bad && getenv("NOTIFY_SOCKET")) /* else nobody reads the status: no wake-ups for it */
+        bad = event_add(p->status, &every) != 0;
+    return bad ? err_set(err, ERR_NOMEM, "out of memory") : 0;
+}
+
+static int process_run(struct process *p, struct err *err)
+{
+    const struct options *o = p->options;
+    int rc;
+    if ((rc = open_events(p, err)) < 0 || (rc = open_service(p, err)) < 0)
+        return rc;
+    if (o->engine_command &&
+        (rc = engine_process_start(p->base, p->log, o->engine_command, o->service.engine_socket, &p->engine, err)) < 0)
+        return rc;
+    daemon_notify("READY=1");
+    return event_base_dispatch(p->base) < 0 ? err_set(err, ERR_IO, "the event loop failed") : 0;
+}
+
+static void process_done(struct process *p)
+{
+    struct event *events[] = {p->turn, p->stop_after, p->status, p->signals[0], p->signals[1], p->signals[2]};
+    service_close(p->service);
+    engine_process_free(p->engine);
+    for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) {
+        if (events[i])
+            event_free(events[i]);
+    }
+    if (p->base)
+        event_base_free(p->base);
+}
+
+int main(int argc, char **argv)
+{
+    const struct argp argp = {
+        .options = option_table,
+        .parser = parse,
+        .doc = "Owns the weights of one rank of an eep cluster, and moves them when the topology changes.  One per "
+               "GPU.\v"
+               "Examples:\n"
+               "  eep-agent --id gpu0 --checkpoint /models/qwen3\n"
+               "  eep-agent --id gpu1 --engine-command 'my-engine --port 8001'\n"
+               "\n"
+               "SIGTERM asks to be drained first, a second one does not.  Exit status: 0 stopped, 1 failed, 2 usage.",
+    };
+    struct options o = {
+        .level = LOG_LEVEL_INFO,
+        .stop_after_ms = 60000,
+        .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
+                    .data_listen = "127.0.0.1:0", .memory = "host", .transport = "host", .transfer_timeout_ms = 60000},
+    };
+    argp_err_exit_status = 2;
+    if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, &o))
+        return 2;
+    if (!o.service.engine_socket) {
+        snprintf(o.engine_socket, sizeof o.engine_socket, "/run/eep/agent-%s.sock", o.service.id);
+        o.service.engine_socket = o.engine_socket;
+    }
+    signal(SIGPIPE, SIG_IGN);
+
+    struct err err = {0};
+    struct process p = {.options = &o, .restart_ms = RESTART_FIRST_MS};
+    p.base = event_base_new();
+    p.log = log_new("eep-agent", o.service.id, o.level, -1);
+    int rc = p.base && p.log ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
+    process_done(&p);
+    log_event(p.log, rc < 0 ? LOG_LEVEL_ERROR : LOG_LEVEL_INFO, rc < 0 ? "failed" : "stopped", "why=%s",
+              rc < 0 ? err.text : "asked to");
+    if (rc < 0)
+        fprintf(stderr, "eep-agent: %s\n", err.text);
+    log_free(p.log);
+    if (rc < 0)
+        return err.code == ERR_INVALID || err.code == ERR_DENIED ? 2 : 1;
+    return 0;
+}

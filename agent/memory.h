@@ -1,0 +1,38 @@
+/* Region memory: a table of functions, one file a backend (memory_host.c: memfd; memory_cuda.c: VMM, later).
+ *
+ * A region is allocated once, stays at one address for the life of the agent, and can be exported as a descriptor
+ * that an engine in another process maps.  All calls are made by the worker thread, except `close`. */
+#ifndef EEP_AGENT_MEMORY_H
+#define EEP_AGENT_MEMORY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/err.h"
+
+struct memory_region {
+    void *base;
+    size_t bytes;   /* as asked; the mapping is rounded up to the backend's granularity */
+    size_t mapped;
+    int fd;         /* exportable by SCM_RIGHTS; the region owns it */
+};
+
+struct memory_backend {
+    const char *name; /* "host" */
+    /* May block.  Zeroed memory.  ERR_NOMEM names the size and the region. */
+    int (*alloc)(struct memory_backend *self, const char *label, size_t bytes, struct memory_region *ret_region, struct err *err);
+    /* Adopts a descriptor that somebody else allocated (an engine's own region). */
+    int (*adopt)(struct memory_backend *self, int fd, size_t bytes, struct memory_region *ret_region, struct err *err);
+    void (*release)(struct memory_backend *self, struct memory_region *region);
+    /* Host bytes into the region and back; device backends stage. */
+    int (*write)(struct memory_backend *self, struct memory_region *region, size_t offset, const void *data, size_t len, struct err *err);
+    /* The digest of design section 5 over [offset, offset + len), word index counted from 0 at offset. */
+    int (*digest)(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len, uint64_t first_word, uint64_t *ret_digest, struct err *err);
+    int (*copy)(struct memory_backend *self, struct memory_region *dst, size_t dst_offset, const struct memory_region *src, size_t src_offset, size_t len, struct err *err);
+    void (*close)(struct memory_backend *self);
+};
+
+/* Look-up by name: "host"; "cuda" says that it is not in this build.  NULL and a sentence otherwise. */
+struct memory_backend *memory_open(const char *name, struct err *err);
+
+#endif

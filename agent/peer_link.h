@@ -1,0 +1,33 @@
+/* Links between the agents of a view: they carry the start of a wave to the other members.  Loop thread.
+ *
+ * Every agent listens, and connects to each other member of its applied view; links are kept across views while the
+ * member is the same incarnation.  A wave for a peer that is not connected waits until it is, or until the view is
+ * another one; after a reconnect the last wave of the view is said again, which changes nothing if it had arrived. */
+#ifndef EEP_AGENT_PEER_LINK_H
+#define EEP_AGENT_PEER_LINK_H
+
+#include "common/log.h"
+#include "common/rpc.h"
+#include "common/topology.h"
+
+struct peer_links;
+
+struct peer_links_config {
+    struct event_base *base;
+    struct rpc *rpc;
+    struct log *log;
+    const char *listen;
+    const struct rpc_identity *self; /* role PEER; copied */
+    void (*on_wave)(void *user, uint64_t epoch, uint64_t step);
+    void *user;
+};
+
+int peer_links_open(const struct peer_links_config *config, struct peer_links **ret_links, struct err *err) MUST_CHECK;
+void peer_links_close(struct peer_links *links); /* takes NULL */
+const char *peer_links_address(const struct peer_links *links); /* with its real port */
+/* The applied view (NULL = none): connects to its other members, lets go of the rest. */
+void peer_links_view(struct peer_links *links, struct view *view);
+/* Tells every other member of the view. */
+void peer_links_wave(struct peer_links *links, uint64_t epoch, uint64_t step);
+
+#endif

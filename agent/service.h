@@ -1,0 +1,38 @@
+/* One incarnation of an agent: the core wired to its loop, worker, engine socket, coordinator and peers.
+ *
+ * Loop thread.  When the core asks to exit, on_exit is called; the caller closes the service from a later loop turn
+ * and, after an eviction, opens another one: a new incarnation. */
+#ifndef EEP_AGENT_SERVICE_H
+#define EEP_AGENT_SERVICE_H
+
+#include <event2/event.h>
+
+#include "agent/core.h"
+#include "common/log.h"
+
+struct service;
+
+struct service_config {
+    struct event_base *base;
+    struct log *log;
+    const char *id, *cluster, *coordinator;
+    const char *listen, *data_listen; /* peers, host transport */
+    const char *advertise;            /* host that others reach this one by; NULL = as listened on */
+    const char *engine_socket;        /* path */
+    const char *checkpoint;           /* folder, or NULL: joins only, or has an engine that seals */
+    const char *memory, *transport;   /* backends by name */
+    uint32_t slots, node, transfer_timeout_ms;
+    bool insecure;
+    void (*on_exit)(void *user, enum agent_exit value);
+    void *user;
+};
+
+int service_open(const struct service_config *config, struct service **ret_service, struct err *err) MUST_CHECK;
+void service_close(struct service *service); /* takes NULL */
+/* SIGTERM: asks to be drained; again: ends at once.  on_exit follows. */
+void service_stop(struct service *service);
+const char *service_address(const struct service *service);      /* advertised, with its real port */
+const char *service_data_address(const struct service *service);
+void service_status_text(const struct service *service, char *text, size_t size); /* one sentence for people */
+
+#endif

@@ -1,0 +1,160 @@
+/* The memory of a manifest's regions, and the ranges in it.  See weights.h.  Worker thread. */
+#include "agent/weights.h"
+
+#include <stdlib.h>
+
+#include "common/digest.h"
+
+/* A model comes over the wire: its figures must be those of its manifest before they index anything. */
+static int model_check(const struct model *model, const struct manifest *m, struct err *err)
+{
+    uint32_t n_dense = 0;
+    for (uint32_t i = 0; i < m->n_regions; i++)
+        n_dense += m->regions[i].kind == REGION_DENSE;
+    if (model->layers != m->layers || model->logical != m->logical || model->slots != m->slots ||
+        model->n_dense != n_dense)
+        return err_set(err, ERR_CORRUPT,
+                       "the model (%u layers, %u experts, %u slots, %u dense) is not that of its manifest (%u, %u, %u, %u)",
+                       model->layers, model->logical, model->slots, model->n_dense, m->layers, m->logical, m->slots,
+                       n_dense);
+    if (model->manifest_digest != manifest_digest(model->manifest))
+        return err_set(err, ERR_CORRUPT, "the model's manifest does not have the digest %016llx that it should",
+                       (unsigned long long)model->manifest_digest);
+    return 0;
+}
+
+int weights_allocate(struct memory_backend *memory, struct model *model, struct weights **ret_weights, struct err *err)
+{
+    if (!model->manifest)
+        return err_set(err, ERR_INVALID, "the model has no manifest");
+    struct weights *w = calloc(1, sizeof *w);
+    if (!w)
+        return err_set(err, ERR_NOMEM, "out of memory");
+    w->memory = memory;
+    int rc = manifest_decode(model->manifest, &w->manifest, err);
+    if (rc < 0)
+        goto free_weights;
+    rc = model_check(model, &w->manifest, err);
+    if (rc < 0)
+        goto free_weights;
+    rc = ERR_NOMEM;
+    w->regions = calloc(w->manifest.n_regions + 1u, sizeof *w->regions);
+    if (!w->regions) {
+        err_set(err, rc, "out of memory");
+        goto free_weights;
+    }
+    for (uint32_t i = 0; i < w->manifest.n_regions; i++)
+        w->regions[i].fd = -1;
+    for (uint32_t i = 0; i < w->manifest.n_regions; i++) {
+        const struct region *r = &w->manifest.regions[i];
+        rc = memory->alloc(memory, r->name, (size_t)r->bytes, &w->regions[i], err);
+        if (rc < 0)
+            goto free_weights;
+    }
+    w->model = model_ref(model);
+    *ret_weights = w;
+    return 0;
+free_weights:
+    weights_free(w);
+    return rc;
+}
+
+void weights_free(struct weights *w)
+{
+    if (!w)
+        return;
+    for (uint32_t i = 0; w->regions && i < w->manifest.n_regions; i++)
+        w->memory->release(w->memory, &w->regions[i]);
+    free(w->regions);
+    manifest_done(&w->manifest);
+    model_unref(w->model);
+    free(w);
+}
+
+size_t weights_slot(struct weights *w, uint32_t layer, uint32_t slot, struct extent *ret_extents, size_t max)
+{
+    size_t n = 0;
+    for (uint32_t i = 0; i < w->manifest.n_regions && n < max; i++) {
+        const struct region *r = &w->manifest.regions[i];
+        if (r->kind != REGION_EXPERT || r->layer != layer || slot >= r->slots)
+            continue;
+        ret_extents[n++] = (struct extent){
+            .region = &w->regions[i],
+            .offset = (size_t)(slot * r->stride),
+            .len = (size_t)r->slot_bytes,
+        };
+    }
+    return n;
+}
+
+size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max)
+{
+    size_t n = 0;
+    for (uint32_t i = 0; i < w->manifest.n_regions && n < max; i++)
+        if (w->manifest.regions[i].kind == REGION_DENSE)
+            ret_extents[n++] = (struct extent){
+                .region = &w->regions[i],
+                .len = (size_t)w->manifest.regions[i].bytes,
+            };
+    return n;
+}
+
+/* In a model 0 stands for "not known", so a digest that happens to be 0 is kept as 1. */
+static uint64_t digest_known(uint64_t digest)
+{
+    return digest ? digest : 1;
+}
+
+int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64_t *ret_digest, struct err *err)
+{
+    struct extent extents[SLOT_EXTENTS_MAX];
+    size_t n = weights_slot(w, layer, slot, extents, SLOT_EXTENTS_MAX);
+    if (n == 0)
+        return err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", slot, layer);
+    uint64_t sum = 0, words = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t digest;
+        int rc = w->memory->digest(w->memory, extents[i].region, extents[i].offset, extents[i].len, words, &digest, err);
+        if (rc < 0)
+            return rc;
+        sum += digest;
+        words += digest_words(extents[i].len);
+    }
+    *ret_digest = digest_known(sum);
+    return 0;
+}
+
+int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_digest, struct err *err)
+{
+    uint32_t seen = 0;
+    for (uint32_t i = 0; i < w->manifest.n_regions; i++) {
+        const struct region *r = &w->manifest.regions[i];
+        if (r->kind != REGION_DENSE || seen++ != dense_index)
+            continue;
+        uint64_t digest;
+        int rc = w->memory->digest(w->memory, &w->regions[i], 0, (size_t)r->bytes, 0, &digest, err);
+        if (rc == 0)
+            *ret_digest = digest_known(digest);
+        return rc;
+    }
+    return err_set(err, ERR_INVALID, "the weights have no dense region %u", dense_index);
+}
+
+int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, struct err *err)
+{
+    const struct model *model = w->model;
+    if (layer >= model->layers || expert >= model->logical)
+        return err_set(err, ERR_INVALID, "the model has no expert %u in MoE layer %u", expert, layer);
+    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have;
+    if (want == 0)
+        return err_set(err, ERR_CORRUPT, "layer %u slot %u cannot be verified: no digest of expert %u is known here",
+                       layer, slot, expert);
+    int rc = weights_slot_digest(w, layer, slot, &have, err);
+    if (rc < 0)
+        return rc;
+    if (have != want)
+        return err_set(err, ERR_CORRUPT,
+                       "layer %u slot %u does not hold expert %u: its digest is %016llx, not %016llx", layer, slot,
+                       expert, (unsigned long long)have, (unsigned long long)want);
+    return 0;
+}

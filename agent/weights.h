@@ -1,0 +1,35 @@
+/* The weights of this rank: a manifest, the memory of its regions, and the digests to verify them by.
+ * Worker thread, except where a function says otherwise. */
+#ifndef EEP_AGENT_WEIGHTS_H
+#define EEP_AGENT_WEIGHTS_H
+
+#include "agent/manifest.h"
+#include "agent/memory.h"
+
+struct weights {
+    struct memory_backend *memory;
+    struct manifest manifest;
+    struct memory_region *regions; /* [manifest.n_regions] */
+    struct model *model;
+};
+/* Allocates every region of the model's manifest. */
+int weights_allocate(struct memory_backend *memory, struct model *model, struct weights **ret_weights, struct err *err) MUST_CHECK;
+void weights_free(struct weights *w); /* takes NULL */
+
+/* One run of bytes: what transports move and engines map. */
+struct extent {
+    struct memory_region *region;
+    size_t offset, len;
+};
+/* The byte ranges of one expert slot, in manifest order; at most max.  Returns how many. */
+size_t weights_slot(struct weights *w, uint32_t layer, uint32_t slot, struct extent *ret_extents, size_t max);
+size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max);
+#define SLOT_EXTENTS_MAX 16
+
+/* digest(slot) = sum over parts of the digest of the part's bytes, words counted on across the parts */
+int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64_t *ret_digest, struct err *err) MUST_CHECK;
+int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_digest, struct err *err) MUST_CHECK;
+/* ERR_CORRUPT with layer, expert, slot when the slot does not hold `expert`. */
+int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, struct err *err) MUST_CHECK;
+
+#endif

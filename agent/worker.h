@@ -1,0 +1,57 @@
+/* The worker thread: does what blocks (memory, loading, transfers, digests), one piece of work at a time, in order.
+ *
+ * The loop thread hands work over and gets completions back through a descriptor that libevent watches; nothing else
+ * crosses.  A cancel stops the present piece of that operation and every queued one (ERR_ABORTED). */
+#ifndef EEP_AGENT_WORKER_H
+#define EEP_AGENT_WORKER_H
+
+#include "agent/core.h"
+#include "agent/manifest.h"
+#include "agent/memory.h"
+#include "agent/transport.h"
+
+struct worker;
+
+struct worker_config {
+    struct memory_backend *memory;  /* owned by the worker from now on */
+    struct transport *transport;    /* likewise */
+    const char *checkpoint;         /* folder, or NULL; borrowed for the life of the worker */
+    uint32_t slots;                 /* 0: as the map says */
+    uint32_t transfer_timeout_ms;   /* no progress for so long ends a transfer; 60000 */
+};
+
+struct worker_result {
+    uint64_t id;
+    enum work_kind kind;
+    int code;
+    char text[256];
+    uint64_t bytes;      /* received / loaded / checked */
+    uint64_t value;      /* VERIFY: slots checked */
+    uint64_t bad;        /* VERIFY */
+    struct blob *blob;   /* GROUP_ID; owned by the receiver */
+    struct model *model; /* LOAD: manifest and digests */
+    bool progress;       /* not an end: bytes so far */
+};
+
+int worker_start(const struct worker_config *config, struct worker **ret_worker, struct err *err) MUST_CHECK;
+/* Takes ownership of what `work` references. */
+void worker_submit(struct worker *w, const struct work *work);
+void worker_cancel(struct worker *w, uint64_t op);
+int worker_fd(const struct worker *w); /* readable when results wait */
+bool worker_next_result(struct worker *w, struct worker_result *ret_result);
+void worker_result_done(struct worker_result *result);
+/* Cancels everything, joins, releases memory and transport. */
+void worker_stop(struct worker *w);
+
+/* For the engine socket (loop thread): the manifest and the regions' descriptors of the weights that are allocated now,
+ * or NULL.  Valid until the next WORK_RELEASE is submitted. */
+struct weights;
+const struct weights *worker_weights(struct worker *w);
+
+/* An engine that lays out its own weights (cold start): allocate one region now (blocks briefly; the worker is idle for
+ * the operation meanwhile), and seal: take digests and make the model; the result comes as kind WORK_LOAD with `id`. */
+int worker_region_alloc(struct worker *w, const struct region *region, struct memory_region *ret_region, struct err *err) MUST_CHECK;
+void worker_seal(struct worker *w, uint64_t id, const struct manifest *manifest, const struct expert_map *map, uint32_t self);
+void worker_seal_discard(struct worker *w); /* the engine died before sealing: free its regions */
+
+#endif

@@ -1,0 +1,67 @@
+/* What the files of the worker share: worker.c (thread, queue, results) and worker_jobs.c (what is done).
+ *
+ * Locking: `lock` guards the queue, the results, `current` and its flag, and the pointer `weights`.  Everything else
+ * belongs to the worker thread once it runs. */
+#ifndef EEP_AGENT_WORKER_INTERNAL_H
+#define EEP_AGENT_WORKER_INTERNAL_H
+
+#include <pthread.h>
+
+#include "agent/worker.h"
+
+enum job_kind { JOB_WORK, JOB_REGION_ALLOC, JOB_SEAL, JOB_SEAL_DISCARD };
+
+struct job {
+    struct job *next;
+    enum job_kind kind;
+    bool cancelled;
+    struct work work;     /* WORK; SEAL: id, map and self */
+    struct blob *manifest;/* SEAL: encoded */
+    /* REGION_ALLOC: on the caller's stack, who waits */
+    const struct region *region;
+    struct memory_region *ret_region;
+    bool answered;
+    int code;
+    struct err err;       /* also what went wrong before a SEAL was queued */
+};
+
+struct result_node {
+    struct result_node *next;
+    struct worker_result result;
+};
+
+/* A region that an engine has asked for and not sealed yet. */
+struct sealing {
+    struct region region;
+    struct memory_region memory;
+};
+
+struct worker {
+    struct worker_config config;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t wanted;   /* a job was queued */
+    pthread_cond_t answered; /* a REGION_ALLOC is done */
+    struct job *first, **last;
+    struct result_node *results, **results_last;
+    int result_fd, cancel_fd;
+    bool stopping;
+    struct job *current;
+    struct weights *weights;
+
+    struct transport_group *group;
+    uint32_t group_n, group_self;
+    struct sealing *sealing;
+    size_t n_sealing;
+};
+
+/* Does one job; fills in code, text and figures of *ret_result (id and kind are set). */
+void worker_job_run(struct worker *w, struct job *job, struct worker_result *ret_result);
+/* True when the present job is to be given up. */
+bool worker_cancelled(struct worker *w);
+/* Queues a progress result, or raises the one that nobody has read yet. */
+void worker_progress(struct worker *w, const struct job *job, uint64_t bytes);
+void worker_weights_set(struct worker *w, struct weights *weights);
+void worker_sealing_free(struct worker *w);
+
+#endif
