@@ -359,7 +359,7 @@ static void message(struct coordinator *c, uint64_t conn, const struct msg *m)
             break;
         core_log(c, CORE_INFO, "agent %s asks to be drained", id);
         struct scale_request leave = {.target = c->view->n - 1, .n_remove = 1, .remove = &id};
-        operation_scale(c, 0, &leave);
+        operation_scale(c, 0, &leave, NULL);
         break;
     }
     default: {
@@ -404,7 +404,7 @@ void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coord
     case CE_TICK:
         break;
     case CE_SCALE:
-        operation_scale(c, ev->request, ev->scale);
+        operation_scale(c, ev->request, ev->scale, ev->known);
         break;
     case CE_ABORT:
         operation_abort_request(c, ev->request, ev->op);

@@ -59,6 +59,8 @@ struct coordinator_event {
     uint64_t conn, seq, request, op;
     const struct msg *msg;
     const struct scale_request *scale;
+    const struct op_record *known; /* CE_SCALE with a key: the newest ended operation of that key in the journal's
+                                      history, or NULL; borrowed */
     uint64_t wall_ms; /* wall clock, for records that people read */
 };
 

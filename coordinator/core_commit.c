@@ -191,6 +191,8 @@ static void commit_decide(struct coordinator *c)
     }
     if (k->kind == FLIP_RESET && c->bug != COORDINATOR_BUG_RESET_AT_MAX)
         k->step += 1; /* an evicted but living rank may be one step ahead */
+    if (k->kind == FLIP_RESET && c->bug != COORDINATOR_BUG_RESET_AT_MAX && k->step <= d->commit.step)
+        k->step = d->commit.step + 1; /* or a joiner that began its first step long before the others get there */
     if (k->step == 0)
         k->step = 1; /* a cold start: steps count from 1, 0 is "none yet" */
     uint64_t next = k->any_old && k->min_next < k->step ? k->min_next : k->step;

@@ -166,7 +166,8 @@ void commit_done(struct commit *commit);
 const char *commit_state_name(enum commit_state state);
 
 /* core_operation.c, core_stages.c, core_phases.c, core_recover.c: the life of an operation */
-void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *scale);
+void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *scale,
+                     const struct op_record *known);
 void operation_abort_request(struct coordinator *c, uint64_t request, uint64_t op);
 void operation_watch(struct coordinator *c, uint64_t request, uint64_t op);
 void operation_open_repair(struct coordinator *c, uint32_t ranks);

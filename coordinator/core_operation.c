@@ -107,13 +107,16 @@ static void operation_drop(struct coordinator *c)
 }
 
 /* The same key again: the same operation, running or ended; or a conflict. */
-static bool operation_same_key(struct coordinator *c, uint64_t request, const struct scale_request *s)
+static bool operation_same_key(struct coordinator *c, uint64_t request, const struct scale_request *s,
+                               const struct op_record *known)
 {
     const struct op_record *r = NULL;
     if (s->key[0] && c->op.phase != PHASE_NONE && strcmp(c->durable.open.key, s->key) == 0)
         r = &c->durable.open;
     else if (s->key[0] && strcmp(c->last.record.key, s->key) == 0)
         r = &c->last.record;
+    else if (s->key[0] && known)
+        r = known;
     if (!r)
         return false;
     if (r->target != s->target)
@@ -141,9 +144,10 @@ static int operation_dry_run(struct coordinator *c, uint64_t request, struct err
     return 0;
 }
 
-void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *s)
+void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *s,
+                     const struct op_record *known)
 {
-    if (operation_same_key(c, request, s))
+    if (operation_same_key(c, request, s, known))
         return;
     uint32_t n = c->view ? c->view->n : 0;
     const struct op_record *r = &c->durable.open;
@@ -239,8 +243,10 @@ void operation_end(struct coordinator *c, enum op_outcome outcome, const char *w
         if (m)
             m->op_end.op = d->open.op;
     }
-    for (uint32_t i = 0; c->op.progress && i < d->open.n; i++)
+    for (uint32_t i = 0; c->op.progress && i < d->open.n; i++) {
         c->op.bytes_done += c->op.progress[i];
+        c->op.progress[i] = 0;
+    }
     operation_phase(c, PHASE_FINISH, outcome == OUTCOME_DONE ? "done" : text);
     snprintf(d->open.why, sizeof(d->open.why), "%s", text);
     d->open.outcome = outcome;

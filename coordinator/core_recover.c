@@ -47,6 +47,20 @@ static void recover_orphan(struct coordinator *c)
     }
 }
 
+/* With replicated dispatch the last decision may be that of a map, after the one of the view: the view tells. */
+static bool recover_is_committed(const struct coordinator *c)
+{
+    const struct op_record *r = &c->durable.open;
+    uint32_t stays = 0;
+    for (uint32_t i = 0; i < r->n; i++) {
+        int rank = c->view ? view_rank(c->view, r->parties[i].id) : -1;
+        if (r->stays[i] != (rank >= 0 && c->view->members[rank].incarnation == r->parties[i].incarnation))
+            return false;
+        stays += r->stays[i];
+    }
+    return c->view && stays == c->view->n;
+}
+
 void operation_recover(struct coordinator *c)
 {
     struct op_record *r = &c->durable.open;
@@ -65,15 +79,17 @@ void operation_recover(struct coordinator *c)
                 abort();
         }
     recover_parties(c);
-    bool decided = k->epoch && k->op == r->op && k->kind != FLIP_MAP;
+    bool decided = k->epoch && k->op == r->op && (k->kind != FLIP_MAP || recover_is_committed(c));
     c->op.phase = PHASE_OPEN;
     c->op.announced = true;
     core_log(c, CORE_WARN, "recovered operation %llu (%s to %u ranks), %s", (unsigned long long)r->op,
              op_kind_name(r->kind), r->target,
              decided ? "decided: it goes on" : r->kind == OP_REPAIR ? "a repair: it goes on" : "undecided: it is aborted");
-    if (unsettled) {
-        if (decided) {
-            c->op.decided = true;
+    /* A repair goes before what it repairs: those who lack the older decision get it with their HELLO. */
+    bool repairs = r->kind == OP_REPAIR && k->op != r->op;
+    if (unsettled && !repairs) {
+        c->op.decided = decided;
+        if (decided && k->kind != FLIP_MAP) {
             snprintf(c->op.why, sizeof(c->op.why), "committed; the coordinator restarted meanwhile");
             operation_phase(c, PHASE_GO, "recovered");
         } else {

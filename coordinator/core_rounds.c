@@ -170,6 +170,8 @@ void rounds_flipped(struct coordinator *c)
         c->grace_step = c->durable.commit.step;
     if (c->op.phase == PHASE_RETIRE && c->op.plan)
         rounds_grace(c);
+    else if (c->op.phase != PHASE_NONE && !c->op.plan && c->op.decided)
+        operation_end(c, OUTCOME_DONE, "committed; the coordinator restarted before the slots were all filled");
     else if (c->op.phase != PHASE_NONE && !c->op.plan)
         operation_abort(c, ERR_ABORTED, "the coordinator restarted before the decision");
 }

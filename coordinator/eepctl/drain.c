@@ -1,0 +1,36 @@
+/* eepctl drain AGENT: a scale-down by one, where it is said who leaves. */
+#include "coordinator/eepctl/ctl.h"
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct scale_options *o = state->input;
+    switch (key) {
+    case ARGP_KEY_ARG:
+        if (o->n_remove)
+            return ARGP_ERR_UNKNOWN;
+        o->remove[o->n_remove++] = arg;
+        return 0;
+    case ARGP_KEY_NO_ARGS:
+        argp_error(state, "which agent? `eepctl agents` lists them");
+        return 0;
+    default:
+        return scale_common_argp.parser(key, arg, state);
+    }
+}
+
+int cmd_drain(struct ctl *ctl, int argc, char **argv)
+{
+    struct scale_options options = {0};
+    const struct argp argp = {
+        .options = scale_common_argp.options,
+        .parser = parse,
+        .args_doc = "AGENT",
+        .doc = "Takes an agent out of the view while requests are served: its experts move to the others first, its "
+               "engine finishes or hands back its requests.  It becomes a spare.\v"
+               "Examples:\n"
+               "  eepctl drain gpu1\n"
+               "  eepctl drain gpu1 --dry-run   what would move\n",
+    };
+    ctl_parse(ctl, &argp, argc, argv, &options);
+    return scale_run(ctl, &options);
+}

@@ -1,0 +1,105 @@
+/* eepctl: the table of commands, and the choice of one. */
+#include "coordinator/eepctl/client.h"
+
+#include <locale.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+const struct ctl_command ctl_commands[] = {
+    {"status", cmd_status, "the committed view, its members, and the operation"},
+    {"agents", cmd_agents, "every agent that the coordinator knows"},
+    {"scale", cmd_scale, "change the number of ranks while serving"},
+    {"drain", cmd_drain, "take one agent out of the view"},
+    {"abort", cmd_abort, "abort the running operation and roll it back"},
+    {"watch", cmd_watch, "follow an operation to its end"},
+    {"history", cmd_history, "operations that have ended"},
+    {"verify", cmd_verify, "compare all weights with their digests"},
+    {"kv", cmd_kv, "the key-value store: get, put, del, list"},
+    {"version", cmd_version, "versions of eepctl and the coordinator"},
+    {0},
+};
+
+struct choice {
+    struct ctl ctl;
+    const struct ctl_command *command;
+    int first; /* index of the command in argv */
+};
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct choice *choice = state->input;
+    switch (key) {
+    case ARGP_KEY_INIT:
+        state->child_inputs[0] = &choice->ctl;
+        return 0;
+    case ARGP_KEY_ARG:
+        for (const struct ctl_command *c = ctl_commands; c->name; c++) {
+            if (strcmp(c->name, arg) == 0)
+                choice->command = c;
+        }
+        if (!choice->command)
+            argp_error(state, "unknown command '%s'", arg);
+        choice->first = state->next - 1;
+        state->next = state->argc; /* the rest belongs to the command */
+        return 0;
+    case ARGP_KEY_NO_ARGS:
+        argp_error(state, "a command is missing");
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static char *help_filter(int key, const char *text, void *input)
+{
+    if (key != ARGP_KEY_HELP_EXTRA)
+        return ctl_help_filter(key, text, input);
+    char *out = NULL;
+    size_t size;
+    FILE *f = open_memstream(&out, &size);
+    if (!f)
+        return NULL;
+    fputs("Commands:\n", f);
+    for (const struct ctl_command *c = ctl_commands; c->name; c++)
+        fprintf(f, "  %-10s %s\n", c->name, c->description);
+    fputs("\n`eepctl COMMAND -h` explains a command.\n"
+          "\n"
+          "Exit status: 0 done, 1 failed, 2 usage, 3 the coordinator cannot be reached, 4 denied, 5 we stopped waiting "
+          "while the operation goes on, 6 the operation was rolled back, 7 conflict.\n", f);
+    fclose(f);
+    return out;
+}
+
+int main(int argc, char **argv)
+{
+    const struct argp_child children[] = {{&ctl_global_argp, 0, "Global options:", -1}, {0}};
+    const struct argp argp = {
+        .parser = parse,
+        .args_doc = "COMMAND [ARGUMENT...]",
+        .doc = "Looks at and changes the topology of an eep cluster.\v",
+        .children = children,
+        .help_filter = help_filter,
+    };
+    setlocale(LC_CTYPE, "");
+    signal(SIGPIPE, SIG_IGN);
+    argp_err_exit_status = CTL_USAGE;
+
+    const char *env = getenv("EEP_COORDINATOR");
+    struct choice choice = {.ctl.coordinator = env && *env ? env : "unix:/run/eep/coordinator.sock"};
+    argv[0] = (char *)"eepctl";
+    if (argp_parse(&argp, argc, argv, ARGP_IN_ORDER | ARGP_NO_HELP, NULL, &choice))
+        return CTL_USAGE;
+
+    char name[64];
+    snprintf(name, sizeof name, "eepctl %s", choice.command->name);
+    argv[choice.first] = name;
+    int status = choice.command->run(&choice.ctl, argc - choice.first, argv + choice.first);
+    client_drop(&choice.ctl);
+    if (fflush(stdout) != 0 || ferror(stdout)) {
+        fprintf(stderr, "eepctl: could not write the output: disk full or closed pipe\n");
+        if (status == CTL_OK)
+            status = CTL_FAILED;
+    }
+    return status;
+}

@@ -1,0 +1,147 @@
+/* eepctl status and eepctl agents: how the cluster stands. */
+#include <string.h>
+
+#include "coordinator/eepctl/client.h"
+#include "coordinator/eepctl/table.h"
+
+static const char *state_name(Pb__AgentState state)
+{
+    switch (state) {
+    case PB__AGENT_STATE__SPARE: return "spare";
+    case PB__AGENT_STATE__SERVING: return "serving";
+    case PB__AGENT_STATE__JOINING: return "joining";
+    case PB__AGENT_STATE__LEAVING: return "leaving";
+    case PB__AGENT_STATE__LOST: return "lost";
+    default: return "?";
+    }
+}
+
+static const Pb__Agent *agent_find(const Pb__AgentsReply *agents, const char *id)
+{
+    for (size_t i = 0; i < agents->n_agents; i++) {
+        if (strcmp(agents->agents[i]->member->id, id) == 0)
+            return agents->agents[i];
+    }
+    return NULL;
+}
+
+static void print_members(const Pb__ViewStatus *view, const Pb__AgentsReply *agents)
+{
+    struct table table;
+    table_init(&table, (const char *const[]){"RANK", "AGENT", "STATE", "ENGINE", "ENDPOINT", "EPOCH", NULL});
+    for (size_t r = 0; r < view->n_members; r++) {
+        const Pb__Member *m = view->members[r];
+        const Pb__Agent *a = agent_find(agents, m->id);
+        table_cell(&table, "%zu", r);
+        table_cell(&table, "%s", m->id);
+        table_cell(&table, "%s%s", a ? state_name(a->state) : "unknown",
+                   m->draining ? ", draining" : a && !a->connected ? ", disconnected" : "");
+        table_cell(&table, "%s", a && a->engine ? "attached" : "none");
+        table_cell(&table, "%s", m->endpoint);
+        table_cell(&table, "%llu", (unsigned long long)(a ? a->applied_epoch : 0));
+    }
+    table_print(&table, stdout);
+    table_done(&table);
+}
+
+static void print_status(const Pb__StatusReply *s, const Pb__AgentsReply *agents)
+{
+    if (s->view->epoch)
+        printf("cluster %s: %zu ranks, epoch %llu, map version %llu, %u spare agents, commit %s\n", s->cluster,
+               s->view->n_members, (unsigned long long)s->view->epoch, (unsigned long long)s->view->map_version,
+               s->spares, s->commit_state);
+    else
+        printf("cluster %s: no view yet, %u spare agents; `eepctl scale --to N` starts it\n", s->cluster, s->spares);
+    if (s->has_layers && s->has_logical && s->has_slots)
+        printf("model: %u MoE layers of %u experts, %u slots per rank\n", s->layers, s->logical, s->slots);
+    if (*s->view->degraded)
+        printf("degraded: %s\n", s->view->degraded);
+    if (s->view->n_members) {
+        putchar('\n');
+        print_members(s->view, agents);
+    }
+    if (s->op && s->op->op) {
+        putchar('\n');
+        ctl_print_operation(s->op, stdout);
+    }
+}
+
+int cmd_status(struct ctl *ctl, int argc, char **argv)
+{
+    const struct argp argp = {
+        .doc = "Shows the committed view, its members, and the operation that runs or ran last.\v"
+               "Examples:\n"
+               "  eepctl status\n"
+               "  eepctl status -o json | jq .view.epoch\n",
+    };
+    ctl_parse(ctl, &argp, argc, argv, NULL);
+    struct err err;
+    Pb__StatusReply *status;
+    Pb__AgentsReply *agents;
+    if (client_ask(ctl, CONTROL_STATUS, (ProtobufCMessage **)&status, &err) < 0)
+        return ctl_fail(&err);
+    if (client_ask(ctl, CONTROL_AGENTS, (ProtobufCMessage **)&agents, &err) < 0) {
+        rpc_unpack_free(&status->base);
+        return ctl_fail(&err);
+    }
+    if (ctl->output == CTL_JSON) {
+        json_t *members = json_array();
+        for (size_t r = 0; r < status->view->n_members; r++) {
+            const Pb__Agent *a = agent_find(agents, status->view->members[r]->id);
+            if (a)
+                json_array_append_new(members, ctl_json(&a->base));
+        }
+        json_t *all = ctl_json(&status->base);
+        json_object_set_new(all, "members", members);
+        ctl_print_json(all);
+    } else {
+        print_status(status, agents);
+    }
+    rpc_unpack_free(&status->base);
+    rpc_unpack_free(&agents->base);
+    return CTL_OK;
+}
+
+int cmd_agents(struct ctl *ctl, int argc, char **argv)
+{
+    const struct argp argp = {
+        .doc = "Lists every agent that the coordinator knows, spares included.\v"
+               "Examples:\n"
+               "  eepctl agents\n"
+               "  eepctl agents -o json | jq -r '.agents[] | select(.state == \"SPARE\").member.id'\n",
+    };
+    ctl_parse(ctl, &argp, argc, argv, NULL);
+    struct err err;
+    Pb__AgentsReply *agents;
+    if (client_ask(ctl, CONTROL_AGENTS, (ProtobufCMessage **)&agents, &err) < 0)
+        return ctl_fail(&err);
+    if (ctl->output == CTL_JSON) {
+        ctl_print_json(ctl_json(&agents->base));
+    } else {
+        struct table table;
+        table_init(&table, (const char *const[]){"AGENT", "STATE", "RANK", "CONNECTED", "ENGINE", "NODE", "ADDRESS",
+                                                 "EPOCH", "INCARNATION", NULL});
+        for (size_t i = 0; i < agents->n_agents; i++) {
+            const Pb__Agent *a = agents->agents[i];
+            table_cell(&table, "%s", a->member->id);
+            table_cell(&table, "%s", state_name(a->state));
+            if (a->rank >= 0)
+                table_cell(&table, "%d", a->rank);
+            else
+                table_cell(&table, "-");
+            if (a->connected)
+                table_cell(&table, "yes");
+            else
+                table_cell(&table, "no, lease %llu ms", (unsigned long long)a->lease_left_ms);
+            table_cell(&table, "%s", a->engine ? "attached" : "none");
+            table_cell(&table, "%u", a->member->node);
+            table_cell(&table, "%s", a->member->address);
+            table_cell(&table, "%llu", (unsigned long long)a->applied_epoch);
+            table_cell(&table, "%016llx", (unsigned long long)a->member->incarnation);
+        }
+        table_print(&table, stdout);
+        table_done(&table);
+    }
+    rpc_unpack_free(&agents->base);
+    return CTL_OK;
+}

@@ -1,0 +1,239 @@
+/* eep-coordinator: options, signals, systemd.  What it does is in server.c and core.c. */
+#include <argp.h>
+#include <errno.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "common/daemon.h"
+#include "common/version.h"
+#include "coordinator/server.h"
+
+#define LISTEN_MAX 16
+
+struct options {
+    const char *listen[LISTEN_MAX];
+    size_t n_listen;
+    bool insecure;
+    const char *state, *cluster, *port_file;
+    enum log_level level;
+    struct coordinator_config core;
+};
+
+enum { KEY_USAGE = 0x7fff, KEY_HELP = 'h', KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
+       KEY_FOREGROUND, KEY_NUMBER };
+
+/* Numbers of the core: option, field, range. */
+static const struct number {
+    const char *name, *unit, *help;
+    size_t offset;
+    unsigned min, max;
+} numbers[] = {
+#define NUMBER(name, unit, field, min, max, help) {name, unit, help, offsetof(struct coordinator_config, field), min, max}
+    NUMBER("lease-ms", "MS", lease_ms, 50, 3600000, "an agent that is away longer is lost (3000)"),
+    NUMBER("heartbeat-ms", "MS", heartbeat_ms, 10, 600000, "agents say that they live this often (500)"),
+    NUMBER("lead-ms", "MS", lead_ms, 1, 60000, "how far ahead a commit is promised at the first try (250)"),
+    NUMBER("drain-ms", "MS", drain_ms, 1, 86400000, "how long a leaving engine may finish its requests (30000)"),
+    NUMBER("stage-ms", "MS", stage_ms, 100, 86400000, "deadline of a stage that moves no bytes (30000)"),
+    NUMBER("transfer-ms", "MS", transfer_ms, 100, 86400000, "a transfer without progress ends after this (60000)"),
+    NUMBER("slots", "N", slots, 0, 65536, "expert slots per rank and layer (0: as many as --min-ranks ranks need)"),
+    NUMBER("min-ranks", "N", min_ranks, 1, 256, "the smallest number of ranks that shall hold all experts (2)"),
+#undef NUMBER
+};
+#define N_NUMBERS (sizeof numbers / sizeof numbers[0])
+
+static error_t parse(int key, char *arg, struct argp_state *state)
+{
+    struct options *o = state->input;
+    switch (key) {
+    case KEY_LISTEN:
+        if (o->n_listen == LISTEN_MAX)
+            argp_error(state, "at most %d addresses to listen on", LISTEN_MAX);
+        o->listen[o->n_listen++] = arg;
+        return 0;
+    case KEY_STATE: o->state = arg; return 0;
+    case KEY_CLUSTER: o->cluster = arg; return 0;
+    case KEY_INSECURE: o->insecure = true; return 0;
+    case KEY_PORT_FILE: o->port_file = arg; return 0;
+    case KEY_FOREGROUND: return 0;
+    case KEY_LEVEL:
+        if (log_level_parse(arg, &o->level) < 0)
+            argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
+        return 0;
+    case KEY_HELP:
+        argp_state_help(state, stdout,
+                        ARGP_HELP_SHORT_USAGE | ARGP_HELP_LONG | ARGP_HELP_DOC | ARGP_HELP_EXIT_OK);
+        return 0;
+    case KEY_USAGE:
+        argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
+        return 0;
+    case ARGP_KEY_ARG:
+        argp_error(state, "unexpected argument '%s'", arg);
+        return 0;
+    default:
+        break;
+    }
+    if (key < KEY_NUMBER || key >= KEY_NUMBER + (int)N_NUMBERS)
+        return ARGP_ERR_UNKNOWN;
+    const struct number *n = &numbers[key - KEY_NUMBER];
+    char *end;
+    errno = 0;
+    unsigned long value = strtoul(arg, &end, 10);
+    if (errno || end == arg || *end || strchr(arg, '-') || value < n->min || value > n->max)
+        argp_error(state, "--%s must be a whole number from %u to %u, not '%s'", n->name, n->min, n->max, arg);
+    *(uint32_t *)((char *)&o->core + n->offset) = (uint32_t)value;
+    return 0;
+}
+
+static void parse_options(int argc, char **argv, struct options *o)
+{
+    static const struct argp_option fixed[] = {
+        {"listen", KEY_LISTEN, "ADDR", 0,
+         "listen here: unix:/path or host:port, port 0 picks one (repeatable; "
+         "default unix:/run/eep/coordinator.sock)", 0},
+        {"insecure", KEY_INSECURE, 0, 0, "allow TCP addresses other than the loopback, without encryption", 0},
+        {"port-file", KEY_PORT_FILE, "FILE", 0, "write the addresses with their real ports there, one a line", 0},
+        {"state", KEY_STATE, "DIR", 0, "folder of the journal (default /var/lib/eep)", 0},
+        {"cluster", KEY_CLUSTER, "NAME", 0, "only agents of this cluster are taken (default eep)", 0},
+        {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 0},
+        {"foreground", KEY_FOREGROUND, 0, 0, "stay in the foreground (always so)", 0},
+        {"help", KEY_HELP, 0, 0, "show this help", -1},
+        {"usage", KEY_USAGE, 0, OPTION_HIDDEN, "", -1},
+    };
+    const size_t n_fixed = sizeof fixed / sizeof fixed[0];
+    struct argp_option all[sizeof fixed / sizeof fixed[0] + N_NUMBERS + 2] = {0};
+    memcpy(all, fixed, sizeof fixed);
+    all[n_fixed] = (struct argp_option){.doc = "Times and sizes:", .group = 1};
+    for (size_t i = 0; i < N_NUMBERS; i++)
+        all[n_fixed + 1 + i] = (struct argp_option){.name = numbers[i].name, .key = KEY_NUMBER + (int)i,
+                                                .arg = numbers[i].unit, .doc = numbers[i].help, .group = 1};
+    const struct argp argp = {
+        .options = all,
+        .parser = parse,
+        .doc = "Coordinates an eep cluster: keeps the view, decides every change of topology, hosts the key-value "
+               "store.  One per cluster; serving engines go on without it.\v"
+               "Example:\n"
+               "  eep-coordinator --state /var/lib/eep --listen 127.0.0.1:7420\n"
+               "\n"
+               "SIGTERM and SIGINT stop it; agents and engines serve on.  Exit status: 0 stopped, 1 failed, 2 usage.",
+    };
+    argp_err_exit_status = 2;
+    if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, o))
+        exit(2);
+}
+
+struct process {
+    struct event_base *base;
+    struct log *log;
+    struct server *server;
+};
+
+static void on_stop(evutil_socket_t signal_number, short what, void *user)
+{
+    (void)what;
+    struct process *p = user;
+    log_event(p->log, LOG_LEVEL_INFO, "stopping", "signal=%s", strsignal((int)signal_number));
+    daemon_notify("STOPPING=1");
+    event_base_loopbreak(p->base);
+}
+
+static void on_hangup(evutil_socket_t signal_number, short what, void *user)
+{
+    (void)signal_number, (void)what;
+    log_event(((struct process *)user)->log, LOG_LEVEL_INFO, "nothing-to-reload", NULL);
+}
+
+static void on_status(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    char text[256] = "STATUS=";
+    server_status_text(((struct process *)user)->server, text + 7, sizeof text - 7);
+    daemon_notify(text);
+}
+
+static void on_fatal(void *user, const struct err *err)
+{
+    (void)user, (void)err; /* logged; what is not durable must not be acted on, so nothing is tidied up */
+    _exit(1);
+}
+
+static int announce(const struct process *p, const struct options *o, struct err *err)
+{
+    const char *addresses[LISTEN_MAX];
+    size_t n = 0;
+    for (; n < LISTEN_MAX && (addresses[n] = server_address(p->server, n)); n++)
+        log_event(p->log, LOG_LEVEL_INFO, "listening", "address=%s", addresses[n]);
+    return o->port_file ? daemon_write_addresses(o->port_file, addresses, n, err) : 0;
+}
+
+static int serve(struct process *p, const struct options *o, struct err *err)
+{
+    const struct server_config config = {
+        .base = p->base, .log = p->log, .cluster = o->cluster, .state = o->state, .listen = o->listen,
+        .n_listen = o->n_listen, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
+    };
+    int rc = server_open(&config, &p->server, err);
+    if (rc < 0)
+        return rc;
+    if ((rc = announce(p, o, err)) < 0)
+        return rc;
+    struct event *events[] = {
+        evsignal_new(p->base, SIGTERM, on_stop, p),
+        evsignal_new(p->base, SIGINT, on_stop, p),
+        evsignal_new(p->base, SIGHUP, on_hangup, p),
+        event_new(p->base, -1, EV_PERSIST, on_status, p),
+    };
+    const size_t n = sizeof events / sizeof events[0];
+    const struct timeval every = {.tv_sec = 2};
+    for (size_t i = 0; i < n; i++) {
+        bool timer = i == n - 1;
+        if (timer && !getenv("NOTIFY_SOCKET"))
+            continue; /* nobody reads the status: no wake-ups for it */
+        if (!events[i] || event_add(events[i], timer ? &every : NULL) != 0)
+            rc = err_set(err, ERR_NOMEM, "out of memory");
+    }
+    if (rc == 0) {
+        daemon_notify("READY=1");
+        if (event_base_dispatch(p->base) < 0)
+            rc = err_set(err, ERR_IO, "the event loop failed");
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (events[i])
+            event_free(events[i]);
+    }
+    return rc;
+}
+
+int main(int argc, char **argv)
+{
+    struct options o = {.state = "/var/lib/eep", .cluster = "eep", .level = LOG_LEVEL_INFO};
+    coordinator_config_default(&o.core);
+    parse_options(argc, argv, &o);
+    if (!o.n_listen)
+        o.listen[o.n_listen++] = "unix:/run/eep/coordinator.sock";
+    if (o.core.lease_ms < 2 * o.core.heartbeat_ms) {
+        fprintf(stderr, "eep-coordinator: --lease-ms %u must be at least twice --heartbeat-ms %u, or agents are lost "
+                "between two heartbeats\n", o.core.lease_ms, o.core.heartbeat_ms);
+        return 2;
+    }
+    signal(SIGPIPE, SIG_IGN);
+
+    struct err err = {0};
+    struct process p = {.base = event_base_new(), .log = log_new("eep-coordinator", o.cluster, o.level, -1)};
+    int rc = p.base && p.log ? serve(&p, &o, &err) : err_set(&err, ERR_NOMEM, "out of memory");
+    if (rc < 0) {
+        log_event(p.log, LOG_LEVEL_ERROR, "failed", "code=%s why=%s", err_code_name(err.code), err.text);
+        fprintf(stderr, "eep-coordinator: %s\n", err.text);
+    }
+    server_close(p.server);
+    if (rc == 0)
+        log_event(p.log, LOG_LEVEL_INFO, "stopped", NULL);
+    log_free(p.log);
+    if (p.base)
+        event_base_free(p.base);
+    if (rc < 0)
+        return err.code == ERR_INVALID || err.code == ERR_DENIED ? 2 : 1;
+    return 0;
+}

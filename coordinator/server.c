@@ -1,0 +1,317 @@
+/* The coordinator's edge: sockets and journal on one side, the pure core on the other.
+ *
+ *     agents  <-> agent_link.c \                    / journal.c (a thread of its own syncs)
+ *                               > server_step, core
+ *     eepctl  <-> control*.c   /                    \ log
+ *
+ * One event at a time is handed to the core; its actions are performed in order before the next one.  Nothing here
+ * blocks.  Loop thread. */
+#include "coordinator/server_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/clock.h"
+#include "common/daemon.h"
+#include "common/topology_wire.h"
+#include "common/version.h"
+
+#define STORE_BYTES_DEFAULT ((size_t)256 << 20)
+
+struct session *server_session(struct server *s, uint64_t id)
+{
+    struct session *session;
+    HASH_FIND(hh, s->sessions, &id, sizeof id, session);
+    return session;
+}
+
+static void fatal(struct server *s, const struct err *err)
+{
+    log_event(s->log, LOG_LEVEL_ERROR, "journal-failed", "why=%s", err->text);
+    s->config.on_fatal(s->config.user, err);
+    abort(); /* on_fatal has ended the process, or must not go on */
+}
+
+static void perform(struct server *s, struct coordinator_action *a)
+{
+    struct err err;
+    switch (a->type) {
+    case CA_SEND:
+        agent_link_send(s, a);
+        break;
+    case CA_CLOSE:
+        agent_link_close(s, a);
+        break;
+    case CA_JOURNAL: {
+        struct durable *durable = a->durable;
+        a->durable = NULL; /* the journal's now */
+        if (journal_submit(s->journal, a->seq, durable, a->parts, &err) < 0)
+            fatal(s, &err);
+        break;
+    }
+    case CA_REPLY:
+        control_reply(s, a);
+        break;
+    case CA_CHANGED:
+        event_active(s->changed, EV_TIMEOUT, 0);
+        break;
+    case CA_PHASE:
+        log_event(s->log, LOG_LEVEL_INFO, "phase", "op=%llu epoch=%llu transition=%s", (unsigned long long)a->op,
+                  (unsigned long long)a->epoch, a->text);
+        break;
+    case CA_LOG:
+        log_event(s->log, (enum log_level)a->level, "core", "epoch=%llu what=%s", (unsigned long long)a->epoch,
+                  a->text);
+        break;
+    }
+}
+
+void server_step(struct server *s, struct coordinator_event *event)
+{
+    /* Performing an action makes no callback, so no event can come while another one is on its way. */
+    if (s->stepping)
+        abort();
+    s->stepping = true;
+    event->wall_ms = clock_wall_ms();
+    coordinator_step(s->core, clock_now_ns(), event, &s->actions);
+    for (size_t i = 0; i < s->actions.n; i++)
+        perform(s, &s->actions.v[i]);
+    coordinator_actions_clear(&s->actions);
+    daemon_timer_set(s->tick, coordinator_deadline(s->core), clock_now_ns());
+    s->stepping = false;
+}
+
+/* ---- events of the loop ---- */
+
+static void on_tick(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    struct coordinator_event event = {.type = CE_TICK};
+    server_step(user, &event);
+}
+
+static void on_changed(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    control_serve_watchers(user);
+}
+
+static void on_journal(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    struct server *s = user;
+    struct err err;
+    uint64_t seq;
+    int code;
+    while (journal_completed(s->journal, &seq, &code, &err)) {
+        if (code < 0)
+            fatal(s, &err);
+        struct coordinator_event event = {.type = CE_JOURNALED, .seq = seq};
+        server_step(s, &event);
+    }
+}
+
+/* ---- connections ---- */
+
+static int on_hello(void *user, struct rpc_conn *conn, const struct rpc_identity *peer, struct err *err)
+{
+    (void)user, (void)conn;
+    switch (peer->role) {
+    case RPC_ROLE_AGENT:
+        if (!name_valid(peer->agent) || !peer->incarnation)
+            return err_set(err, ERR_INVALID, "an agent needs an id of [A-Za-z0-9._-] and an incarnation");
+        return 0;
+    case RPC_ROLE_OPERATOR:
+    case RPC_ROLE_READER:
+        return 0;
+    default:
+        return err_set(err, ERR_DENIED, "this is a coordinator: it takes agents, operators and readers, no %s",
+                       rpc_role_name(peer->role));
+    }
+}
+
+static void on_ready(void *user, struct rpc_conn *conn)
+{
+    struct server *s = user;
+    struct session *session = calloc(1, sizeof *session);
+    if (!session) {
+        rpc_conn_close(conn);
+        return;
+    }
+    session->server = s;
+    session->conn = conn;
+    session->id = rpc_conn_id(conn);
+    session->role = rpc_conn_peer(conn)->role;
+    HASH_ADD(hh, s->sessions, id, sizeof session->id, session);
+    rpc_conn_set_user(conn, session);
+    log_event(s->log, session->role == RPC_ROLE_AGENT ? LOG_LEVEL_INFO : LOG_LEVEL_DEBUG, "connected",
+              "conn=%llu peer=%s software=%s", (unsigned long long)session->id, rpc_conn_name(conn),
+              rpc_conn_peer(conn)->software);
+}
+
+static void on_frame(void *user, struct rpc_conn *conn, const struct frame *frame)
+{
+    (void)conn;
+    struct session *session = user;
+    if (session->role == RPC_ROLE_AGENT)
+        agent_link_frame(session, frame);
+    else
+        control_frame(session, frame);
+}
+
+static void session_free(struct session *session)
+{
+    control_closed(session);
+    HASH_DEL(session->server->sessions, session);
+    free(session);
+}
+
+static void on_close(void *user, struct rpc_conn *conn, int code, const char *reason)
+{
+    struct session *session = user;
+    struct server *s = session->server;
+    log_event(s->log, session->role == RPC_ROLE_AGENT ? LOG_LEVEL_INFO : LOG_LEVEL_DEBUG, "disconnected",
+              "conn=%llu peer=%s code=%s why=%s", (unsigned long long)session->id, rpc_conn_name(conn),
+              err_code_name(code), reason);
+    HASH_DEL(s->sessions, session); /* the core finds it no more, whatever it does about the loss */
+    control_closed(session);
+    if (session->role == RPC_ROLE_AGENT)
+        agent_link_closed(session);
+    free(session);
+}
+
+static const struct rpc_handlers handlers = {
+    .on_hello = on_hello, .on_ready = on_ready, .on_frame = on_frame, .on_close = on_close};
+
+void agent_link_close(struct server *s, const struct coordinator_action *action)
+{
+    struct session *session = server_session(s, action->conn);
+    if (!session)
+        return;
+    log_event(s->log, LOG_LEVEL_WARN, "dropped", "conn=%llu peer=%s why=%s", (unsigned long long)session->id,
+              rpc_conn_name(session->conn), action->text);
+    rpc_conn_finish(session->conn, 1000); /* what was sent before, EVICTED for one, shall arrive */
+    session_free(session);
+}
+
+/* ---- opening, closing ---- */
+
+static int check_listen(const struct server_config *config, struct err *err)
+{
+    if (!config->n_listen)
+        return err_set(err, ERR_INVALID, "no address to listen on");
+    for (size_t i = 0; i < config->n_listen; i++) {
+        if (!config->insecure && !daemon_address_is_local(config->listen[i]))
+            return err_set(err, ERR_DENIED,
+                           "will not listen on %s: connections are neither encrypted nor authenticated; "
+                           "use a unix socket or the loopback, or --insecure in a network that you trust",
+                           config->listen[i]);
+    }
+    if (!name_valid(config->cluster))
+        return err_set(err, ERR_INVALID, "the cluster's name '%s' must be 1 to %d of [A-Za-z0-9._-]", config->cluster,
+                       AGENT_ID_MAX - 1);
+    return 0;
+}
+
+static int open_core(struct server *s, struct err *err)
+{
+    struct durable durable;
+    bool found;
+    int rc = journal_open(s->config.state, s->config.cluster, &s->journal, err);
+    if (rc < 0 || (rc = journal_load(s->journal, &durable, &found, err)) < 0)
+        return rc;
+    s->core = coordinator_new(&s->config.core, found ? &durable : NULL, clock_now_ns());
+    if (found)
+        log_event(s->log, LOG_LEVEL_INFO, "recovered", "epoch=%llu map_version=%llu ranks=%u op=%llu",
+                  (unsigned long long)durable.epoch, (unsigned long long)durable.map_version,
+                  durable.view ? durable.view->n : 0, (unsigned long long)durable.open.op);
+    else
+        log_event(s->log, LOG_LEVEL_INFO, "new-cluster", "state=%s", s->config.state);
+    durable_done(&durable);
+    return s->core ? 0 : err_set(err, ERR_NOMEM, "out of memory");
+}
+
+static int open_events(struct server *s, struct err *err)
+{
+    s->tick = event_new(s->base, -1, 0, on_tick, s);
+    s->changed = event_new(s->base, -1, 0, on_changed, s);
+    s->journal_event = event_new(s->base, journal_fd(s->journal), EV_READ | EV_PERSIST, on_journal, s);
+    s->rpc = rpc_new(s->base);
+    if (!s->tick || !s->changed || !s->journal_event || !s->rpc || event_add(s->journal_event, NULL) != 0)
+        return err_set(err, ERR_NOMEM, "out of memory");
+    return 0;
+}
+
+int server_open(const struct server_config *config, struct server **ret_server, struct err *err)
+{
+    int rc = check_listen(config, err);
+    if (rc < 0)
+        return rc;
+    struct server *s = calloc(1, sizeof *s);
+    if (!s)
+        return err_set(err, ERR_NOMEM, "out of memory");
+    s->config = *config;
+    s->base = config->base;
+    s->log = config->log;
+    if (!s->config.store_bytes)
+        s->config.store_bytes = STORE_BYTES_DEFAULT;
+    struct rpc_identity self = {0};
+    snprintf(self.cluster, sizeof self.cluster, "%s", config->cluster);
+    snprintf(self.software, sizeof self.software, "eep-coordinator %s", EEP_SOFTWARE);
+    const struct rpc_options options = {.handlers = &handlers, .user = s, .self = &self, .unix_mode = 0660};
+
+    if ((rc = open_core(s, err)) < 0 || (rc = open_events(s, err)) < 0 || (rc = control_store_open(s, err)) < 0 ||
+        (rc = rpc_listen(s->rpc, config->listen, config->n_listen, &options, &s->listener, err)) < 0) {
+        server_close(s);
+        return rc;
+    }
+    daemon_timer_set(s->tick, coordinator_deadline(s->core), clock_now_ns());
+    *ret_server = s;
+    return 0;
+}
+
+static void event_drop(struct event *event)
+{
+    if (event)
+        event_free(event);
+}
+
+void server_close(struct server *s)
+{
+    if (!s)
+        return;
+    rpc_listener_close(s->listener);
+    struct session *session, *next;
+    HASH_ITER(hh, s->sessions, session, next) {
+        rpc_conn_close(session->conn);
+        session_free(session);
+    }
+    rpc_free(s->rpc);
+    control_store_close(s);
+    event_drop(s->tick);
+    event_drop(s->changed);
+    event_drop(s->journal_event);
+    journal_close(s->journal); /* finishes what is queued */
+    coordinator_actions_done(&s->actions);
+    coordinator_free(s->core);
+    free(s->view_packed);
+    free(s);
+}
+
+const char *server_address(const struct server *s, size_t i)
+{
+    return rpc_listener_address(s->listener, i);
+}
+
+void server_status_text(const struct server *s, char *text, size_t size)
+{
+    struct coordinator_status status;
+    coordinator_status(s->core, clock_now_ns(), &status);
+    if (status.op_running)
+        snprintf(text, size, "%u ranks, epoch %llu; operation %llu to %u ranks: %s", status.view ? status.view->n : 0,
+                 (unsigned long long)status.epoch, (unsigned long long)status.op.record.op, status.op.record.target,
+                 status.op.phase);
+    else
+        snprintf(text, size, "%u ranks, epoch %llu", status.view ? status.view->n : 0,
+                 (unsigned long long)status.epoch);
+}

@@ -1,0 +1,37 @@
+/* eep-coordinator without its main: listeners, connections, the journal and the core, wired to one event loop.
+ *
+ * Loop thread.  Several servers may live in one process (in one test). */
+#ifndef EEP_COORDINATOR_SERVER_H
+#define EEP_COORDINATOR_SERVER_H
+
+#include <event2/event.h>
+
+#include "common/log.h"
+#include "coordinator/core.h"
+
+struct server;
+
+struct server_config {
+    struct event_base *base;
+    struct log *log;                /* borrowed; NULL = quiet */
+    const char *cluster;            /* name */
+    const char *state;              /* folder of the journal */
+    const char *const *listen;      /* addresses */
+    size_t n_listen;
+    bool insecure;                  /* TCP addresses other than the loopback are allowed */
+    size_t store_bytes;             /* budget of the key-value store; 0 = 256 MiB */
+    struct coordinator_config core;
+    /* The journal could not be written: nothing more may be said to anybody.  Never returns to the server. */
+    void (*on_fatal)(void *user, const struct err *err);
+    void *user;
+};
+
+/* Recovers from the journal, then listens.  ERR_CONFLICT: another coordinator has the state or the address. */
+int server_open(const struct server_config *config, struct server **ret_server, struct err *err) MUST_CHECK;
+/* Closes every connection without a word: agents and engines serve on and look for a coordinator.  Takes NULL. */
+void server_close(struct server *server);
+const char *server_address(const struct server *server, size_t i); /* with its real port; NULL = no more */
+/* One sentence for people. */
+void server_status_text(const struct server *server, char *text, size_t size);
+
+#endif

@@ -1,0 +1,125 @@
+/* Inside eep-coordinator's edge: the server's state, and what its files call in one another.  Loop thread. */
+#ifndef EEP_COORDINATOR_SERVER_INTERNAL_H
+#define EEP_COORDINATOR_SERVER_INTERNAL_H
+
+#include <uthash.h>
+
+#include "common/control_methods.h"
+#include "common/rpc.h"
+#include "coordinator/barriers.h"
+#include "coordinator/journal.h"
+#include "coordinator/server.h"
+#include "coordinator/store.h"
+
+#include "control.pb-c.h"
+
+/* A connection that is past its handshake. */
+struct session {
+    struct server *server;
+    struct rpc_conn *conn;
+    uint64_t id; /* rpc_conn_id */
+    enum rpc_role role;
+    bool hello;           /* agents: HELLO has been handed to the core */
+    struct call *calls;   /* operators: open calls (utlist) */
+    UT_hash_handle hh;    /* server.sessions by id */
+};
+
+enum call_kind {
+    CALL_CORE,    /* the core answers by CA_REPLY */
+    CALL_WAIT,    /* the store answers by a wake-up */
+    CALL_BARRIER,
+    CALL_WATCH_OP,
+    CALL_WATCH_VIEW,
+};
+
+/* A call that is not answered yet, or a stream. */
+struct call {
+    struct session *session;
+    uint64_t request; /* our number for it */
+    uint64_t id;      /* the client's number for it */
+    enum control_method method;
+    enum call_kind kind;
+    uint64_t op;      /* WATCH_OP */
+    uint64_t seen;    /* WATCH_VIEW: version that was sent last */
+    char *key;        /* KV_GET */
+    struct call *prev, *next;
+    UT_hash_handle hh; /* server.calls by request */
+};
+
+struct server {
+    struct server_config config;
+    struct event_base *base;
+    struct log *log;
+    struct rpc *rpc;
+    struct rpc_listener *listener;
+    struct journal *journal;
+    struct event *journal_event;
+    struct coordinator *core;
+    struct coordinator_actions actions;
+    bool stepping;                 /* inside coordinator_step's actions */
+    struct event *tick;            /* CE_TICK */
+    struct event *changed;         /* serves the watchers, once per loop turn */
+    struct session *sessions;
+    struct call *calls;
+    uint64_t next_request;
+    /* control_status.c */
+    uint8_t *view_packed;          /* what the view's watchers were sent last */
+    size_t view_packed_len;
+    uint64_t view_version;
+    /* control_store.c */
+    struct store *store;
+    struct barriers *barriers;
+    struct event *store_tick;
+};
+
+/* ---- server.c ---- */
+/* Hands one event to the core and performs what comes out. */
+void server_step(struct server *server, struct coordinator_event *event);
+struct session *server_session(struct server *server, uint64_t id);
+
+/* ---- agent_link.c: agents ---- */
+void agent_link_frame(struct session *session, const struct frame *frame);
+void agent_link_closed(struct session *session);
+void agent_link_send(struct server *server, const struct coordinator_action *action);
+void agent_link_close(struct server *server, const struct coordinator_action *action);
+
+/* ---- control.c: operators, routers, tools ---- */
+void control_frame(struct session *session, const struct frame *frame);
+void control_closed(struct session *session);
+void control_reply(struct server *server, const struct coordinator_action *action);
+
+struct call *call_new(struct session *session, const struct frame *frame, enum call_kind kind);
+struct call *call_find(struct server *server, uint64_t request);
+void call_free(struct call *call);
+/* The answer; ends the call. */
+void call_reply(struct call *call, const ProtobufCMessage *reply);
+void call_fail(struct call *call, int code, const char *text);
+/* A call that needs no struct call: answered at once. */
+void frame_reply(struct session *session, const struct frame *frame, const ProtobufCMessage *reply);
+void frame_fail(struct session *session, const struct frame *frame, int code, const char *text);
+
+/* ---- control_status.c: looking, watching ---- */
+void control_version(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_status(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_agents(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_operations(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_watch_operation(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_watch_view(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_serve_watchers(struct server *server);
+void control_plan_summary(const struct server *server, const struct plan *plan, Pb__PlanSummary *ret_summary);
+
+/* ---- control_store.c: keys and barriers ---- */
+int control_store_open(struct server *server, struct err *err) MUST_CHECK;
+void control_store_close(struct server *server);
+void control_store_cancel(struct call *call); /* its connection is gone */
+void control_kv_set(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_get(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_check(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_add(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_cas(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_delete(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_list(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_wait(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_barrier_arrive(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+
+#endif
