@@ -1,0 +1,395 @@
+/* See cluster.h. */
+#include "tests/harness/cluster.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <jansson.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define ARGS_MAX 48
+
+uint64_t cluster_now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+void cluster_sleep_ms(int ms)
+{
+    struct timespec t = {ms / 1000, (long)(ms % 1000) * 1000000};
+    nanosleep(&t, NULL);
+}
+
+/* A child whose stdout and stderr go to dir/<log>.out and dir/<log>.log. */
+static pid_t cluster_spawn(const struct cluster *c, const char *log, const char *program, const char *const *args)
+{
+    char path[512], out[256], err[256];
+    const char *argv[ARGS_MAX + 2];
+    int n = 0;
+    snprintf(path, sizeof(path), "%s/%s", c->bin, program);
+    snprintf(out, sizeof(out), "%s/%s.out", c->dir, log);
+    snprintf(err, sizeof(err), "%s/%s.log", c->dir, log);
+    argv[n++] = path;
+    for (int i = 0; args[i] && n < ARGS_MAX; i++)
+        argv[n++] = args[i];
+    argv[n] = NULL;
+    pid_t parent = getpid();
+    pid_t pid = fork();
+    if (pid < 0)
+        perror("fork");
+    if (pid != 0)
+        return pid;
+    setpgid(0, 0);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(127);
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    int in = open("/dev/null", O_RDONLY), fo = open(out, O_WRONLY | O_CREAT | O_APPEND, 0600),
+        fe = open(err, O_WRONLY | O_CREAT | O_APPEND, 0600);
+    if (in < 0 || fo < 0 || fe < 0)
+        _exit(127);
+    dup2(in, 0);
+    dup2(fo, 1);
+    dup2(fe, 2);
+    close(in);
+    close(fo);
+    close(fe);
+    execv(path, (char *const *)(uintptr_t)argv);
+    dprintf(2, "cannot run %s: %s\n", path, strerror(errno));
+    _exit(127);
+}
+
+int cluster_wait(pid_t *pid, int timeout_ms)
+{
+    uint64_t end = cluster_now_ms() + (uint64_t)timeout_ms;
+    for (;;) {
+        int status;
+        if (*pid <= 0)
+            return -1;
+        pid_t r = waitpid(*pid, &status, WNOHANG);
+        if (r == *pid || (r < 0 && errno == ECHILD)) {
+            *pid = 0;
+            return r < 0 ? -1 : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+        }
+        if (cluster_now_ms() >= end)
+            return -1;
+        cluster_sleep_ms(5);
+    }
+}
+
+void cluster_signal(pid_t *pid, int signal)
+{
+    if (*pid <= 0)
+        return;
+    kill(*pid, signal);
+    if (signal == SIGKILL)
+        (void)cluster_wait(pid, 5000);
+}
+
+int cluster_coordinator_start(struct cluster *c)
+{
+    char state[192];
+    const char *args[ARGS_MAX] = {"--listen", c->address, "--state", state, NULL};
+    int n = 4;
+    snprintf(state, sizeof(state), "%s/state", c->dir);
+    for (int i = 0; i < 16 && c->options.coordinator_args[i]; i++)
+        args[n++] = c->options.coordinator_args[i];
+    args[n] = NULL;
+    c->coordinator = cluster_spawn(c, "coordinator", "eep-coordinator", args);
+    return c->coordinator > 0 ? 0 : -1;
+}
+
+int cluster_start(struct cluster *c, const struct cluster_options *options)
+{
+    memset(c, 0, sizeof(*c));
+    c->options = *options;
+    const char *bin = options->bin ? options->bin : getenv("EEP_BIN");
+    snprintf(c->bin, sizeof(c->bin), "%s", bin ? bin : "build");
+    const char *tmp = getenv("TMPDIR");
+    snprintf(c->dir, sizeof(c->dir), "%s/eep.XXXXXX", tmp && strlen(tmp) < 60 ? tmp : "/tmp");
+    if (!mkdtemp(c->dir)) {
+        fprintf(stderr, "cannot create %s: %s\n", c->dir, strerror(errno));
+        return -1;
+    }
+    snprintf(c->address, sizeof(c->address), "unix:%s/coordinator.sock", c->dir);
+    return cluster_coordinator_start(c);
+}
+
+int cluster_agent_start(struct cluster *c, int i)
+{
+    char id[16], socket[192], log[32];
+    const char *args[ARGS_MAX] = {"--id", id, "--coordinator", c->address, "--engine-socket", socket, NULL};
+    int n = 6;
+    snprintf(id, sizeof(id), "gpu%d", i);
+    snprintf(log, sizeof(log), "agent-%d", i);
+    snprintf(socket, sizeof(socket), "%s/engine-%d.sock", c->dir, i);
+    bool fused = c->options.layout && strcmp(c->options.layout, "fused") == 0;
+    if (i < c->options.loaders && !fused) {
+        args[n++] = "--checkpoint";
+        args[n++] = c->options.model;
+    }
+    if (i < c->options.loaders && fused)
+        args[n++] = "--engine-seals";
+    args[n] = NULL;
+    c->agent[i] = cluster_spawn(c, log, "eep-agent", args);
+    return c->agent[i] > 0 ? 0 : -1;
+}
+
+int cluster_engine_start(struct cluster *c, int i)
+{
+    char socket[192], step[16], log[32];
+    const char *args[ARGS_MAX] = {"--socket", socket, "--step-ms", step, NULL};
+    int n = 4;
+    snprintf(log, sizeof(log), "engine-%d", i);
+    snprintf(socket, sizeof(socket), "%s/engine-%d.sock", c->dir, i);
+    snprintf(step, sizeof(step), "%d", c->options.step_ms);
+    if (c->options.dispatch) {
+        args[n++] = "--dispatch";
+        args[n++] = c->options.dispatch;
+    }
+    if (c->options.layout) {
+        args[n++] = "--layout";
+        args[n++] = c->options.layout;
+        if (strcmp(c->options.layout, "fused") == 0 && i < c->options.loaders) {
+            args[n++] = "--checkpoint";
+            args[n++] = c->options.model;
+        }
+    }
+    args[n] = NULL;
+    c->engine[i] = cluster_spawn(c, log, "tests/eep-engine", args);
+    return c->engine[i] > 0 ? 0 : -1;
+}
+
+int cluster_all_start(struct cluster *c)
+{
+    for (int i = 0; i < c->options.agents; i++)
+        if (cluster_agent_start(c, i) < 0 || cluster_engine_start(c, i) < 0)
+            return -1;
+    return 0;
+}
+
+int cluster_feeder_start(struct cluster *c, const char *const *extra)
+{
+    char report[192], status[192];
+    const char *args[ARGS_MAX] = {"--coordinator", c->address, "--data", c->options.model, "--report", report,
+                                  "--status", status, NULL};
+    int n = 8;
+    snprintf(report, sizeof(report), "%s/report.json", c->dir);
+    snprintf(status, sizeof(status), "%s/feeder.json", c->dir);
+    unlink(report);
+    unlink(status);
+    for (int i = 0; extra && extra[i] && n < ARGS_MAX - 1; i++)
+        args[n++] = extra[i];
+    args[n] = NULL;
+    c->feeder = cluster_spawn(c, "feeder", "tests/eep-feeder", args);
+    return c->feeder > 0 ? 0 : -1;
+}
+
+int cluster_feeder_wait(struct cluster *c, int timeout_ms)
+{
+    return cluster_wait(&c->feeder, timeout_ms);
+}
+
+int cluster_feeder_stop(struct cluster *c, int timeout_ms)
+{
+    cluster_signal(&c->feeder, SIGTERM);
+    return cluster_wait(&c->feeder, timeout_ms);
+}
+
+pid_t cluster_ctl_start(struct cluster *c, const char *name, const char *const *args)
+{
+    const char *all[ARGS_MAX] = {"-c", c->address, NULL};
+    int n = 2;
+    char path[256];
+    for (int i = 0; args[i] && n < ARGS_MAX - 1; i++)
+        all[n++] = args[i];
+    all[n] = NULL;
+    snprintf(path, sizeof(path), "%s/%s.out", c->dir, name);
+    unlink(path);
+    snprintf(path, sizeof(path), "%s/%s.log", c->dir, name);
+    unlink(path);
+    return cluster_spawn(c, name, "eepctl", all);
+}
+
+char *cluster_read(const struct cluster *c, const char *name)
+{
+    char path[512];
+    snprintf(path, sizeof(path), "%s/%s", c->dir, name);
+    FILE *f = fopen(path, "re");
+    if (!f)
+        return NULL;
+    char *text = NULL;
+    size_t cap = 0, len = 0, got;
+    do {
+        char *grown = realloc(text, cap + 65536 + 1);
+        if (!grown)
+            break;
+        text = grown;
+        cap += 65536;
+        got = fread(text + len, 1, cap - len, f);
+        len += got;
+    } while (got > 0);
+    fclose(f);
+    if (text)
+        text[len] = '\0';
+    return text;
+}
+
+int cluster_ctl(struct cluster *c, char *out, size_t size, ...)
+{
+    static unsigned count;
+    const char *args[ARGS_MAX];
+    char name[32], file[64];
+    int n = 0;
+    va_list ap;
+    va_start(ap, size);
+    while (n < ARGS_MAX - 4 && (args[n] = va_arg(ap, const char *)))
+        n++;
+    va_end(ap);
+    args[n] = NULL;
+    snprintf(name, sizeof(name), "ctl-%u", count++);
+    pid_t pid = cluster_ctl_start(c, name, args);
+    int status = cluster_wait(&pid, 120000);
+    if (pid > 0)
+        cluster_signal(&pid, SIGKILL);
+    if (size)
+        out[0] = '\0';
+    static const char *const ends[] = {"out", "log"};
+    for (int i = 0; i < 2; i++) {
+        snprintf(file, sizeof(file), "%s.%s", name, ends[i]);
+        char *text = cluster_read(c, file);
+        size_t used = size ? strlen(out) : 0;
+        if (text && size)
+            snprintf(out + used, size - used, "%s", text);
+        free(text);
+        snprintf(file, sizeof(file), "%s.%s", name, ends[i]);
+        char path[256];
+        snprintf(path, sizeof(path), "%s/%s", c->dir, file);
+        unlink(path);
+    }
+    return status;
+}
+
+int cluster_wait_agents(struct cluster *c, int n, int timeout_ms)
+{
+    uint64_t end = cluster_now_ms() + (uint64_t)timeout_ms;
+    char *out = malloc(65536);
+    int there = 0;
+    while (out && there < n && cluster_now_ms() < end) {
+        there = 0;
+        if (cluster_ctl(c, out, 65536, "-o", "json", "agents", NULL) == 0) {
+            json_t *root = json_loads(out, JSON_DISABLE_EOF_CHECK, NULL);
+            json_t *list = json_is_object(root) ? json_object_get(root, "agents") : root;
+            size_t i;
+            json_t *agent;
+            json_array_foreach(list, i, agent)
+            {
+                json_t *engine = json_object_get(agent, "engine");
+                there += json_is_true(engine) || (json_is_string(engine) && json_string_length(engine) > 1);
+            }
+            json_decref(root);
+        }
+        if (there < n)
+            cluster_sleep_ms(50);
+    }
+    free(out);
+    return there >= n ? 0 : -1;
+}
+
+static int cluster_remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    (void)st;
+    (void)type;
+    (void)ftw;
+    return remove(path);
+}
+
+/* SIGTERM, a while, SIGKILL.  Counts processes that did not end cleanly. */
+static int cluster_end(pid_t *pid, const char *what, int i)
+{
+    if (*pid <= 0)
+        return 0;
+    kill(*pid, SIGCONT);
+    int status = cluster_wait(pid, 8000);
+    if (*pid > 0) {
+        fprintf(stderr, "%s %d did not stop on SIGTERM\n", what, i);
+        cluster_signal(pid, SIGKILL);
+        return 1;
+    }
+    if (status != 0)
+        fprintf(stderr, "%s %d ended with status %d\n", what, i, status);
+    return status != 0;
+}
+
+int cluster_stop(struct cluster *c, bool keep)
+{
+    int bad = 0;
+    if (!c->dir[0])
+        return 0;
+    if (c->feeder > 0)
+        kill(c->feeder, SIGKILL);
+    (void)cluster_wait(&c->feeder, 2000);
+    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
+        if (c->engine[i] > 0)
+            kill(c->engine[i], SIGTERM);
+    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
+        bad += cluster_end(&c->engine[i], "engine", i);
+    /* the second SIGTERM says: at once, without waiting to be drained */
+    for (int k = 0; k < 2; k++) {
+        for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
+            if (c->agent[i] > 0)
+                kill(c->agent[i], SIGTERM);
+        cluster_sleep_ms(20);
+    }
+    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
+        bad += cluster_end(&c->agent[i], "agent", i);
+    if (c->coordinator > 0)
+        kill(c->coordinator, SIGTERM);
+    bad += cluster_end(&c->coordinator, "coordinator", 0);
+    if (!keep && nftw(c->dir, cluster_remove_one, 16, FTW_DEPTH | FTW_PHYS) != 0)
+        fprintf(stderr, "could not remove %s: %s\n", c->dir, strerror(errno));
+    c->dir[0] = '\0';
+    return bad;
+}
+
+long cluster_rss(pid_t pid)
+{
+    char path[64], line[256];
+    long kb = -1;
+    snprintf(path, sizeof(path), "/proc/%d/status", pid);
+    FILE *f = fopen(path, "re");
+    while (f && fgets(line, sizeof(line), f))
+        if (sscanf(line, "VmRSS: %ld", &kb) == 1)
+            break;
+    if (f)
+        fclose(f);
+    return kb < 0 ? -1 : kb * 1024;
+}
+
+int cluster_fds(pid_t pid)
+{
+    char path[64];
+    int n = -2; /* . and .. */
+    snprintf(path, sizeof(path), "/proc/%d/fd", pid);
+    DIR *d = opendir(path);
+    if (!d)
+        return -1;
+    while (readdir(d))
+        n++;
+    closedir(d);
+    return n;
+}

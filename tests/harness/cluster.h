@@ -1,0 +1,73 @@
+/* A whole cluster on loopback in a temporary folder: one coordinator, agents, their engines, a request feeder.
+ *
+ * Used by the demo, the integration tests and the benchmarks.  Every process is a child of the caller, in a group of its
+ * own (a Ctrl-C at the terminal reaches only the caller), and dies with it.  cluster_stop ends them all and removes
+ * the folder.  Not thread safe; several clusters side by side are fine. */
+#ifndef EEP_TESTS_HARNESS_CLUSTER_H
+#define EEP_TESTS_HARNESS_CLUSTER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#define CLUSTER_AGENTS_MAX 16
+
+struct cluster_options {
+    const char *bin;          /* folder of the binaries; NULL = $EEP_BIN or "build" */
+    const char *model;        /* checkpoint folder */
+    int agents;               /* named gpu0 .. */
+    int loaders;              /* agents that get the path of the checkpoint (the first ones); 0 = none but by layout */
+    const char *layout;       /* of the engines: "loader" (default) or "fused" (sealed by the engine) */
+    const char *dispatch;     /* "source" (default) or "replicated" */
+    int step_ms;              /* minimum duration of an engine step */
+    const char *coordinator_args[16]; /* NULL terminated */
+};
+
+enum cluster_role { CLUSTER_COORDINATOR, CLUSTER_AGENT, CLUSTER_ENGINE, CLUSTER_FEEDER };
+
+struct cluster {
+    struct cluster_options options;
+    char dir[128];            /* temporary folder: sockets, state, logs */
+    char bin[256];
+    char address[192];        /* of the coordinator: unix:... */
+    pid_t coordinator, feeder;
+    pid_t agent[CLUSTER_AGENTS_MAX], engine[CLUSTER_AGENTS_MAX];
+};
+
+/* Creates the folder and starts the coordinator.  0 or -1 with a sentence on stderr. */
+int cluster_start(struct cluster *c, const struct cluster_options *options);
+int cluster_coordinator_start(struct cluster *c); /* again, on the same state */
+int cluster_agent_start(struct cluster *c, int i);
+int cluster_engine_start(struct cluster *c, int i);
+int cluster_all_start(struct cluster *c);         /* every agent with its engine */
+/* Arguments after the common ones, NULL terminated; report in dir/report.json, status in dir/feeder.json. */
+int cluster_feeder_start(struct cluster *c, const char *const *args);
+/* Sends SIGTERM and waits up to timeout_ms: the feeder stops issuing and reports.  Returns its exit status, -1: none. */
+int cluster_feeder_stop(struct cluster *c, int timeout_ms);
+int cluster_feeder_wait(struct cluster *c, int timeout_ms);
+
+/* Signals one process; SIGKILL is waited for.  *pid becomes 0 when it has ended. */
+void cluster_signal(pid_t *pid, int signal);
+/* Waits for the end of a child; its exit status (128 + signal when killed), -1 when it runs on after timeout_ms. */
+int cluster_wait(pid_t *pid, int timeout_ms);
+
+/* Runs eepctl with these arguments (NULL terminated); output (stdout, then stderr) in out.  Returns the exit code. */
+int cluster_ctl(struct cluster *c, char *out, size_t size, ...) __attribute__((sentinel));
+/* The same without waiting: stdout and stderr go to dir/<name>.out and .err. */
+pid_t cluster_ctl_start(struct cluster *c, const char *name, const char *const *args);
+
+/* Polls `eepctl agents -o json` until n agents are there with an engine attached.  0, or -1 after timeout_ms. */
+int cluster_wait_agents(struct cluster *c, int n, int timeout_ms);
+/* Reads a file of the folder; caller frees.  NULL when it is not there. */
+char *cluster_read(const struct cluster *c, const char *name);
+/* Ends everything; keep: leaves the folder (to look at the logs).  Exit statuses other than 0 of daemons that had to
+ * stop by SIGTERM are counted and returned: 0 = all clean. */
+int cluster_stop(struct cluster *c, bool keep);
+
+/* Resident bytes and open descriptors of a process. */
+long cluster_rss(pid_t pid);
+int cluster_fds(pid_t pid);
+uint64_t cluster_now_ms(void);
+void cluster_sleep_ms(int ms);
+
+#endif
