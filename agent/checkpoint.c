@@ -14,11 +14,11 @@
 #include "agent/checkpoint_internal.h"
 
 #define SINGLE_NAME "model.safetensors"
-#define INDEX_NAME "model.safetensors.index.json"
+#define INDEX_NAME  "model.safetensors.index.json"
 #define CONFIG_NAME "config.json"
-#define CONFIG_MAX (1u << 20)
-#define INDEX_MAX (256u << 20)
-#define SHARDS_MAX 4096u
+#define CONFIG_MAX  (1u << 20)
+#define INDEX_MAX   (256u << 20)
+#define SHARDS_MAX  4096u
 
 static char *path_join(const char *dir, const char *name)
 {
@@ -137,7 +137,8 @@ static int shards_open(struct checkpoint *c, const char *path, const json_t *map
 {
     const char *name;
     json_t *value;
-    json_object_foreach((json_t *)map, name, value) {
+    json_object_foreach((json_t *)map, name, value)
+    {
         const char *file = json_string_value(value);
         if (!file || file[0] == '\0' || strchr(file, '/') || strcmp(file, "..") == 0)
             return err_set(err, ERR_INVALID, "%s: tensor \"%s\" does not name a file of this folder", path, name);
@@ -166,19 +167,22 @@ static int name_compare(const void *a, const void *b)
 }
 
 /* The index and the shards must agree: every tensor is where the index says, and no shard has one more. */
-static int shards_match(struct checkpoint *c, const char *path, const json_t *map, const json_t *shards, struct err *err)
+static int shards_match(struct checkpoint *c, const char *path, const json_t *map, const json_t *shards,
+                        struct err *err)
 {
     const char *name;
     json_t *value;
     c->all = calloc(json_object_size(map) + 1, sizeof *c->all);
     if (!c->all)
         return err_set(err, ERR_NOMEM, "out of memory");
-    json_object_foreach((json_t *)map, name, value) {
+    json_object_foreach((json_t *)map, name, value)
+    {
         const char *file = json_string_value(value);
         size_t at = (size_t)json_integer_value(json_object_get(shards, file));
         const struct safetensors_tensor *t = safetensors_find(c->files[at], name);
         if (!t)
-            return err_set(err, ERR_INVALID, "%s: tensor \"%s\" is not in %s, where the index has it", path, name, file);
+            return err_set(err, ERR_INVALID, "%s: tensor \"%s\" is not in %s, where the index has it", path, name,
+                           file);
         c->all[c->n_all++] = t;
     }
     qsort(c->all, c->n_all, sizeof *c->all, name_compare);

@@ -1,5 +1,5 @@
-/* What the files of the checkpoint loader share: checkpoint.c (files, index, config), checkpoint_names.c (which tensor is
- * what), checkpoint_load.c (the layout, and the bytes).  Worker thread. */
+/* What the files of the checkpoint loader share: checkpoint.c (files, index, config), checkpoint_names.c (which tensor
+ * is what), checkpoint_load.c (the layout, and the bytes).  Worker thread. */
 #ifndef EEP_AGENT_CHECKPOINT_INTERNAL_H
 #define EEP_AGENT_CHECKPOINT_INTERNAL_H
 

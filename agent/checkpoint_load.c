@@ -10,8 +10,8 @@
 #include "agent/checkpoint_internal.h"
 
 #define DENSE_ALIGN 256u
-#define COPY_BYTES (4u << 20) /* between two looks at progress and cancellation */
-#define PRODUCER "loader"
+#define COPY_BYTES  (4u << 20) /* between two looks at progress and cancellation */
+#define PRODUCER    "loader"
 
 /* A part is its pieces, one under the other. */
 static const struct {
@@ -110,8 +110,8 @@ struct load {
     uint64_t bytes;
 };
 
-static int load_bytes(struct load *load, const struct safetensors_tensor *t, struct memory_region *region, size_t offset,
-                      struct err *err)
+static int load_bytes(struct load *load, const struct safetensors_tensor *t, struct memory_region *region,
+                      size_t offset, struct err *err)
 {
     struct memory_backend *memory = load->w->memory;
     for (size_t done = 0; done < t->bytes;) {
@@ -170,7 +170,8 @@ static int load_expert(struct load *load, uint32_t layer, uint32_t slot, uint32_
         }
     }
     struct model *model = load->w->model;
-    return weights_slot_digest(load->w, layer, slot, &model->expert_digest[(size_t)layer * model->logical + expert], err);
+    return weights_slot_digest(load->w, layer, slot, &model->expert_digest[(size_t)layer * model->logical + expert],
+                               err);
 }
 
 /* The weights must be those of checkpoint_manifest(), else offsets would mean something else. */
@@ -193,8 +194,9 @@ static int load_check(const struct checkpoint *c, const struct weights *w, const
     if (map->layers != c->layers || map->logical != c->experts || map->slots != w->manifest.slots || rank >= map->ranks)
         return err_set(err, ERR_INVALID,
                        "%s: the map has %u layers, %u experts, %u slots and %u ranks; that does not fit %u layers, "
-                       "%u experts, %u slots at rank %u", c->dir, map->layers, map->logical, map->slots, map->ranks,
-                       c->layers, c->experts, w->manifest.slots, rank);
+                       "%u experts, %u slots at rank %u",
+                       c->dir, map->layers, map->logical, map->slots, map->ranks, c->layers, c->experts,
+                       w->manifest.slots, rank);
     return 0;
 }
 

@@ -15,7 +15,7 @@ static const struct {
     const char *name;
     enum piece piece;
 } piece_table[] = {
-    {"gate_proj", PIECE_GATE}, {"w1", PIECE_GATE},   {"up_proj", PIECE_UP},
+    {"gate_proj", PIECE_GATE}, {"w1", PIECE_GATE},        {"up_proj", PIECE_UP},
     {"w3", PIECE_UP},          {"down_proj", PIECE_DOWN}, {"w2", PIECE_DOWN},
 };
 static const char *const piece_names[PIECES] = {"gate projection", "up projection", "down projection"};
@@ -146,8 +146,8 @@ static int layer_shapes(const struct checkpoint *c, const struct found *found, s
         bool down = f->piece == PIECE_DOWN;
         if (!is_matrix(f->tensor, down ? hidden : inner, down ? inner : hidden, first->dtype))
             return err_set(err, ERR_INVALID,
-                           "%s: layer %u: the %s of expert %u (\"%s\") is not [%llu, %llu] %s, as \"%s\" demands", c->dir,
-                           f->layer, piece_names[f->piece], f->expert, f->tensor->name,
+                           "%s: layer %u: the %s of expert %u (\"%s\") is not [%llu, %llu] %s, as \"%s\" demands",
+                           c->dir, f->layer, piece_names[f->piece], f->expert, f->tensor->name,
                            (unsigned long long)(down ? hidden : inner), (unsigned long long)(down ? inner : hidden),
                            first->dtype, first->name);
     }
@@ -178,8 +178,10 @@ static int layers_check(struct checkpoint *c, const struct found *found, size_t 
         from = to;
     }
     if (c->layers == 0)
-        return err_set(err, ERR_UNSUPPORTED, "%s: no tensor is named ...layers.L....experts.E.<part>.weight; "
-                       "this is no mixture-of-experts checkpoint that this loader knows", c->dir);
+        return err_set(err, ERR_UNSUPPORTED,
+                       "%s: no tensor is named ...layers.L....experts.E.<part>.weight; "
+                       "this is no mixture-of-experts checkpoint that this loader knows",
+                       c->dir);
     return 0;
 }
 
@@ -201,9 +203,11 @@ int checkpoint_classify(struct checkpoint *c, struct err *err)
             n++;
             break;
         case NAME_STRANGE:
-            rc = err_set(err, ERR_UNSUPPORTED,
-                         "%s: tensor \"%s\" belongs to experts, but is not named ...layers.L....experts.E.<part>.weight "
-                         "with a part that this loader knows", c->dir, c->all[i]->name);
+            rc =
+                err_set(err, ERR_UNSUPPORTED,
+                        "%s: tensor \"%s\" belongs to experts, but is not named ...layers.L....experts.E.<part>.weight "
+                        "with a part that this loader knows",
+                        c->dir, c->all[i]->name);
             break;
         }
     if (rc == 0 && n > 0)

@@ -177,6 +177,7 @@ static void step_event(struct agent_core *core, const struct agent_event *e)
     case AE_WORK_PROGRESS: agent_work_progress(core, e); return;
     case AE_ENGINE_ATTACHED: agent_engine_attached(core, e); return;
     case AE_ENGINE_DETACHED: agent_engine_gone(core, e->text); return;
+    case AE_ENGINE_ENDPOINT: agent_engine_moved(core, e->endpoint); return;
     case AE_ENGINE_PREPARED: agent_stage_prepared(core, e); return;
     case AE_ENGINE_DRAINED: agent_stage_drained(core, NULL); return;
     case AE_ENGINE_SEALED: agent_stage_sealed(core, e); return;
@@ -204,7 +205,7 @@ void agent_core_step(struct agent_core *core, uint64_t now_ns, const struct agen
     core->now_ns = now_ns;
     core->page = event->page;
     core->out = out;
-    /* First, because only now the snapshot is younger than the gate: whatever writes the gate below waits for the next. */
+    /* First, because the snapshot is younger than the gate here: what writes the gate below waits for the next one. */
     if (core->fence.epoch)
         agent_commit_event(core);
     agent_commit_check_flip(core);

@@ -6,7 +6,7 @@
  * has asked the worker and the engine to do.  It never touches the control page: an event carries a snapshot,
  * and writes to the page are actions in an order that matters.
  *
- * The protocol is shared/commit.md; see docs/protocol.md in this repository. */
+ * The protocol is that of docs/protocol.md. */
 #ifndef EEP_AGENT_CORE_H
 #define EEP_AGENT_CORE_H
 
@@ -73,6 +73,7 @@ enum agent_event_type {
     AE_ENGINE_RELEASED, /* the engine has unmapped the regions (answer to AA_ENGINE_RELEASE; implied by a detach) */
     AE_ENGINE_WAVE,     /* the engine starts a wave with step `value` */
     AE_PEER_WAVE,       /* a peer agent's engine, in view `epoch`, starts a wave with step `value` */
+    AE_ENGINE_ENDPOINT, /* endpoint: the attached engine is reached elsewhere from now on */
     AE_STOP,            /* SIGTERM */
 };
 
@@ -86,7 +87,7 @@ struct agent_event {
     const char *text;        /* borrowed; may be NULL */
     struct blob *blob;       /* borrowed */
     struct model *model;     /* borrowed */
-    /* AE_ENGINE_ATTACHED */
+    /* AE_ENGINE_ATTACHED (AE_ENGINE_ENDPOINT: endpoint) */
     uint32_t dispatch;
     const char *endpoint;
     uint64_t kv_bytes;       /* NO_LIMIT = not profiled */

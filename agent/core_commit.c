@@ -439,7 +439,7 @@ void agent_commit_check_flip(struct agent_core *core)
 
 /* ---- in doubt ---- */
 
-/* The coordinator is gone, and the engine is held by a promise: after a while it is cut off.  It never runs on alone. */
+/* The coordinator is gone, and a promise holds the engine: after a while it is cut off.  It never runs on alone. */
 void agent_commit_check_doubt(struct agent_core *core)
 {
     bool alone = core->promise.epoch && core->promise.engine != PROMISE_JOINER && !core->welcomed;

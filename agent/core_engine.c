@@ -108,6 +108,17 @@ void agent_engine_attached(struct agent_core *core, const struct agent_event *ev
     engine_say(core);
 }
 
+void agent_engine_moved(struct agent_core *core, const char *endpoint)
+{
+    struct core_engine *e = &core->engine;
+    if (!e->attached)
+        return;
+    memset(e->endpoint, 0, sizeof(e->endpoint));
+    snprintf(e->endpoint, sizeof(e->endpoint), "%s", endpoint ? endpoint : "");
+    acore_log(core, AGENT_LOG_INFO, "the engine's endpoint is %.100s now", e->endpoint);
+    engine_say(core);
+}
+
 static void engine_lost(struct agent_core *core, const char *why)
 {
     struct core_engine *e = &core->engine;
@@ -122,7 +133,7 @@ static void engine_lost(struct agent_core *core, const char *why)
      * the others, or, on a leaver, run on after FLIPPED. */
     if (core->view || core->before) {
         e->lost_epoch = core->applied_epoch;
-        acore_page(core, PAGE_REVOKED, core->applied_epoch);
+        agent_engine_void(core);
     }
     engine_say(core);
     agent_stage_engine_gone(core);
@@ -135,10 +146,19 @@ void agent_engine_gone(struct agent_core *core, const char *why)
         engine_lost(core, why);
 }
 
-/* All views up to the applied one are void: the engine leaves the step it is in, and begins none in them. */
+/* All views up to the applied one are void: no engine begins a step in them any more. */
+void agent_engine_void(struct agent_core *core)
+{
+    if (core->revoked == core->applied_epoch)
+        return;
+    core->revoked = core->applied_epoch;
+    acore_page(core, PAGE_REVOKED, core->revoked);
+}
+
+/* And the engine that is attached leaves the step it is in. */
 void agent_engine_revoke(struct agent_core *core, const char *why)
 {
-    acore_page(core, PAGE_REVOKED, core->applied_epoch);
+    agent_engine_void(core);
     struct agent_action *a = acore_act(core, AA_ENGINE_REVOKE);
     a->epoch = core->applied_epoch;
     snprintf(a->text, sizeof(a->text), "%s", why);

@@ -136,7 +136,7 @@ struct agent_core {
     struct core_fence fence;
     struct core_promise promise;
     struct core_flip flip;
-    uint64_t run_to, notify_done; /* as last written to the page */
+    uint64_t run_to, notify_done, revoked; /* as last written to the page */
 
     struct core_op op;
     bool group;                /* a group may exist */
@@ -206,7 +206,8 @@ void agent_stage_sealed(struct agent_core *core, const struct agent_event *event
 void agent_stage_clear(struct agent_core *core);
 
 /* core_work.c */
-struct work *agent_work_submit(struct agent_core *core, enum work_kind kind, const struct core_stage *s, uint64_t request);
+struct work *agent_work_submit(struct agent_core *core, enum work_kind kind, const struct core_stage *s,
+                               uint64_t request);
 void agent_work_answer(struct agent_core *core, const struct agent_event *event);
 void agent_work_progress(struct agent_core *core, const struct agent_event *event);
 void agent_work_verify(struct agent_core *core, uint64_t request);
@@ -224,8 +225,10 @@ void agent_release_stop(struct agent_core *core);
 
 /* core_engine.c */
 void agent_engine_attached(struct agent_core *core, const struct agent_event *event);
+void agent_engine_moved(struct agent_core *core, const char *endpoint); /* it is reached elsewhere now */
 void agent_engine_gone(struct agent_core *core, const char *why);  /* it went away by itself */
 void agent_engine_cut(struct agent_core *core, const char *why);   /* we cut it off, steps and all */
+void agent_engine_void(struct agent_core *core);                   /* no step is begun in the applied view any more */
 void agent_engine_revoke(struct agent_core *core, const char *why);
 void agent_engine_said(struct agent_core *core);                   /* after WELCOME: what HELLO could not say */
 void agent_engine_wave(struct agent_core *core, uint64_t step);

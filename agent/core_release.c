@@ -15,7 +15,7 @@
  * so that it begins no step until the next GO. */
 static void release_page(struct agent_core *core)
 {
-    acore_page(core, PAGE_REVOKED, core->applied_epoch);
+    agent_engine_void(core);
     acore_page(core, PAGE_FLIP_VIEW, 0);
     acore_page(core, PAGE_RUN_TO, 0);
     acore_page(core, PAGE_MAP_PENDING, 0);

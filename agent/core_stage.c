@@ -185,7 +185,8 @@ void agent_stage_sealed(struct agent_core *core, const struct agent_event *event
     if (!s || !agent_operation_running(core))
         return; /* aborted meanwhile */
     if (event->code || !event->model) {
-        stage_end(core, s, event->code ? event->code : ERR_INVALID, event->text ? event->text : "sealed without a model");
+        stage_end(core, s, event->code ? event->code : ERR_INVALID,
+                  event->text ? event->text : "sealed without a model");
         return;
     }
     core->weights = true;

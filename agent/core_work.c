@@ -31,7 +31,8 @@ static void work_fill_parties(const struct agent_core *core, struct work *w)
     w->plan = plan_ref(op->plan);
 }
 
-struct work *agent_work_submit(struct agent_core *core, enum work_kind kind, const struct core_stage *s, uint64_t request)
+struct work *agent_work_submit(struct agent_core *core, enum work_kind kind, const struct core_stage *s,
+                               uint64_t request)
 {
     struct core_work *record = acore_alloc(1, sizeof(*record));
     record->id = ++core->last_work;

@@ -22,7 +22,7 @@ struct engine_conn {
     bool attached;
     bool failed;
     char why[200];
-    /* of attach, repeated when the endpoint changes */
+    /* of attach */
     char endpoint[ENDPOINT_MAX];
     uint32_t dispatch, layers, logical;
     uint64_t kv_bytes;

@@ -59,7 +59,7 @@ static void on_endpoint(struct engine_socket *s, const Eep__Engine__Endpoint *m)
         return;
     }
     snprintf(s->conn->endpoint, sizeof s->conn->endpoint, "%s", m->endpoint);
-    raise_attached(s);
+    engine_socket_raise(s, (struct agent_event){.type = AE_ENGINE_ENDPOINT, .endpoint = s->conn->endpoint});
 }
 
 /* ---- a layout of the engine's own ---- */

@@ -55,7 +55,7 @@ static const struct argp_option option_table[] = {
     {"insecure", KEY_INSECURE, 0, 0, "allow addresses other than the loopback, without encryption", 3},
     {"port-file", KEY_PORT_FILE, "FILE", 0, "write both addresses with their real ports there, one a line", 3},
     {0, 0, 0, 0, "Process:", 4},
-    {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (60000)", 4},
+    {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (30000)", 4},
     {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 4},
     {"help", KEY_HELP, 0, 0, "show this help", -1},
     {"usage", KEY_USAGE, 0, OPTION_HIDDEN, "", -1},
@@ -206,11 +206,10 @@ static void on_turn(evutil_socket_t fd, short what, void *user)
     } else if (p->phase == CLOSING) {
         service_close(p->service);
         p->service = NULL;
-        log_event(p->log, LOG_LEVEL_WARN, "restarting", "agent=%s in_ms=%u why=%s", p->options->service.id,
-                  p->restart_ms, "this incarnation was evicted");
+        log_event(p->log, LOG_LEVEL_WARN, "restarting", "in_ms=%u why=%s", p->restart_ms, "this incarnation was evicted");
         pause_before_restart(p);
     } else if (p->phase == PAUSING && open_service(p, &err) < 0) {
-        log_event(p->log, LOG_LEVEL_ERROR, "not-restarted", "agent=%s why=%s", p->options->service.id, err.text);
+        log_event(p->log, LOG_LEVEL_ERROR, "not-restarted", "why=%s", err.text);
         service_close(p->service);
         p->service = NULL;
         pause_before_restart(p);
@@ -243,8 +242,7 @@ static void on_stop_after(evutil_socket_t fd, short what, void *user)
     struct process *p = user;
     if (p->phase != RUNNING)
         return;
-    log_event(p->log, LOG_LEVEL_WARN, "stopping-undrained", "agent=%s waited_ms=%u", p->options->service.id,
-              p->options->stop_after_ms);
+    log_event(p->log, LOG_LEVEL_WARN, "stopping-undrained", "waited_ms=%u", p->options->stop_after_ms);
     on_stop(-1, what, p);
 }
 
@@ -322,7 +320,7 @@ int main(int argc, char **argv)
     };
     struct options o = {
         .level = LOG_LEVEL_INFO,
-        .stop_after_ms = 60000,
+        .stop_after_ms = 30000,
         .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
                     .data_listen = "127.0.0.1:0", .memory = "host", .transport = "host", .transfer_timeout_ms = 60000},
     };

@@ -102,8 +102,8 @@ static int parts_check(const struct manifest *m, const struct region **sorted, s
         for (size_t k = 0; k < parts; k++) {
             size_t i = layer * parts + k;
             if (i >= n || sorted[i]->layer != layer || strcmp(sorted[i]->part, sorted[k]->part) != 0)
-                return err_set(err, ERR_INVALID, "manifest: layer %u does not have the parts of layer 0 (\"%s\")", layer,
-                               sorted[k]->part);
+                return err_set(err, ERR_INVALID, "manifest: layer %u does not have the parts of layer 0 (\"%s\")",
+                               layer, sorted[k]->part);
         }
     return 0;
 }

@@ -13,12 +13,12 @@
 
 #include "agent/manifest.h"
 
-#define MANIFEST_MAGIC "EEPMANI"
-#define MANIFEST_VERSION 1
-#define MANIFEST_BYTES_MAX (32u << 20) /* encoded */
+#define MANIFEST_MAGIC      "EEPMANI"
+#define MANIFEST_VERSION    1
+#define MANIFEST_BYTES_MAX  (32u << 20) /* encoded */
 #define MANIFEST_LAYERS_MAX 65536u
-#define REGION_BYTES_MIN 15u           /* encoded: bounds what a small blob can make us allocate */
-#define TENSOR_BYTES_MIN 17u
+#define REGION_BYTES_MIN    15u /* encoded: bounds what a small blob can make us allocate */
+#define TENSOR_BYTES_MIN    17u
 
 /* ---- encoding ---- */
 
@@ -103,8 +103,9 @@ int manifest_encode(const struct manifest *m, struct blob **ret_blob, struct err
     struct writer w = {0};
     put_manifest(&w, m);
     if (w.len > MANIFEST_BYTES_MAX || m->layers > MANIFEST_LAYERS_MAX)
-        return err_set(err, ERR_LIMIT, "manifest: %zu bytes and %u layers are more than the %u bytes and %u layers allowed",
-                       w.len, m->layers, MANIFEST_BYTES_MAX, MANIFEST_LAYERS_MAX);
+        return err_set(err, ERR_LIMIT,
+                       "manifest: %zu bytes and %u layers are more than the %u bytes and %u layers allowed", w.len,
+                       m->layers, MANIFEST_BYTES_MAX, MANIFEST_LAYERS_MAX);
     uint8_t *data = malloc(w.len);
     if (!data)
         return err_set(err, ERR_NOMEM, "out of memory");

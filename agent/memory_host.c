@@ -1,7 +1,8 @@
 /* Region memory on the host: one memfd a region, mapped shared, so that an engine in another process maps the same
  * pages.  The size is sealed: nobody who holds the descriptor can cut pages from under the others.
  *
- * Pages are reserved at allocation, so that running out is an error here and not a SIGBUS in a transfer.  Worker thread. */
+ * Pages are reserved at allocation, so that running out is an error here and not a SIGBUS in a transfer.  Worker
+ * thread. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdbool.h>
@@ -16,8 +17,8 @@
 #include "common/digest.h"
 
 #define HOST_GRANULARITY 4096u
-#define HOST_SEALS (F_SEAL_SHRINK | F_SEAL_GROW)
-#define HOST_NAME_MAX 200 /* memfd_create takes 249 bytes */
+#define HOST_SEALS       (F_SEAL_SHRINK | F_SEAL_GROW)
+#define HOST_NAME_MAX    200 /* memfd_create takes 249 bytes */
 
 static bool host_round(size_t bytes, size_t *ret_mapped)
 {

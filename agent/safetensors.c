@@ -18,7 +18,7 @@ struct safetensors {
     size_t size;
     const uint8_t *buffer; /* after the header */
     uint64_t buffer_bytes;
-    json_t *header;        /* owns the names */
+    json_t *header; /* owns the names */
     struct safetensors_tensor *tensors;
     size_t n;
 };
@@ -37,8 +37,8 @@ static int file_map(struct safetensors *file, const char *path, struct err *err)
     else if (!S_ISREG(st.st_mode))
         rc = err_set(err, ERR_INVALID, "%s: is not a regular file", path);
     else if (st.st_size < 8)
-        rc = err_set(err, ERR_INVALID, "%s: %lld bytes are too few for a safetensors file", path,
-                     (long long)st.st_size);
+        rc =
+            err_set(err, ERR_INVALID, "%s: %lld bytes are too few for a safetensors file", path, (long long)st.st_size);
     if (rc == 0) {
         void *map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (map == MAP_FAILED)
@@ -56,8 +56,9 @@ static int header_parse(struct safetensors *file, const char *path, struct err *
     memcpy(&len, file->map, sizeof len);
     len = le64toh(len);
     if (len > SAFETENSORS_HEADER_MAX)
-        return err_set(err, ERR_LIMIT, "%s: a header of %llu bytes is over the limit of %u; this is no safetensors file",
-                       path, (unsigned long long)len, SAFETENSORS_HEADER_MAX);
+        return err_set(err, ERR_LIMIT,
+                       "%s: a header of %llu bytes is over the limit of %u; this is no safetensors file", path,
+                       (unsigned long long)len, SAFETENSORS_HEADER_MAX);
     if (len > file->size - 8)
         return err_set(err, ERR_INVALID, "%s: the header has %llu bytes, but the file ends after %zu; it is truncated",
                        path, (unsigned long long)len, file->size);
@@ -117,8 +118,8 @@ static int tensor_parse(const struct safetensors *file, const char *path, const 
     if (!dtype_bytes(bits, t->dims, t->shape, &bytes))
         return err_set(err, ERR_INVALID, "%s: the shape of tensor \"%s\" is out of bounds", path, t->name);
     if (bytes != to - from)
-        return err_set(err, ERR_INVALID, "%s: tensor \"%s\" has %llu bytes by shape and dtype, but a range of %llu", path,
-                       t->name, (unsigned long long)bytes, (unsigned long long)(to - from));
+        return err_set(err, ERR_INVALID, "%s: tensor \"%s\" has %llu bytes by shape and dtype, but a range of %llu",
+                       path, t->name, (unsigned long long)bytes, (unsigned long long)(to - from));
     if (to > file->buffer_bytes)
         return err_set(err, ERR_INVALID, "%s: tensor \"%s\" ends at byte %llu of %llu; the file is truncated", path,
                        t->name, (unsigned long long)to, (unsigned long long)file->buffer_bytes);
@@ -152,8 +153,8 @@ static int coverage_check(const struct safetensors *file, const char *path, stru
         const struct safetensors_tensor *t = &file->tensors[i];
         uint64_t from = (uint64_t)(t->data - file->buffer);
         if (from < end)
-            return err_set(err, ERR_INVALID, "%s: tensors \"%s\" and \"%s\" overlap at byte %llu", path, before, t->name,
-                           (unsigned long long)from);
+            return err_set(err, ERR_INVALID, "%s: tensors \"%s\" and \"%s\" overlap at byte %llu", path, before,
+                           t->name, (unsigned long long)from);
         if (from > end)
             return err_set(err, ERR_INVALID, "%s: %llu bytes before tensor \"%s\" belong to no tensor", path,
                            (unsigned long long)(from - end), t->name);
@@ -173,7 +174,8 @@ static int tensors_parse(struct safetensors *file, const char *path, struct err 
         return err_set(err, ERR_NOMEM, "out of memory");
     const char *name;
     json_t *value;
-    json_object_foreach(file->header, name, value) {
+    json_object_foreach(file->header, name, value)
+    {
         if (strcmp(name, "__metadata__") == 0)
             continue;
         struct safetensors_tensor t = {.name = name};

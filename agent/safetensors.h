@@ -13,7 +13,7 @@
 #define SAFETENSORS_HEADER_MAX 100000000u
 
 struct safetensors_tensor {
-    const char *name;    /* owned by the file */
+    const char *name; /* owned by the file */
     char dtype[8];
     uint32_t dims;
     uint64_t shape[TENSOR_DIMS_MAX];

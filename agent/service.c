@@ -2,6 +2,7 @@
  * order.  Nothing here blocks, but the start; what blocks is the worker's.  Loop thread. */
 #include "agent/service.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -58,10 +59,11 @@ static void follow_view(struct service *s)
 
 static void log_transition(struct service *s, const struct agent_action *a)
 {
-    log_event(s->log, LOG_LEVEL_INFO, "transition",
-              "agent=%s from=%s by=%s to=%s role=%s epoch=%llu op=%llu what=%s", s->config.id,
-              machine_state_name(a->from), machine_event_name(a->event), machine_state_name(a->to),
-              op_role_name(a->role), (unsigned long long)a->epoch, (unsigned long long)a->op, a->text);
+    char what[256];
+    snprintf(what, sizeof what, "agent %s: %s --%s--> %s", s->config.id, machine_state_name(a->from),
+             machine_event_name(a->event), machine_state_name(a->to));
+    log_event(s->log, LOG_LEVEL_INFO, "transition", "what=%s role=%s epoch=%llu op=%llu", what, op_role_name(a->role),
+              (unsigned long long)a->epoch, (unsigned long long)a->op);
 }
 
 static void perform(struct service *s, struct agent_action *a)
@@ -90,7 +92,7 @@ static void perform(struct service *s, struct agent_action *a)
         log_transition(s, a);
         return;
     case AA_LOG:
-        log_event(s->log, (enum log_level)a->level, "core", "agent=%s what=%s", s->config.id, a->text);
+        log_event(s->log, (enum log_level)a->level, "note", "what=%s", a->text);
         return;
     case AA_RECONNECT:
         coordinator_link_reconnect(s->coordinator, a->text[0] ? a->text : "it broke the protocol");
@@ -180,7 +182,7 @@ static void work_ended(struct service *s, const struct worker_result *result)
         event.type = AE_ENGINE_SEALED;
     }
     if (result->code < 0 && !result->progress)
-        log_event(s->log, LOG_LEVEL_WARN, "work-failed", "agent=%s code=%s why=%s", s->config.id,
+        log_event(s->log, LOG_LEVEL_WARN, "work-failed", "code=%s why=%s",
                   err_code_name(result->code), result->text);
     service_event(s, &event);
 }
@@ -353,8 +355,8 @@ int service_open(const struct service_config *config, struct service **ret_servi
         return rc;
     }
     daemon_timer_set(s->tick, agent_core_deadline(s->core), clock_now_ns());
-    log_event(s->log, LOG_LEVEL_INFO, "incarnation", "agent=%s incarnation=%016llx address=%s data=%s socket=%s",
-              s->config.id, (unsigned long long)s->agent.incarnation, s->agent.address, s->agent.data_address,
+    log_event(s->log, LOG_LEVEL_INFO, "incarnation", "incarnation=%016llx address=%s data=%s socket=%s",
+              (unsigned long long)s->agent.incarnation, s->agent.address, s->agent.data_address,
               s->config.engine_socket);
     *ret_service = s;
     return 0;

@@ -13,9 +13,9 @@
 struct transport_group;
 
 struct transport_call {
-    uint64_t deadline_ns;   /* monotonic */
+    uint64_t deadline_ns;   /* monotonic; read again after every progress, which may have moved it */
     int cancel_fd;          /* readable = give up with ERR_ABORTED; -1 = none */
-    void (*progress)(void *user, uint64_t bytes_received);
+    void (*progress)(void *user, uint64_t bytes_received); /* every few MiB sent or received; may be NULL */
     void *user;
 };
 

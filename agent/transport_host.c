@@ -106,8 +106,8 @@ static int move_sort(struct move_job *job, const struct transfer *items, size_t 
     for (size_t i = 0; i < n && rc == 0; i++) {
         const struct transfer *t = &items[i];
         if (t->src >= group->n || t->dst >= group->n || t->n > SLOT_EXTENTS_MAX)
-            return err_set(err, ERR_INVALID, "item %zu of a transfer is between parties %u and %u of %u", i, t->src, t->dst,
-                           group->n);
+            return err_set(err, ERR_INVALID, "item %zu of a transfer is between parties %u and %u of %u", i, t->src,
+                           t->dst, group->n);
         if (t->src == group->self && t->dst == group->self)
             rc = move_local(t, err);
         else if (t->src == group->self)

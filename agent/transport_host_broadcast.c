@@ -11,8 +11,8 @@
 
 #include "agent/transport_host_internal.h"
 
-#define CHUNK_MAX (1u << 20)
-#define CHUNK_MIN (64u << 10)
+#define CHUNK_MAX     (1u << 20)
+#define CHUNK_MIN     (64u << 10)
 #define CHUNKS_WANTED 64u /* a small broadcast is cut finer, so that its chain is filled as well */
 
 struct broadcast_job {
@@ -21,12 +21,12 @@ struct broadcast_job {
     uint64_t chunk_bytes, chunks;
     uint32_t *senders, *receivers; /* parties */
     uint32_t n_senders, n_receivers;
-    uint32_t place;                /* ours, in the one list or the other */
-    bool sends;                    /* ours is `senders` */
-    uint64_t next;                 /* sender: the chunk to send next */
-    uint64_t *expected;            /* receiver: [parties] chunks that are still to come from each */
-    uint8_t *got;                  /* receiver: [chunks] */
-    uint64_t *forward;             /* receiver: chunks to pass on, in the order of their arrival */
+    uint32_t place;     /* ours, in the one list or the other */
+    bool sends;         /* ours is `senders` */
+    uint64_t next;      /* sender: the chunk to send next */
+    uint64_t *expected; /* receiver: [parties] chunks that are still to come from each */
+    uint8_t *got;       /* receiver: [chunks] */
+    uint64_t *forward;  /* receiver: chunks to pass on, in the order of their arrival */
     uint64_t forward_n, forward_at;
 };
 

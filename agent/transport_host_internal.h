@@ -6,11 +6,11 @@
 #include "agent/transport.h"
 
 #define GROUP_ID_BYTES 32
-#define GUESTS_MAX 64 /* accepted connections whose group is not known yet */
+#define GUESTS_MAX     64 /* accepted connections whose group is not known yet */
 
 /* ---- the mesh ---- */
 
-#define HELLO_BYTES 48u
+#define HELLO_BYTES  48u
 #define ANSWER_BYTES 24u
 
 /* An accepted connection that has not been given to a link. */
@@ -81,8 +81,8 @@ struct transport_group {
     struct transport_host *host;
     uint32_t n, self;
     uint64_t seq;
-    bool broken;             /* an error came: only destroy is left */
-    uint64_t received;       /* body bytes of the present call */
+    bool broken;              /* an error came: only destroy is left */
+    uint64_t received;        /* body bytes of the present call */
     struct group_link *links; /* [n] */
 };
 

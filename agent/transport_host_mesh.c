@@ -7,8 +7,9 @@
  *     link is up                                 <---  answer: magic, second half of the id
  *
  * Each half proves to the other side that the group id is known (compared in constant time).  A higher party that is
- * late leaves the hello waiting in its backlog, or keeps it as a guest when it comes during another group; a lower party
- * whose connection was dropped tries again.  So it does not matter in which order the parties begin.  Worker thread. */
+ * late leaves the hello waiting in its backlog, or keeps it as a guest when it comes during another group; a lower
+ * party whose connection was dropped tries again.  So it does not matter in which order the parties begin.  Worker
+ * thread. */
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -25,21 +26,21 @@
 #include "common/address.h"
 #include "common/clock.h"
 
-#define HELLO_MAGIC "EEPDATA1"
-#define ANSWER_MAGIC "EEPDATA2"
-#define MAGIC_BYTES 8u
-#define HALF_BYTES (GROUP_ID_BYTES / 2)
+#define HELLO_MAGIC    "EEPDATA1"
+#define ANSWER_MAGIC   "EEPDATA2"
+#define MAGIC_BYTES    8u
+#define HALF_BYTES     (GROUP_ID_BYTES / 2)
 #define RETRY_FIRST_NS 10000000u   /* 10 ms, doubled ... */
-#define RETRY_LAST_NS 200000000u   /* ... up to 200 ms */
+#define RETRY_LAST_NS  200000000u  /* ... up to 200 ms */
 #define GUEST_HELLO_NS 5000000000u /* a guest that has not said hello by then is shown out */
-#define UNIX_BUFFER (4 << 20)      /* TCP sizes its own buffers; a fixed size would switch that off */
+#define UNIX_BUFFER    (4 << 20)   /* TCP sizes its own buffers; a fixed size would switch that off */
 
 enum mesh_state {
-    MESH_UP,         /* connected, or ourselves */
-    MESH_AWAITED,    /* it connects to us */
-    MESH_RETRY,      /* to be connected at `at_ns` */
+    MESH_UP,      /* connected, or ourselves */
+    MESH_AWAITED, /* it connects to us */
+    MESH_RETRY,   /* to be connected at `at_ns` */
     MESH_CONNECTING,
-    MESH_ANSWER,     /* our hello is sent */
+    MESH_ANSWER, /* our hello is sent */
 };
 
 struct mesh_peer {
@@ -216,8 +217,8 @@ void host_guests_sweep(struct transport_host *host, bool all)
     for (size_t k = host->n_guests; k-- > 0;) {
         struct pollfd p = {.fd = host->guests[k].fd, .events = POLLRDHUP};
         bool gone = poll(&p, 1, 0) > 0;
-        if (all || gone || (host->guests[k].got < HELLO_BYTES &&
-                            clock_now_ns() - host->guests[k].since_ns > GUEST_HELLO_NS))
+        if (all || gone ||
+            (host->guests[k].got < HELLO_BYTES && clock_now_ns() - host->guests[k].since_ns > GUEST_HELLO_NS))
             guest_remove(host, k, true);
     }
 }
@@ -333,9 +334,9 @@ static int mesh_late(const struct mesh *m, struct err *err)
         const struct mesh_peer *peer = &m->peers[i];
         if (peer->state == MESH_UP)
             continue;
-        int more = snprintf(names + len, sizeof names - len, "%s%s (%s: %s)", len ? ", " : "", m->parties[i].id,
-                            m->parties[i].data_address,
-                            peer->state == MESH_AWAITED ? "it did not connect to us" : peer->why);
+        int more =
+            snprintf(names + len, sizeof names - len, "%s%s (%s: %s)", len ? ", " : "", m->parties[i].id,
+                     m->parties[i].data_address, peer->state == MESH_AWAITED ? "it did not connect to us" : peer->why);
         len += more > 0 ? (size_t)more : 0;
     }
     return err_set(err, ERR_TIMEOUT, "the group of %u parties is not complete; missing: %s", m->n, names);

@@ -15,9 +15,9 @@
 #include "agent/transport_host_internal.h"
 #include "common/clock.h"
 
-#define FRAME_MAGIC 0x45455046u
-#define IOV_BATCH 64u
-#define LINK_BUDGET (1u << 20)    /* bytes of one system call, and before the next link gets its turn */
+#define FRAME_MAGIC    0x45455046u
+#define IOV_BATCH      64u
+#define LINK_BUDGET    (4u << 20) /* bytes of one system call, and before the next link gets its turn */
 #define PROGRESS_BYTES (1u << 20) /* between two calls of progress */
 
 struct pump {
@@ -25,7 +25,7 @@ struct pump {
     const struct pump_ops *ops;
     void *job;
     const struct transport_call *call;
-    struct pollfd *polls; /* [n + 1]: links, then the cancel descriptor */
+    struct pollfd *polls;     /* [n + 1]: links, then the cancel descriptor */
     uint64_t moved, reported; /* both directions */
 };
 
@@ -277,8 +277,9 @@ static int pump_late(struct pump *p, struct err *err)
     size_t len = 0;
     for (uint32_t i = 0; i < p->group->n && len < sizeof names - AGENT_ID_MAX - 16; i++)
         if (p->polls[i].events != 0)
-            len += (size_t)snprintf(names + len, sizeof names - len, "%s%s (%s)", len ? ", " : "",
-                                    p->group->links[i].name, p->polls[i].events & POLLIN ? "sends nothing" : "takes nothing");
+            len +=
+                (size_t)snprintf(names + len, sizeof names - len, "%s%s (%s)", len ? ", " : "", p->group->links[i].name,
+                                 p->polls[i].events & POLLIN ? "sends nothing" : "takes nothing");
     return err_set(err, ERR_TIMEOUT, "a transfer stalled after %llu bytes received; waiting for %s",
                    (unsigned long long)p->group->received, names);
 }

@@ -13,10 +13,10 @@ static int model_check(const struct model *model, const struct manifest *m, stru
         n_dense += m->regions[i].kind == REGION_DENSE;
     if (model->layers != m->layers || model->logical != m->logical || model->slots != m->slots ||
         model->n_dense != n_dense)
-        return err_set(err, ERR_CORRUPT,
-                       "the model (%u layers, %u experts, %u slots, %u dense) is not that of its manifest (%u, %u, %u, %u)",
-                       model->layers, model->logical, model->slots, model->n_dense, m->layers, m->logical, m->slots,
-                       n_dense);
+        return err_set(
+            err, ERR_CORRUPT,
+            "the model (%u layers, %u experts, %u slots, %u dense) is not that of its manifest (%u, %u, %u, %u)",
+            model->layers, model->logical, model->slots, model->n_dense, m->layers, m->logical, m->slots, n_dense);
     if (model->manifest_digest != manifest_digest(model->manifest))
         return err_set(err, ERR_CORRUPT, "the model's manifest does not have the digest %016llx that it should",
                        (unsigned long long)model->manifest_digest);
@@ -114,7 +114,8 @@ int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64
     uint64_t sum = 0, words = 0;
     for (size_t i = 0; i < n; i++) {
         uint64_t digest;
-        int rc = w->memory->digest(w->memory, extents[i].region, extents[i].offset, extents[i].len, words, &digest, err);
+        int rc =
+            w->memory->digest(w->memory, extents[i].region, extents[i].offset, extents[i].len, words, &digest, err);
         if (rc < 0)
             return rc;
         sum += digest;
@@ -153,8 +154,7 @@ int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32
     if (rc < 0)
         return rc;
     if (have != want)
-        return err_set(err, ERR_CORRUPT,
-                       "layer %u slot %u does not hold expert %u: its digest is %016llx, not %016llx", layer, slot,
-                       expert, (unsigned long long)have, (unsigned long long)want);
+        return err_set(err, ERR_CORRUPT, "layer %u slot %u does not hold expert %u: its digest is %016llx, not %016llx",
+                       layer, slot, expert, (unsigned long long)have, (unsigned long long)want);
     return 0;
 }

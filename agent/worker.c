@@ -211,7 +211,8 @@ void worker_weights_set(struct worker *w, struct weights *weights)
     pthread_mutex_unlock(&w->lock);
 }
 
-int worker_region_alloc(struct worker *w, const struct region *region, struct memory_region *ret_region, struct err *err)
+int worker_region_alloc(struct worker *w, const struct region *region, struct memory_region *ret_region,
+                        struct err *err)
 {
     struct job job = {.kind = JOB_REGION_ALLOC, .region = region, .ret_region = ret_region};
     job_queue(w, &job);

@@ -44,7 +44,7 @@ void worker_result_done(struct worker_result *result);
 void worker_stop(struct worker *w);
 
 /* For the engine socket (loop thread): the manifest and the regions' descriptors of the weights that are allocated now,
- * or NULL.  Valid until the next WORK_RELEASE is submitted. */
+ * or NULL.  Valid until the next WORK_RELEASE is submitted.  Read manifest and regions only: `model` is the worker's. */
 struct weights;
 const struct weights *worker_weights(struct worker *w);
 

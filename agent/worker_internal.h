@@ -1,4 +1,5 @@
-/* What the files of the worker share: worker.c (thread, queue, results) and worker_jobs.c (what is done).
+/* What the files of the worker share: worker.c (thread, queue, results), worker_jobs.c (what is done),
+ * worker_transfer.c and worker_seal.c.
  *
  * Locking: `lock` guards the queue, the results, `current` and its flag, and the pointer `weights`.  Everything else
  * belongs to the worker thread once it runs. */
@@ -15,14 +16,14 @@ struct job {
     struct job *next;
     enum job_kind kind;
     bool cancelled;
-    struct work work;     /* WORK; SEAL: id, map and self */
-    struct blob *manifest;/* SEAL: encoded */
+    struct work work;      /* WORK; SEAL: id, map and self */
+    struct blob *manifest; /* SEAL: encoded */
     /* REGION_ALLOC: on the caller's stack, who waits */
     const struct region *region;
     struct memory_region *ret_region;
     bool answered;
     int code;
-    struct err err;       /* also what went wrong before a SEAL was queued */
+    struct err err; /* also what went wrong before a SEAL was queued */
 };
 
 struct result_node {
@@ -62,6 +63,22 @@ bool worker_cancelled(struct worker *w);
 /* Queues a progress result, or raises the one that nobody has read yet. */
 void worker_progress(struct worker *w, const struct job *job, uint64_t bytes);
 void worker_weights_set(struct worker *w, struct weights *weights);
+
+/* Gives the weights the digests that the operation's model knows beyond ours; ERR_CONFLICT for another manifest. */
+int worker_model_update(struct worker *w, struct model *model, struct err *err) MUST_CHECK;
+int worker_cancelled_check(struct worker *w, struct err *err) MUST_CHECK; /* ERR_ABORTED */
+int worker_dense_verify(struct worker *w, uint32_t i, struct err *err) MUST_CHECK;
+
+/* worker_transfer.c */
+int worker_job_group(struct worker *w, const struct job *job, struct err *err) MUST_CHECK;
+void worker_group_drop(struct worker *w);
+int worker_job_fill(struct worker *w, const struct job *job, struct worker_result *ret_result,
+                    struct err *err) MUST_CHECK;
+
+/* worker_seal.c */
+int worker_job_region_alloc(struct worker *w, const struct job *job, struct err *err) MUST_CHECK;
+int worker_job_seal(struct worker *w, const struct job *job, struct worker_result *ret_result,
+                    struct err *err) MUST_CHECK;
 void worker_sealing_free(struct worker *w);
 
 #endif

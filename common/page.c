@@ -14,15 +14,15 @@ void page_init(struct control_page *page)
 }
 
 /* The words cannot be read all at once, so the order makes the snapshot consistent: a word that implies another one
- * is read before it.  done <= intent; a new cur_view implies an intent that is not below the flip's step;
- * map_applied implies map_applied_step. */
+ * is read before it.  done <= intent; a new cur_view implies its last_hold_ns and an intent that is not below the
+ * flip's step; map_applied implies map_applied_step. */
 void page_read(struct control_page *page, struct page_snapshot *ret_snapshot)
 {
-    ret_snapshot->last_hold_ns = atomic_load(&page->last_hold_ns);
     ret_snapshot->done = atomic_load(&page->done);
     ret_snapshot->map_applied = atomic_load(&page->map_applied);
     ret_snapshot->map_applied_step = atomic_load(&page->map_applied_step);
     ret_snapshot->cur_view = atomic_load(&page->cur_view);
+    ret_snapshot->last_hold_ns = atomic_load(&page->last_hold_ns);
     ret_snapshot->wave = atomic_load(&page->wave);
     ret_snapshot->running = atomic_load(&page->running);
     ret_snapshot->step_ns_min = atomic_load(&page->step_ns_min);

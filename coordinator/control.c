@@ -219,10 +219,9 @@ static void verify_reply(struct call *call, const struct coordinator_action *a)
 void control_reply(struct server *s, const struct coordinator_action *a)
 {
     struct call *call = call_find(s, a->request);
-    if (!call) { /* its connection is gone, or an agent asked (LEAVE) */
-        if (a->text[0])
-            log_event(s->log, a->code < 0 ? LOG_LEVEL_WARN : LOG_LEVEL_DEBUG, "unheard", "op=%llu what=%s",
-                      (unsigned long long)a->op, a->text);
+    if (!call) { /* an agent asked (LEAVE), or the operator's connection is gone */
+        log_event(s->log, a->code < 0 ? LOG_LEVEL_WARN : LOG_LEVEL_DEBUG, a->request ? "unheard" : "leave-answered",
+                  "op=%llu code=%s what=%s", (unsigned long long)a->op, err_code_name(a->code), a->text);
         return;
     }
     bool differs = call->method == CONTROL_VERIFY && a->code == ERR_CORRUPT; /* an answer, not a failure */

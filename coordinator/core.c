@@ -15,6 +15,7 @@ void coordinator_config_default(struct coordinator_config *ret_config)
         .lease_ms = 3000,
         .heartbeat_ms = 500,
         .lead_ms = 250,
+        .lead_min_ms = 40,
         .promise_attempts = 6,
         .flipped_ms = 10000,
         .indoubt_ms = 30000,

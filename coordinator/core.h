@@ -20,7 +20,8 @@ struct coordinator;
 struct coordinator_config {
     uint32_t lease_ms;         /* an agent that is gone longer is lost; 3000 */
     uint32_t heartbeat_ms;     /* 500 */
-    uint32_t lead_ms;          /* first lead; doubled at every retry; 250 */
+    uint32_t lead_ms;          /* longest first lead, and that of the first commit; doubled at every retry; 250 */
+    uint32_t lead_min_ms;      /* the first lead follows what commits take, not below this; 40 */
     uint32_t promise_attempts; /* 1 + 5 retries */
     uint32_t flipped_ms;       /* 10000 */
     uint32_t indoubt_ms;       /* 30000 */

@@ -107,6 +107,15 @@ static void commit_attempt(struct coordinator *c)
     core_journal(c, DURABLE_META | DURABLE_OP, CONT_EPOCH);
 }
 
+/* The lead hides a commit from the engines, and delays the switch by as much: several times what commits took of late. */
+static uint32_t commit_lead(const struct coordinator *c)
+{
+    uint64_t lead = 8 * c->commit_ns / MS;
+    if (lead < c->config.lead_min_ms)
+        lead = c->config.lead_min_ms;
+    return c->commit_ns && lead < c->config.lead_ms ? (uint32_t)lead : c->config.lead_ms;
+}
+
 void commit_start(struct coordinator *c, enum flip_kind kind, struct view *target)
 {
     struct commit *k = &c->commit;
@@ -114,7 +123,7 @@ void commit_start(struct coordinator *c, enum flip_kind kind, struct view *targe
     view_unref(k->target);
     k->target = target;
     k->kind = kind;
-    k->lead_ms = c->config.lead_ms;
+    k->lead_ms = commit_lead(c);
     k->attempt = 1;
     commit_attempt(c);
 }
@@ -125,6 +134,7 @@ void commit_epoch_durable(struct coordinator *c, uint64_t epoch)
     if (k->state != COMMIT_PREPARING || k->epoch != epoch || k->durable)
         return;
     k->durable = true;
+    k->prepared_ns = c->now_ns;
     /* ABORT must come before any engine is held: the lead less two steps.  Steps are not known here; a quarter of the
      * lead is more than two of them whenever the lead is more than eight. */
     k->deadline_ns = c->now_ns + (k->kind == FLIP_RESET ? c->config.flipped_ms * MS : k->lead_ms * MS * 3 / 4);
@@ -136,7 +146,8 @@ void commit_epoch_durable(struct coordinator *c, uint64_t epoch)
 
 static void commit_withdraw(struct coordinator *c)
 {
-    for (uint32_t i = 0; c->commit.epoch && i < c->durable.open.n; i++)
+    /* An epoch that is not durable yet has been told to nobody, and may be used again after a crash. */
+    for (uint32_t i = 0; c->commit.epoch && c->commit.durable && i < c->durable.open.n; i++)
         if (commit_takes_part(c, i))
             commit_send_abort(c, c->op.peer[i], c->commit.epoch);
     c->commit.epoch = 0;
@@ -341,6 +352,9 @@ void commit_decided(struct coordinator *c, uint64_t epoch)
         return;
     if (withdrawn)
         return; /* only a planted mistake comes here */
+    uint64_t took = c->now_ns - k->prepared_ns + 1;
+    if (k->kind != FLIP_RESET)
+        c->commit_ns = took > c->commit_ns * 3 / 4 ? took : c->commit_ns * 3 / 4;
     view_unref(c->view);
     c->view = view_ref(c->durable.view);
     c->changed = true;
@@ -361,8 +375,10 @@ void commit_flipped(struct coordinator *c, uint32_t peer, const struct msg_flipp
     struct commit *k = &c->commit;
     if (k->state != COMMIT_GOING || flipped->epoch != k->epoch)
         return;
-    if (arrivals_add(&k->flipped, peer, c->peers[peer].member.incarnation, flipped->hold_ns) == ARRIVAL_COUNTED)
+    if (arrivals_add(&k->flipped, peer, c->peers[peer].member.incarnation, flipped->hold_ns) == ARRIVAL_COUNTED) {
+        c->peers[peer].applied_epoch = flipped->epoch;
         c->changed = true;
+    }
     commit_check_flipped(c);
 }
 
@@ -379,20 +395,43 @@ static bool commit_concerns(const struct commit_record *r, const struct member *
     return false;
 }
 
+/* The last decision, if it is durable and this agent has a part in it. */
+static bool commit_concerned(const struct coordinator *c, uint32_t peer)
+{
+    const struct commit *k = &c->commit;
+    const struct commit_record *r = &c->durable.commit;
+    return r->epoch && !(k->state == COMMIT_DECIDING && k->epoch == r->epoch) &&
+           commit_concerns(r, &c->peers[peer].member);
+}
+
+/* Ends the doubt of an agent that comes back.  Before anything of its operation: an agent that is told of the end of an
+ * operation before it has the decision takes itself for a joiner whose operation was aborted, and lets go. */
+void commit_hello_decided(struct coordinator *c, uint32_t peer, const struct msg_hello *hello)
+{
+    const struct commit *k = &c->commit;
+    const struct commit_record *r = &c->durable.commit;
+    bool open = k->state == COMMIT_PREPARING || k->state == COMMIT_DECIDING;
+    bool concerned = commit_concerned(c, peer);
+    uint64_t promised = hello->promised_epoch;
+    if (promised && !(open && promised == k->epoch)) {
+        bool repaired = c->durable.open.kind == OP_REPAIR && c->op.phase != PHASE_NONE && !c->op.decided &&
+                        operation_party(c, peer) >= 0;
+        if (concerned && promised == r->epoch)
+            commit_send_go(c, peer);
+        else if (!repaired) /* a repair supersedes the promise; the end of what it overtakes may not be durable yet */
+            commit_send_abort(c, peer, promised);
+    } else if (!promised && concerned && hello->applied_epoch < r->epoch) {
+        commit_send_go(c, peer);
+    }
+}
+
 void commit_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *hello)
 {
     struct commit *k = &c->commit;
     const struct commit_record *r = &c->durable.commit;
-    bool open = k->state == COMMIT_PREPARING || k->state == COMMIT_DECIDING;
-    bool decided = r->epoch && !(k->state == COMMIT_DECIDING && k->epoch == r->epoch);
-    bool concerned = decided && commit_concerns(r, &c->peers[peer].member);
+    bool concerned = commit_concerned(c, peer);
     uint64_t promised = hello->promised_epoch;
-    if (promised && !(open && promised == k->epoch)) {
-        if (concerned && promised == r->epoch)
-            commit_send_go(c, peer);
-        else
-            commit_send_abort(c, peer, promised);
-    } else if (promised && k->state == COMMIT_PREPARING) {
+    if (promised && promised == k->epoch && k->state == COMMIT_PREPARING) {
         struct msg_promise p = {.epoch = promised,
                                 .incarnation = hello->incarnation,
                                 .limit = hello->limit,
@@ -400,8 +439,6 @@ void commit_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *
                                 .wave = hello->wave,
                                 .engine = hello->engine};
         commit_promise(c, peer, &p);
-    } else if (!promised && concerned && hello->applied_epoch < r->epoch) {
-        commit_send_go(c, peer);
     }
     if (concerned && r->settled && hello->engine != PROMISE_JOINER && members_rank(c, peer) < 0) {
         struct msg *m = core_send(c, peer, MSG_DISMISS); /* a leaver that missed it */

@@ -31,6 +31,7 @@ struct commit {
     struct view *target;        /* epoch 0 until the decision */
     struct arrivals promised;   /* value: limit */
     struct arrivals flipped;    /* value: hold_ns */
+    uint64_t prepared_ns;       /* when PREPARE went out */
     uint64_t min_next, max_wave;
     bool any_old, any_running, any_detached;
 };
@@ -107,6 +108,7 @@ struct coordinator {
     struct op_info last;        /* how the last one ended (record deep copied) */
     struct arrivals map_acks;   /* who has not applied map_announced yet; value: s_i */
     uint64_t map_announced;
+    uint64_t commit_ns;         /* how long commits take here: the slowest of late, from PREPARE to GO; 0 = none yet */
     uint64_t grace_step;        /* no slot that was ever retired is read by a step >= this: max of all s_i and S */
     bool torn;                  /* a rank of the view or its engine died: only a RESET gets the others out of their step */
     bool recovering;            /* the first step settles what the journal left open */
@@ -156,6 +158,7 @@ void commit_refuse(struct coordinator *c, uint32_t peer, const struct msg_refuse
 void commit_flipped(struct coordinator *c, uint32_t peer, const struct msg_flipped *flipped);
 void commit_epoch_durable(struct coordinator *c, uint64_t epoch);
 void commit_decided(struct coordinator *c, uint64_t epoch);
+void commit_hello_decided(struct coordinator *c, uint32_t peer, const struct msg_hello *hello); /* first */
 void commit_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *hello);
 void commit_peer_gone(struct coordinator *c, uint32_t peer, const char *why); /* disconnected or lost */
 void commit_cancel(struct coordinator *c, const char *why); /* PREPARING only: ABORT to everybody */

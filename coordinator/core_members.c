@@ -151,6 +151,11 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     if (peer == NOBODY)
         peer = members_add(c);
     struct peer *p = &c->peers[peer];
+    struct msg_hello as_before = *hello;
+    if (c->bug == COORDINATOR_BUG_INCARNATION_IGNORED && p->member.incarnation) {
+        as_before.incarnation = p->member.incarnation;
+        hello = &as_before;
+    }
     bool known = p->member.incarnation == hello->incarnation;
     if (p->member.incarnation && !known && !p->gone)
         members_lost(c, peer, "a new incarnation of it has come");
@@ -191,6 +196,7 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     core_log(c, CORE_INFO, "agent %s connected, incarnation %016llx, %s", hello->id,
              (unsigned long long)hello->incarnation, members_rank(c, peer) >= 0 ? "a rank of the view" : "spare");
     members_welcome(c, peer);
+    commit_hello_decided(c, peer, hello);
     operation_hello(c, peer, hello);
     commit_hello(c, peer, hello);
     rounds_hello(c, peer);

@@ -139,8 +139,11 @@ static int operation_dry_run(struct coordinator *c, uint64_t request, struct err
     int rc = setup_plan(c, err);
     if (rc < 0)
         return rc;
+    uint32_t stay = 0;
+    for (uint32_t i = 0; i < r->n; i++)
+        stay += r->stays[i];
     core_reply(c, request, 0, 0, OUTCOME_DONE, c->op.plan, "would scale from %u to %u ranks and move %llu bytes",
-               c->view->n, r->target, (unsigned long long)c->op.bytes_planned);
+               c->view->n, stay, (unsigned long long)c->op.bytes_planned);
     return 0;
 }
 

@@ -22,7 +22,9 @@ static uint32_t repair_survivors(struct coordinator *c, uint32_t *ret_peers, boo
     *ret_whole = false;
     if (n == 0)
         return 0;
-    struct expert_map *map = expert_map_select(c->view->map, from, n);
+    /* A map on its way to the journal counts already: what it retires may be announced at any moment. */
+    const struct view *d = c->durable.view;
+    struct expert_map *map = expert_map_select(d && d->epoch == c->view->epoch ? d->map : c->view->map, from, n);
     uint64_t lost = map ? plan_cover_from_dormant(map) : 1;
     *ret_whole = lost == 0;
     if (lost)

@@ -72,9 +72,6 @@ static int setup_down(struct coordinator *c, const struct scale_request *s, stru
     if (s->n_remove > n - s->target)
         return err_set(err, ERR_INVALID, "%u agents are named to leave, but from %u to %u only %u do", s->n_remove, n,
                        s->target, n - s->target);
-    int rc = setup_slots(c, c->durable.model->logical, s->target, &slots, err);
-    if (rc < 0)
-        return rc;
     for (uint32_t r = 0; r < n; r++) {
         peers[r] = members_find(c, c->view->members[r].id);
         stays[r] = 1;
@@ -87,6 +84,9 @@ static int setup_down(struct coordinator *c, const struct scale_request *s, stru
         leave -= stays[rank];
         stays[rank] = 0;
     }
+    int rc = setup_slots(c, c->durable.model->logical, s->target, &slots, err);
+    if (rc < 0)
+        return rc;
     for (uint32_t r = n; r-- > 0 && leave;) {
         leave -= stays[r];
         stays[r] = 0;

@@ -8,6 +8,7 @@
  * blocks.  Loop thread. */
 #include "coordinator/server_internal.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -30,6 +31,15 @@ static void fatal(struct server *s, const struct err *err)
     log_event(s->log, LOG_LEVEL_ERROR, "journal-failed", "why=%s", err->text);
     s->config.on_fatal(s->config.user, err);
     abort(); /* on_fatal has ended the process, or must not go on */
+}
+
+/* The text is "FROM -> TO reason". */
+static void log_phase(struct server *s, const struct coordinator_action *a)
+{
+    char from[32] = "", to[32] = "", reason[512] = "";
+    (void)sscanf(a->text, "%31s -> %31s %511[^\n]", from, to, reason);
+    log_event(s->log, LOG_LEVEL_INFO, "phase", "op=%llu epoch=%llu from=%s to=%s why=%s", (unsigned long long)a->op,
+              (unsigned long long)a->epoch, from, to, reason);
 }
 
 static void perform(struct server *s, struct coordinator_action *a)
@@ -56,11 +66,10 @@ static void perform(struct server *s, struct coordinator_action *a)
         event_active(s->changed, EV_TIMEOUT, 0);
         break;
     case CA_PHASE:
-        log_event(s->log, LOG_LEVEL_INFO, "phase", "op=%llu epoch=%llu transition=%s", (unsigned long long)a->op,
-                  (unsigned long long)a->epoch, a->text);
+        log_phase(s, a);
         break;
     case CA_LOG:
-        log_event(s->log, (enum log_level)a->level, "core", "epoch=%llu what=%s", (unsigned long long)a->epoch,
+        log_event(s->log, (enum log_level)a->level, "note", "epoch=%llu what=%s", (unsigned long long)a->epoch,
                   a->text);
         break;
     }

@@ -129,7 +129,7 @@ static void view_use(struct eep *eep, struct view_box *view)
 enum place {
     PLACE_VIEW,    /* in a view, or about to enter one: ask the gate */
     PLACE_REVOKED, /* in a view that is void: wait for the next one */
-    PLACE_SPARE,   /* in no view */
+    PLACE_SPARE,   /* in no view, or idle before one that is not here yet */
     PLACE_LEFT,    /* the view that is due does not have us */
 };
 
@@ -162,7 +162,7 @@ static bool view_adopt(struct eep *eep)
     return view != NULL;
 }
 
-static enum place place_find(struct eep *eep)
+static enum place place_find(struct eep *eep, bool has_work)
 {
     struct stepping *s = &eep->step;
     uint64_t due = flip_due(eep);
@@ -173,7 +173,10 @@ static enum place place_find(struct eep *eep)
         known = commit_rank(eep, due, &rank);
         pthread_mutex_unlock(&eep->lock);
     }
-    /* A flip that we know nothing of yet: the gate of a leaver is shut, so that a stayer can go on. */
+    /* A flip that we know nothing of yet.  Who has nothing to run sleeps until its view is here, which is no hold; who
+     * has goes on, because the gate of a leaver is shut. */
+    if (due && !known && !has_work && !s->gate.running)
+        return PLACE_SPARE;
     if (known && rank < 0)
         return s->left_epoch == due ? PLACE_SPARE : PLACE_LEFT;
     if (!s->view && !(known && rank >= 0) && !view_adopt(eep))
@@ -368,7 +371,7 @@ int eep_step_begin(struct eep *eep, void *stream, bool has_work, int timeout_ms,
         if (atomic_load(&eep->dead))
             return eep_fail_dead(eep);
         map_apply_pending(eep);
-        enum place place = place_find(eep);
+        enum place place = place_find(eep, has_work);
         if (place == PLACE_LEFT)
             return leave(eep, ret_step);
         if (place == PLACE_VIEW)

@@ -11,6 +11,7 @@
 #include <stdio.h>
 
 #include "common/err.h"
+#include "common/topology.h"
 #include "control.pb-c.h"
 
 enum ctl_exit {
@@ -70,6 +71,7 @@ int ctl_exit_code(int code);
 /* ---- output (output.c) ---- */
 void ctl_print_json(json_t *value);                 /* takes the reference */
 json_t *ctl_json(const ProtobufCMessage *message);  /* fields by their names in the .proto; see output.c */
+json_t *ctl_plan_json(const struct plan *plan);     /* its retirements and moves; parties by number */
 const char *ctl_bytes(uint64_t bytes, char *buffer, size_t size); /* "1.5 GiB" */
 const char *ctl_duration(uint64_t ns, char *buffer, size_t size); /* "12.3 ms" */
 const char *ctl_kind(Pb__OpKind kind);

@@ -20,6 +20,7 @@ struct follow {
     int signals;          /* signalfd of SIGINT and SIGTERM; -1 = none */
     bool live;            /* stderr is a terminal: rewrite one line */
     char shown[512];      /* what was written last, when it is not */
+    uint64_t received_ms; /* when the last state came */
 };
 
 uint64_t ctl_now_ms(void)
@@ -47,31 +48,38 @@ static void progress_note(struct follow *f, const char *text)
     fprintf(stderr, "%s\n", text);
 }
 
+#define AWAITED_LATE_MS 1000 /* who is missing is news only when a phase takes long */
+
 static void progress_show(struct follow *f, const Pb__Operation *op)
 {
-    char line[400], done[32], planned[32], age[32];
-    int n = snprintf(line, sizeof line, "operation %llu: %s to %u ranks: %s", (unsigned long long)op->op,
-                     ctl_kind(op->kind), op->target, op->phase);
-    if (op->rounds && n > 0 && (size_t)n < sizeof line)
-        n += snprintf(line + n, sizeof line - (size_t)n, ", round %u of %u", op->round, op->rounds);
+    char done[32], planned[32], age[32];
+    char *line = NULL;
+    size_t size = 0;
+    uint64_t age_ms = op->phase_age_ms + (ctl_now_ms() - f->received_ms);
+    FILE *out = open_memstream(&line, &size);
+    if (!out)
+        return;
+    fprintf(out, "operation %llu: %s to %u ranks: %s", (unsigned long long)op->op, ctl_kind(op->kind), op->target,
+            op->phase);
+    if (op->rounds)
+        fprintf(out, ", round %u of %u", op->round, op->rounds);
     if (f->live) { /* what changes all the time would be a line each elsewhere */
-        if (op->bytes_planned && n > 0 && (size_t)n < sizeof line)
-            n += snprintf(line + n, sizeof line - (size_t)n, ", %s of %s",
-                          ctl_bytes(op->bytes_done, done, sizeof done),
-                          ctl_bytes(op->bytes_planned, planned, sizeof planned));
-        if (n > 0 && (size_t)n < sizeof line)
-            n += snprintf(line + n, sizeof line - (size_t)n, ", %s",
-                          ctl_duration(op->phase_age_ms * 1000000, age, sizeof age));
+        if (op->bytes_planned)
+            fprintf(out, ", %s of %s", ctl_bytes(op->bytes_done, done, sizeof done),
+                    ctl_bytes(op->bytes_planned, planned, sizeof planned));
+        fprintf(out, ", %s", ctl_duration(age_ms * 1000000, age, sizeof age));
     }
-    if (*op->awaited && n > 0 && (size_t)n < sizeof line)
-        snprintf(line + n, sizeof line - (size_t)n, ", awaiting %s", op->awaited);
+    if (*op->awaited && (f->live || age_ms >= AWAITED_LATE_MS))
+        fprintf(out, ", awaiting %s", op->awaited);
+    fclose(out);
     if (f->live) {
         fprintf(stderr, "\r\033[K%.120s", line);
         fflush(stderr);
     } else if (strcmp(line, f->shown) != 0) {
-        snprintf(f->shown, sizeof f->shown, "%s", line);
+        snprintf(f->shown, sizeof f->shown, "%.511s", line);
         progress_note(f, line);
     }
+    free(line);
 }
 
 static int follow_ended(struct follow *f, const Pb__Operation *op)
@@ -149,6 +157,7 @@ static int follow_stream(struct follow *f, struct err *err)
         if (rc == 1) {
             rpc_unpack_free(last ? &last->base : NULL);
             last = op;
+            f->received_ms = ctl_now_ms();
             f->op = op->op;
             if (f->lost_ms)
                 progress_note(f, "eepctl: the coordinator is back");

@@ -1,4 +1,5 @@
 /* How eepctl shows things: errors with their exit codes, numbers with units, any message as JSON. */
+#include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -48,6 +49,16 @@ static json_t *bytes_json(const ProtobufCBinaryData *bytes)
     return text;
 }
 
+/* SCALE_UP becomes "scale-up", the word that people read elsewhere. */
+static json_t *word_json(const char *name)
+{
+    char word[64];
+    size_t n = 0;
+    for (; name[n] && n + 1 < sizeof word; n++)
+        word[n] = name[n] == '_' ? '-' : (char)tolower((unsigned char)name[n]);
+    return json_stringn(word, n);
+}
+
 /* Fingerprints (fixed64) become hex strings: no JSON number holds them.  "No limit" becomes null. */
 static json_t *field_json(const ProtobufCFieldDescriptor *field, const void *at)
 {
@@ -73,7 +84,7 @@ static json_t *field_json(const ProtobufCFieldDescriptor *field, const void *at)
         return json_boolean(*(const protobuf_c_boolean *)at);
     case PROTOBUF_C_TYPE_ENUM: {
         const ProtobufCEnumValue *value = protobuf_c_enum_descriptor_get_value(field->descriptor, *(const int *)at);
-        return json_string(value ? value->name : "?");
+        return word_json(value ? value->name : "?");
     }
     case PROTOBUF_C_TYPE_STRING: {
         json_t *text = json_string(*(char *const *)at);
@@ -141,6 +152,32 @@ json_t *ctl_json(const ProtobufCMessage *message)
     return object;
 }
 
+static json_t *round_json(const char *kind, uint32_t round, uint32_t before)
+{
+    return json_pack("{s:s, s:i, s:b}", "what", kind, "round", (int)round, "before_commit", round < before);
+}
+
+json_t *ctl_plan_json(const struct plan *plan)
+{
+    json_t *moves = json_array();
+    for (uint32_t i = 0; i < plan->n_retires; i++) {
+        const struct retire *r = &plan->retires[i];
+        json_t *item = round_json("retire", r->round, plan->rounds_before);
+        json_object_update_new(item, json_pack("{s:i, s:i, s:i}", "layer", (int)r->layer, "party", (int)r->party,
+                                               "slot", (int)r->slot));
+        json_array_append_new(moves, item);
+    }
+    for (uint32_t i = 0; i < plan->n_moves; i++) {
+        const struct move *m = &plan->moves[i];
+        json_t *item = round_json("move", m->round, plan->rounds_before);
+        json_object_update_new(item, json_pack("{s:i, s:i, s:i, s:i, s:i, s:i}", "layer", (int)m->layer, "expert",
+                                               (int)m->expert, "from", (int)m->src, "from_slot", (int)m->src_slot,
+                                               "to", (int)m->dst, "to_slot", (int)m->dst_slot));
+        json_array_append_new(moves, item);
+    }
+    return moves;
+}
+
 const char *ctl_bytes(uint64_t bytes, char *buffer, size_t size)
 {
     static const char *const unit[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
@@ -202,7 +239,9 @@ void ctl_print_operation(const Pb__Operation *op, FILE *out)
     if (*op->why)
         fprintf(out, ": %s", op->why);
     fputc('\n', out);
-    if (op->bytes_planned || op->bytes_done)
+    if (op->kind == PB__OP_KIND__START && op->bytes_done)
+        fprintf(out, "  loaded %s\n", ctl_bytes(op->bytes_done, a, sizeof a));
+    else if (op->bytes_planned)
         fprintf(out, "  moved %s of %s\n", ctl_bytes(op->bytes_done, a, sizeof a),
                 ctl_bytes(op->bytes_planned, b, sizeof b));
     if (op->outcome != PB__OP_OUTCOME__RUNNING && op->epoch)

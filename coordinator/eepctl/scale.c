@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "common/rand.h"
+#include "common/topology_wire.h"
 #include "coordinator/eepctl/client.h"
 
 #define WAIT_AGENTS_DEFAULT_MS 600000
@@ -100,6 +101,18 @@ static int scale_call(struct ctl *ctl, const Pb__ScaleRequest *request, Pb__Scal
     }
 }
 
+static json_t *reply_json(const Pb__ScaleReply *reply)
+{
+    json_t *value = ctl_json(&reply->base);
+    struct plan *plan;
+    struct err err;
+    if (reply->plan && plan_from_pb(reply->plan, &plan, &err) == 0) {
+        json_object_set_new(value, "plan", ctl_plan_json(plan)); /* its tables are packed on the wire */
+        plan_unref(plan);
+    }
+    return value;
+}
+
 int scale_run(struct ctl *ctl, struct scale_options *o)
 {
     struct err err;
@@ -128,7 +141,7 @@ int scale_run(struct ctl *ctl, struct scale_options *o)
     uint64_t op = reply->op;
     if (o->dry_run || o->no_wait) {
         if (ctl->output == CTL_JSON) {
-            ctl_print_json(ctl_json(&reply->base));
+            ctl_print_json(reply_json(reply));
         } else {
             if (*reply->text)
                 printf("%s\n", reply->text);

@@ -108,7 +108,7 @@ int cmd_agents(struct ctl *ctl, int argc, char **argv)
         .doc = "Lists every agent that the coordinator knows, spares included.\v"
                "Examples:\n"
                "  eepctl agents\n"
-               "  eepctl agents -o json | jq -r '.agents[] | select(.state == \"SPARE\").member.id'\n",
+               "  eepctl agents -o json | jq -r '.agents[] | select(.state == \"spare\").member.id'\n",
     };
     ctl_parse(ctl, &argp, argc, argv, NULL);
     struct err err;

@@ -286,9 +286,9 @@ static bool demo_report(struct demo *d, const json_t *base, const json_t *report
     double issued = number(report, "issued"), completed = number(report, "completed"), wrong = number(report, "wrong");
     bool good = feeder == 0 && issued > 0 && completed == issued && wrong == 0;
     printf("\nreport\n");
-    printf("  requests: %.0f issued, %.0f completed, %.0f token for token equal to the reference; %.0f retried on "
+    printf("  requests: %.0f issued, %.0f completed, %.0f token for token equal to the reference; %.0f moved to "
            "another rank\n",
-           issued, completed, completed - wrong, number(report, "retries"));
+           issued, completed, completed - wrong, number(report, "handed_back") + number(report, "refused") + number(report, "lost"));
     printf("  longest gap between two tokens of one request: %.1f ms while scaling, %.1f ms unscaled; median %.1f and "
            "%.1f ms\n",
            number(report, "longest_gap_ms"), number(base, "longest_gap_ms"), number(report, "median_gap_ms"),

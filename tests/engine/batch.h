@@ -20,13 +20,13 @@ struct sequence {
     float *logits;     /* [vocab] */
 };
 struct batch {
-    struct server *server;         /* borrowed */
-    uint32_t max, prefill;         /* sequences at once; tokens of a prompt per step */
-    uint64_t kv_budget, kv_used;   /* bytes */
+    struct server *server;       /* borrowed */
+    uint32_t max, prefill;       /* sequences at once; tokens of a prompt per step */
+    uint64_t kv_budget, kv_used; /* bytes */
     struct sequence sequence[BATCH_MAX];
     uint32_t n;
-    struct request *waiting;       /* taken from the server, finds no room yet */
-    struct forward_token *tokens;  /* of the planned step */
+    struct request *waiting;      /* taken from the server, finds no room yet */
+    struct forward_token *tokens; /* of the planned step */
     uint32_t n_tokens, room;
 };
 /* Takes requests from the server while there is room.  Drops sequences whose client is gone. */

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 8 /* partial sums of a dot product: short error chains, and vectors */
+#define LANES     8 /* partial sums of a dot product: short error chains, and vectors */
 #define TOP_K_MAX 64
 
 /* ---- configuration ---- */
@@ -57,11 +57,13 @@ static int config_read(const json_t *root, struct decoder_config *c, struct err 
         (rc = config_u32(root, "num_local_experts", c->experts == 0, c->experts, &c->experts, err)) ||
         (rc = config_u32(root, "num_experts_per_tok", true, 0, &c->top_k, err)) ||
         (rc = config_u32(root, "intermediate_size", false, 0, &c->expert_hidden, err)) ||
-        (rc = config_u32(root, "moe_intermediate_size", c->expert_hidden == 0, c->expert_hidden, &c->expert_hidden, err)))
+        (rc = config_u32(root, "moe_intermediate_size", c->expert_hidden == 0, c->expert_hidden, &c->expert_hidden,
+                         err)))
         return rc;
     const json_t *act = json_object_get(root, "hidden_act");
     if (json_is_string(act) && strcmp(json_string_value(act), "silu") != 0)
-        return err_set(err, ERR_UNSUPPORTED, "config.json: hidden_act \"%s\" is not implemented", json_string_value(act));
+        return err_set(err, ERR_UNSUPPORTED, "config.json: hidden_act \"%s\" is not implemented",
+                       json_string_value(act));
     const json_t *window = json_object_get(root, "sliding_window"), *use = json_object_get(root, "use_sliding_window");
     if (json_is_integer(window) && !json_is_false(use) && json_integer_value(window) < (json_int_t)c->max_positions)
         return err_set(err, ERR_UNSUPPORTED, "config.json: sliding window attention is not implemented");
@@ -137,8 +139,8 @@ static int bind_layer_dense(struct binder *b, uint32_t layer, bool optional, uin
     return bind_dense(b, optional, rows, cols, ret_data, name);
 }
 
-static int bind_part(struct binder *b, struct decoder *m, uint32_t layer, const char *part, uint64_t rows, uint64_t cols,
-                     const uint8_t **ret_data, uint64_t *ret_stride)
+static int bind_part(struct binder *b, struct decoder *m, uint32_t layer, const char *part, uint64_t rows,
+                     uint64_t cols, const uint8_t **ret_data, uint64_t *ret_stride)
 {
     char name[192];
     struct decoder_tensor t = {0};
@@ -262,7 +264,8 @@ void decoder_kv_done(struct decoder_kv *kv)
     memset(kv, 0, sizeof *kv);
 }
 
-static float *kv_at(const struct decoder *m, const struct decoder_kv *kv, uint32_t layer, uint32_t value, uint32_t position)
+static float *kv_at(const struct decoder *m, const struct decoder_kv *kv, uint32_t layer, uint32_t value,
+                    uint32_t position)
 {
     size_t width = (size_t)m->config.kv_heads * m->config.head_dim;
     return kv->data + ((((size_t)layer * 2 + value) * kv->positions) + position) * width;
@@ -270,11 +273,14 @@ static float *kv_at(const struct decoder *m, const struct decoder_kv *kv, uint32
 
 /* ---- arithmetic ---- */
 
-/* Eight partial sums, element by element in the vector extensions of gcc and clang: the same bits on every machine that
- * has no fused multiply-add in its base instruction set, and several times as fast as one sum. */
-typedef float lanes_f32 __attribute__((vector_size(LANES * 4)));
-typedef uint32_t lanes_u32 __attribute__((vector_size(LANES * 4)));
+/* Eight partial sums as two vectors of four, in the vector extensions of gcc and clang: the same bits on every machine
+ * whose base instruction set has no fused multiply-add, and several times as fast as one sum. */
+#define HALF (LANES / 2)
+typedef float half_f32 __attribute__((vector_size(HALF * 4)));
 typedef uint16_t lanes_u16 __attribute__((vector_size(LANES * 2)));
+struct lanes {
+    half_f32 lo, hi;
+};
 
 static inline float widen(uint16_t bf16)
 {
@@ -284,43 +290,57 @@ static inline float widen(uint16_t bf16)
     return f;
 }
 
-#define LANES_SUM(a) ((((a)[0] + (a)[4]) + ((a)[2] + (a)[6])) + (((a)[1] + (a)[5]) + ((a)[3] + (a)[7])))
-
-/* *ret = eight elements of bf16 */
-static inline void widen_lanes(const uint16_t *w, lanes_f32 *ret)
+/* Eight elements of bf16: the upper halves of floats (little-endian). */
+static inline struct lanes lanes_widen(const uint16_t *w)
 {
-    lanes_u16 narrow;
-    memcpy(&narrow, w, sizeof narrow);
-    lanes_u32 wide = __builtin_convertvector(narrow, lanes_u32) << 16;
-    memcpy(ret, &wide, sizeof wide);
+    lanes_u16 zero = {0}, v;
+    memcpy(&v, w, sizeof v);
+    return (struct lanes){(half_f32)__builtin_shufflevector(zero, v, 0, 8, 1, 9, 2, 10, 3, 11),
+                          (half_f32)__builtin_shufflevector(zero, v, 4, 12, 5, 13, 6, 14, 7, 15)};
+}
+
+static inline struct lanes lanes_load(const float *x)
+{
+    struct lanes l;
+    memcpy(&l.lo, x, sizeof l.lo);
+    memcpy(&l.hi, x + HALF, sizeof l.hi);
+    return l;
+}
+
+static inline float lanes_sum(struct lanes l)
+{
+    half_f32 s = l.lo + l.hi;
+    return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
 static float dot_bf16(const uint16_t *w, const float *x, uint32_t n)
 {
-    lanes_f32 sum = {0}, a, b;
+    struct lanes sum = {{0}, {0}};
     uint32_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        widen_lanes(w + i, &a);
-        memcpy(&b, x + i, sizeof b);
-        sum += a * b;
+        struct lanes a = lanes_widen(w + i), b = lanes_load(x + i);
+        sum.lo += a.lo * b.lo;
+        sum.hi += a.hi * b.hi;
     }
+    float rest = 0;
     for (; i < n; i++)
-        sum[i % LANES] += widen(w[i]) * x[i];
-    return LANES_SUM(sum);
+        rest += widen(w[i]) * x[i];
+    return lanes_sum(sum) + rest;
 }
 
 static float dot_f32(const float *v, const float *x, uint32_t n)
 {
-    lanes_f32 sum = {0}, a, b;
+    struct lanes sum = {{0}, {0}};
     uint32_t i = 0;
     for (; i + LANES <= n; i += LANES) {
-        memcpy(&a, v + i, sizeof a);
-        memcpy(&b, x + i, sizeof b);
-        sum += a * b;
+        struct lanes a = lanes_load(v + i), b = lanes_load(x + i);
+        sum.lo += a.lo * b.lo;
+        sum.hi += a.hi * b.hi;
     }
+    float rest = 0;
     for (; i < n; i++)
-        sum[i % LANES] += v[i] * x[i];
-    return LANES_SUM(sum);
+        rest += v[i] * x[i];
+    return lanes_sum(sum) + rest;
 }
 
 /* ret = W x, W bf16 [rows, cols] */
@@ -336,12 +356,12 @@ static void vecmat(const uint16_t *w, const float *x, uint32_t rows, uint32_t co
     memset(ret, 0, cols * sizeof *ret);
     for (uint32_t r = 0; r < rows; r++, w += cols) {
         uint32_t c = 0;
-        lanes_f32 a, b;
         for (; c + LANES <= cols; c += LANES) {
-            widen_lanes(w + c, &a);
-            memcpy(&b, ret + c, sizeof b);
-            b += a * x[r];
-            memcpy(ret + c, &b, sizeof b);
+            struct lanes a = lanes_widen(w + c), b = lanes_load(ret + c);
+            b.lo += a.lo * x[r];
+            b.hi += a.hi * x[r];
+            memcpy(ret + c, &b.lo, sizeof b.lo);
+            memcpy(ret + c + HALF, &b.hi, sizeof b.hi);
         }
         for (; c < cols; c++)
             ret[c] += x[r] * widen(w[c]);
@@ -385,7 +405,8 @@ static void heads_finish(const struct decoder *m, const uint16_t *norm, uint32_t
     }
 }
 
-void decoder_qkv(const struct decoder *m, uint32_t layer, const float *x, uint32_t position, struct decoder_kv *kv, float *ret_q)
+void decoder_qkv(const struct decoder *m, uint32_t layer, const float *x, uint32_t position, struct decoder_kv *kv,
+                 float *ret_q)
 {
     const struct decoder_config *c = &m->config;
     const struct decoder_layer *y = &m->layer[layer];
@@ -412,8 +433,8 @@ static void softmax(float *p, uint32_t n)
         p[i] /= sum;
 }
 
-int decoder_attend(const struct decoder *m, uint32_t layer, const float *q, uint32_t position, const struct decoder_kv *kv,
-                 float *x)
+int decoder_attend(const struct decoder *m, uint32_t layer, const float *q, uint32_t position,
+                   const struct decoder_kv *kv, float *x)
 {
     const struct decoder_config *c = &m->config;
     uint32_t d = c->head_dim, group = c->heads / c->kv_heads, width = c->heads * d;
@@ -465,7 +486,8 @@ void decoder_route(const struct decoder *m, uint32_t layer, const float *h, uint
         ret_weight[k] /= sum;
 }
 
-void decoder_expert(const struct decoder *m, uint32_t layer, uint32_t slot, const float *h, float *scratch, float *ret_out)
+void decoder_expert(const struct decoder *m, uint32_t layer, uint32_t slot, const float *h, float *scratch,
+                    float *ret_out)
 {
     const struct decoder_layer *y = &m->layer[layer];
     uint32_t hidden = m->config.hidden, inner = m->config.expert_hidden;

@@ -4,8 +4,9 @@
  * are (bf16, borrowed) and are widened to float32 on the fly; all arithmetic is float32.
  *
  * Every function computes one token at a time, always in the same order: a token's result does not depend on what else
- * is in the batch, nor on the rank that computes an expert.  Results are therefore equal bit for bit for every placement
- * of experts and for prefill as for decoding.  No globals; a struct decoder is read-only once bound, any thread. */
+ * is in the batch, nor on the rank that computes an expert.  Results are therefore equal bit for bit for every
+ * placement of experts and for prefill as for decoding.  No globals; a struct decoder is read-only once bound, any
+ * thread. */
 #ifndef EEP_TESTS_ENGINE_DECODER_H
 #define EEP_TESTS_ENGINE_DECODER_H
 
@@ -51,11 +52,11 @@ struct decoder {
     uint32_t slots;
     const uint16_t *embed, *norm, *lm_head;
     struct decoder_layer *layer; /* [config.layers], owned */
-    float *rope;               /* [max_positions][head_dim]: cos of the first half, sin of the second; owned */
+    float *rope;                 /* [max_positions][head_dim]: cos of the first half, sin of the second; owned */
 };
 /* Binds every tensor and checks its type and shape. */
 int decoder_bind(const char *config_json, decoder_find_fn *find, void *user, struct decoder *ret_model,
-               struct err *err) MUST_CHECK;
+                 struct err *err) MUST_CHECK;
 void decoder_done(struct decoder *m);
 
 /* The keys and values of one sequence. */
@@ -64,22 +65,25 @@ struct decoder_kv {
     float *data;        /* [layers][2][positions][kv_heads * head_dim] */
 };
 uint64_t decoder_kv_bytes(const struct decoder_config *c, uint32_t positions);
-int decoder_kv_init(const struct decoder_config *c, uint32_t positions, struct decoder_kv *ret_kv, struct err *err) MUST_CHECK;
+int decoder_kv_init(const struct decoder_config *c, uint32_t positions, struct decoder_kv *ret_kv,
+                    struct err *err) MUST_CHECK;
 void decoder_kv_done(struct decoder_kv *kv);
 
 /* ---- pieces, in the order of a layer; x is the residual stream [hidden] of one token ---- */
 void decoder_embed(const struct decoder *m, int32_t token, float *ret_x);
 /* Writes the keys and values of this position.  ret_q: [heads * head_dim]. */
-void decoder_qkv(const struct decoder *m, uint32_t layer, const float *x, uint32_t position, struct decoder_kv *kv, float *ret_q);
+void decoder_qkv(const struct decoder *m, uint32_t layer, const float *x, uint32_t position, struct decoder_kv *kv,
+                 float *ret_q);
 /* Attention over positions 0..position, whose keys and values are written; adds to x. */
-int decoder_attend(const struct decoder *m, uint32_t layer, const float *q, uint32_t position, const struct decoder_kv *kv,
-                 float *x) MUST_CHECK;
+int decoder_attend(const struct decoder *m, uint32_t layer, const float *q, uint32_t position,
+                   const struct decoder_kv *kv, float *x) MUST_CHECK;
 /* ret_h: the normed hidden state that the router and the experts read. */
 void decoder_moe_input(const struct decoder *m, uint32_t layer, const float *x, float *ret_h);
 /* The top_k experts in descending order of probability (ties: lower index) and their weights. */
 void decoder_route(const struct decoder *m, uint32_t layer, const float *h, uint32_t *ret_expert, float *ret_weight);
 /* One expert on one token.  scratch: [3 * expert_hidden]. */
-void decoder_expert(const struct decoder *m, uint32_t layer, uint32_t slot, const float *h, float *scratch, float *ret_out);
+void decoder_expert(const struct decoder *m, uint32_t layer, uint32_t slot, const float *h, float *scratch,
+                    float *ret_out);
 void decoder_logits(const struct decoder *m, const float *x, float *ret_logits);
 int32_t decoder_argmax(const float *logits, uint32_t n);
 

@@ -42,20 +42,22 @@ static int ranks_resize(struct dispatch *d)
 }
 
 /* The physical slot that computes this choice: spread over the replicas, the same on every rank that asks. */
-static int pick(struct dispatch *d, uint32_t layer, uint32_t expert, uint32_t source, uint32_t token, uint32_t *ret_physical)
+static int pick(struct dispatch *d, uint32_t layer, uint32_t expert, uint32_t source, uint32_t token,
+                uint32_t *ret_physical)
 {
     const struct eep_maps *maps = d->maps;
     size_t at = (size_t)layer * maps->logical + expert;
     int32_t count = maps->logical_replica_count[at];
     if (count < 1 || (uint32_t)count > maps->max_replicas)
-        return err_set(d->err, ERR_CORRUPT, "expert %u of layer %u has %d replicas in map %" PRIu64, expert, layer, count,
-                       maps->version);
+        return err_set(d->err, ERR_CORRUPT, "expert %u of layer %u has %d replicas in map %" PRIu64, expert, layer,
+                       count, maps->version);
     uint64_t seed = digest_mix(((uint64_t)source << 32) | token, d->step);
     int32_t physical = maps->logical_to_physical_map[at * maps->max_replicas + seed % (uint32_t)count];
     uint32_t rank = physical < 0 ? UINT32_MAX : (uint32_t)physical / maps->slots;
     if (rank >= mesh_size(d->mesh) || !mesh_peers(d->mesh)[rank].serving)
-        return err_set(d->err, ERR_CORRUPT, "expert %u of layer %u is mapped to slot %d, which no serving rank of the view has",
-                       expert, layer, physical);
+        return err_set(d->err, ERR_CORRUPT,
+                       "expert %u of layer %u is mapped to slot %d, which no serving rank of the view has", expert,
+                       layer, physical);
     *ret_physical = (uint32_t)physical;
     return 0;
 }
@@ -101,7 +103,8 @@ static int route_own(struct dispatch *d, uint32_t layer, uint32_t n, const float
     return 0;
 }
 
-static int compute(struct dispatch *d, uint32_t layer, uint32_t slot, uint32_t expert, const float *h, struct mesh_bytes *out)
+static int compute(struct dispatch *d, uint32_t layer, uint32_t slot, uint32_t expert, const float *h,
+                   struct mesh_bytes *out)
 {
     const struct eep_maps *maps = d->maps;
     uint32_t hidden = d->model->config.hidden;
@@ -112,8 +115,8 @@ static int compute(struct dispatch *d, uint32_t layer, uint32_t slot, uint32_t e
     int32_t held = maps->physical_to_logical_map[(size_t)layer * maps->max_ranks * maps->slots +
                                                  (size_t)mesh_self(d->mesh) * maps->slots + slot];
     if (held >= 0 && (uint32_t)held != expert)
-        return err_set(d->err, ERR_CORRUPT, "a token for expert %u in slot %u of layer %u, which holds expert %d", expert,
-                       slot, layer, held);
+        return err_set(d->err, ERR_CORRUPT, "a token for expert %u in slot %u of layer %u, which holds expert %d",
+                       expert, slot, layer, held);
     decoder_expert(d->model, layer, slot, h, scratch, result);
     __atomic_fetch_add(&maps->expert_load[(size_t)layer * maps->slots + slot], 1, __ATOMIC_RELAXED);
     uint8_t *at = mesh_bytes_add(out, hidden * sizeof *result);
@@ -175,8 +178,8 @@ static int combine(struct dispatch *d, uint32_t layer, uint32_t n, float *ret_y)
         for (uint32_t k = 0; k < d->model->config.top_k; k++) {
             const struct dispatch_choice *c = choice_at(d, i, k);
             if (taken[c->rank] + size > d->in[c->rank].len)
-                return err_set(d->err, ERR_PROTOCOL, "rank %u computed less of layer %u than it was asked: its map differs",
-                               c->rank, layer);
+                return err_set(d->err, ERR_PROTOCOL,
+                               "rank %u computed less of layer %u than it was asked: its map differs", c->rank, layer);
             memcpy(out, d->in[c->rank].data + taken[c->rank], size);
             taken[c->rank] += size;
             for (uint32_t j = 0; j < hidden; j++)
@@ -185,8 +188,8 @@ static int combine(struct dispatch *d, uint32_t layer, uint32_t n, float *ret_y)
     }
     for (uint32_t r = 0; r < d->ranks; r++) {
         if (taken[r] != d->in[r].len)
-            return err_set(d->err, ERR_PROTOCOL, "rank %u computed more of layer %u than it was asked: its map differs", r,
-                           layer);
+            return err_set(d->err, ERR_PROTOCOL, "rank %u computed more of layer %u than it was asked: its map differs",
+                           r, layer);
     }
     return 0;
 }

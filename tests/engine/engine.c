@@ -1,9 +1,10 @@
 /* The stepping thread: waits for weights, binds them, runs steps, drains, leaves, ends.  See engine.h.
  *
- *   attach -> [LOAD: fill and seal] -> REGIONS: bind -> steps in a view -> LEFT -> RELEASE -> (REGIONS again, as a spare)
+ *   attach -> [LOAD: fill and seal] -> REGIONS: bind -> steps in a view -> LEFT -> RELEASE -> (REGIONS again, as a
+ * spare)
  *
- * A step that fails because its view was revoked costs nothing but time: nothing of it was kept.  Any other failure of a
- * step ends the process with a sentence; the agent sees the engine go, and the others are told. */
+ * A step that fails because its view was revoked costs nothing but time: nothing of it was kept.  Any other failure of
+ * a step ends the process with a sentence; the agent sees the engine go, and the others are told. */
 #include "tests/engine/engine.h"
 
 #include <errno.h>
@@ -54,8 +55,8 @@ static int engine_bind(struct engine *e, struct err *err)
     e->decoder = decoder;
     e->dispatch.maps = maps;
     e->bound = true;
-    log_event(e->log, LOG_LEVEL_INFO, "bound", "producer=%s layers=%u experts=%u slots=%u", model.producer, maps->layers,
-              maps->logical, maps->slots);
+    log_event(e->log, LOG_LEVEL_INFO, "bound", "producer=%s layers=%u experts=%u slots=%u", model.producer,
+              maps->layers, maps->logical, maps->slots);
     return 0;
 }
 
@@ -97,8 +98,8 @@ struct noted {
 static void noted_take(struct engine *e, struct noted *ret)
 {
     pthread_mutex_lock(&e->lock);
-    *ret = (struct noted){e->regions, e->load, e->release, e->detached, e->stop, e->draining, e->drain_until_ms,
-                          e->load_map, e->load_layers, e->load_slots};
+    *ret = (struct noted){e->regions,  e->load,           e->release,  e->detached,    e->stop,
+                          e->draining, e->drain_until_ms, e->load_map, e->load_layers, e->load_slots};
     e->regions = e->load = e->release = false;
     e->load_map = NULL;
     if (e->drain_new || !e->draining)
@@ -311,8 +312,12 @@ static int engine_open(struct engine *e, struct err *err)
         return err_set(err, ERR_NOMEM, "out of memory or descriptors");
     if (e->options.fused && e->options.checkpoint && (rc = source_open(e->options.checkpoint, &e->source, err)))
         return rc;
-    struct server_options o = {.listen = e->options.listen, .lot = e->lot, .own_id = e->id, .on_request = engine_request,
-                               .on_signal = engine_signal, .user = e};
+    struct server_options o = {.listen = e->options.listen,
+                               .lot = e->lot,
+                               .own_id = e->id,
+                               .on_request = engine_request,
+                               .on_signal = engine_signal,
+                               .user = e};
     return server_open(&o, &e->server, err);
 }
 
@@ -321,8 +326,9 @@ static void engine_close(struct engine *e)
     if (e->eep) {
         struct eep_stats s;
         eep_stats_get(e->eep, &s);
-        log_event(e->log, LOG_LEVEL_INFO, "end", "steps=%" PRIu64 " flips=%" PRIu64 " holds=%" PRIu64 " longest_hold_us=%" PRIu64,
-                  s.steps, s.flips, s.holds, s.longest_hold_ns / 1000);
+        log_event(e->log, LOG_LEVEL_INFO, "end",
+                  "steps=%" PRIu64 " flips=%" PRIu64 " holds=%" PRIu64 " longest_hold_us=%" PRIu64, s.steps, s.flips,
+                  s.holds, s.longest_hold_ns / 1000);
     }
     if (e->server)
         batch_hand_back(&e->batch, "ending");
@@ -361,8 +367,8 @@ int engine_run(const struct engine_options *options)
     pthread_mutex_init(&e->lock, NULL);
     pthread_cond_init(&e->changed, NULL);
     int rc = engine_open(e, &err);
-    e->batch = (struct batch){.server = e->server, .max = options->max_batch, .prefill = options->prefill,
-                              .kv_budget = options->kv_bytes};
+    e->batch = (struct batch){
+        .server = e->server, .max = options->max_batch, .prefill = options->prefill, .kv_budget = options->kv_bytes};
     if (rc == 0)
         rc = engine_attach(e, &err);
     while (rc == 0)

@@ -33,20 +33,20 @@ struct prepare;
 struct engine {
     struct engine_options options;
     struct log *log;
-    uint64_t id;  /* random, of this process */
-    int stop_fd;  /* readable: end */
+    uint64_t id; /* random, of this process */
+    int stop_fd; /* readable: end */
     struct eep *eep;
     struct server *server;
     struct mesh_lot *lot;
     struct source source; /* of a sealing engine; config NULL otherwise */
 
     struct decoder decoder;
-    bool bound;           /* decoder has tensors */
+    bool bound; /* decoder has tensors */
     struct dispatch dispatch;
     struct batch batch;
     struct mesh *mesh;
-    int32_t rank;         /* in the view in use; -1 = in none */
-    bool view_draining;   /* the view says that we drain */
+    int32_t rank;       /* in the view in use; -1 = in none */
+    bool view_draining; /* the view says that we drain */
     bool drained_said;
 
     pthread_mutex_t lock;
@@ -57,7 +57,7 @@ struct engine {
     uint64_t drain_until_ms;
     int32_t *load_map; /* owned */
     uint32_t load_layers, load_slots;
-    char why[256];     /* detached */
+    char why[256]; /* detached */
 };
 /* Runs until stopped: 0; or until it cannot go on: 1, logged. */
 int engine_run(const struct engine_options *options);
@@ -68,9 +68,9 @@ void engine_request(void *user);
 void engine_signal(void *user);
 
 /* views.c */
-void prepare_start(struct engine *e, const struct eep_event *event);     /* libeep's thread */
-void prepare_drop(struct engine *e, uint64_t op, bool silent);           /* op 0 = any; silent: no answer is owed */
-void prepare_finish(struct engine *e);                                   /* drops it and joins the builder */
+void prepare_start(struct engine *e, const struct eep_event *event); /* libeep's thread */
+void prepare_drop(struct engine *e, uint64_t op, bool silent);       /* op 0 = any; silent: no answer is owed */
+void prepare_finish(struct engine *e);                               /* drops it and joins the builder */
 /* The mesh for the view of this step, in e->mesh.  ERR_ABORTED: revoked meanwhile, or stopping. */
 int engine_switch(struct engine *e, const struct eep_step *step, struct err *err) MUST_CHECK;
 

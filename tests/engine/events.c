@@ -59,8 +59,8 @@ static void note(struct engine *e, const struct eep_event *event)
 void engine_event(void *user, const struct eep_event *event)
 {
     static const char *const names[] = {
-        [EEP_EVENT_REGIONS] = "regions", [EEP_EVENT_LOAD] = "load",       [EEP_EVENT_PREPARE] = "prepare",
-        [EEP_EVENT_ABORT] = "abort",     [EEP_EVENT_DRAIN] = "drain",     [EEP_EVENT_REVOKE] = "revoke",
+        [EEP_EVENT_REGIONS] = "regions", [EEP_EVENT_LOAD] = "load",         [EEP_EVENT_PREPARE] = "prepare",
+        [EEP_EVENT_ABORT] = "abort",     [EEP_EVENT_DRAIN] = "drain",       [EEP_EVENT_REVOKE] = "revoke",
         [EEP_EVENT_RELEASE] = "release", [EEP_EVENT_DETACHED] = "detached",
     };
     struct engine *e = user;

@@ -23,8 +23,8 @@ static int forward_layer(const struct decoder *m, uint32_t layer, const struct f
     return 0;
 }
 
-int forward_run(const struct decoder *m, const struct forward_token *tokens, uint32_t n, forward_moe_fn *moe, void *user,
-                struct err *err)
+int forward_run(const struct decoder *m, const struct forward_token *tokens, uint32_t n, forward_moe_fn *moe,
+                void *user, struct err *err)
 {
     size_t hidden = m->config.hidden, q_width = (size_t)m->config.heads * m->config.head_dim;
     float *x = malloc(((size_t)n * (3 * hidden + q_width) + 1) * sizeof *x);

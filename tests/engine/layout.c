@@ -5,7 +5,7 @@
 #include <string.h>
 
 #define DENSE_REGION "dense"
-#define DENSE_ALIGN 256u
+#define DENSE_ALIGN  256u
 
 static uint64_t aligned(uint64_t bytes)
 {
@@ -41,8 +41,15 @@ static int layout_part(struct eep *eep, uint32_t layer, uint32_t slots, const ch
                        uint8_t **ret_data, struct err *err)
 {
     uint64_t bytes = rows * cols * sizeof(uint16_t);
-    struct eep_region_spec spec = {.expert = true, .layer = layer, .part = part, .slots = slots, .stride = bytes,
-                                   .slot_bytes = bytes, .dtype = "BF16", .dims = 2, .shape = {rows, cols}};
+    struct eep_region_spec spec = {.expert = true,
+                                   .layer = layer,
+                                   .part = part,
+                                   .slots = slots,
+                                   .stride = bytes,
+                                   .slot_bytes = bytes,
+                                   .dtype = "BF16",
+                                   .dims = 2,
+                                   .shape = {rows, cols}};
     void *data;
     int rc = eep_region_alloc(eep, &spec, &data);
     if (rc)
@@ -73,7 +80,8 @@ int layout_seal(struct eep *eep, const struct source *source, const int32_t *loa
                 struct err *err)
 {
     if (layers != source->shape.layers)
-        return err_set(err, ERR_INVALID, "asked to fill %u layers, the checkpoint has %u", layers, source->shape.layers);
+        return err_set(err, ERR_INVALID, "asked to fill %u layers, the checkpoint has %u", layers,
+                       source->shape.layers);
     int rc = layout_dense(eep, source, err);
     for (uint32_t l = 0; l < layers && rc == 0; l++)
         rc = layout_experts(eep, source, load_map, l, slots, err);

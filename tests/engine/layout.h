@@ -1,5 +1,5 @@
-/* The engine's own layout: experts fused and transposed, allocated in the agent's memory, filled from a checkpoint by the
- * engine itself, and sealed.  A rank that joins receives these bytes and needs neither this file nor a checkpoint.
+/* The engine's own layout: experts fused and transposed, allocated in the agent's memory, filled from a checkpoint by
+ * the engine itself, and sealed.  A rank that joins receives these bytes and needs neither this file nor a checkpoint.
  * Stepping thread. */
 #ifndef EEP_TESTS_ENGINE_LAYOUT_H
 #define EEP_TESTS_ENGINE_LAYOUT_H

@@ -8,19 +8,35 @@
 
 #include "tests/engine/engine.h"
 
-enum { KEY_SOCKET = 256, KEY_LISTEN, KEY_ADVERTISE, KEY_LAYOUT, KEY_CHECKPOINT, KEY_DISPATCH, KEY_STEP, KEY_STALL,
-       KEY_ATTACH, KEY_BATCH, KEY_PREFILL, KEY_KV, KEY_LOG };
+enum {
+    KEY_SOCKET = 256,
+    KEY_LISTEN,
+    KEY_ADVERTISE,
+    KEY_LAYOUT,
+    KEY_CHECKPOINT,
+    KEY_DISPATCH,
+    KEY_STEP,
+    KEY_STALL,
+    KEY_ATTACH,
+    KEY_BATCH,
+    KEY_PREFILL,
+    KEY_KV,
+    KEY_LOG
+};
 
 static const struct argp_option option_table[] = {
     {"socket", KEY_SOCKET, "PATH", 0, "the agent's engine socket (default: $EEP_SOCKET)", 0},
     {"listen", KEY_LISTEN, "HOST:PORT", 0, "requests and peers; port 0 = any (default 127.0.0.1:0)", 0},
     {"advertise", KEY_ADVERTISE, "HOST", 0, "host to publish instead of the one listened on", 0},
-    {"layout", KEY_LAYOUT, "loader|fused", 0, "whose layout: the agent's checkpoint loader's, or our own (default loader)", 0},
+    {"layout", KEY_LAYOUT, "loader|fused", 0,
+     "whose layout: the agent's checkpoint loader's, or our own (default loader)", 0},
     {"checkpoint", KEY_CHECKPOINT, "DIR", 0, "fused: what a cold start reads; a joiner needs none", 0},
     {"dispatch", KEY_DISPATCH, "source|replicated", 0, "who maps experts to slots (default source)", 0},
     {"step-ms", KEY_STEP, "MS", 0, "a step takes at least this long, sleeping (default 0)", 0},
-    {"stall-ms", KEY_STALL, "MS", 0, "a step that waits longer for a peer, unrevoked, ends the engine (default 45000: an "
-                                     "agent may hold its engine for 30 s)", 0},
+    {"stall-ms", KEY_STALL, "MS", 0,
+     "a step that waits longer for a peer, unrevoked, ends the engine (default 45000: an "
+     "agent may hold its engine for 30 s)",
+     0},
     {"attach-ms", KEY_ATTACH, "MS", 0, "how long to try to attach (default 10000)", 0},
     {"max-batch", KEY_BATCH, "N", 0, "sequences at once, at most 256 (default 8)", 0},
     {"prefill", KEY_PREFILL, "N", 0, "tokens of one prompt per step (default 16)", 0},
@@ -35,7 +51,8 @@ static uint64_t number(struct argp_state *state, const char *text, uint64_t min,
     errno = 0;
     unsigned long long v = strtoull(text, &end, 10);
     if (errno || end == text || *end || text[0] == '-' || v < min || v > max)
-        argp_error(state, "'%s' is not a number from %llu to %llu", text, (unsigned long long)min, (unsigned long long)max);
+        argp_error(state, "'%s' is not a number from %llu to %llu", text, (unsigned long long)min,
+                   (unsigned long long)max);
     return v;
 }
 
@@ -51,20 +68,42 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct engine_options *o = state->input;
     switch (key) {
-    case KEY_SOCKET: o->socket = arg; return 0;
-    case KEY_LISTEN: o->listen = arg; return 0;
-    case KEY_ADVERTISE: o->advertise = arg; return 0;
-    case KEY_CHECKPOINT: o->checkpoint = arg; return 0;
-    case KEY_LAYOUT: o->fused = word(state, arg, "loader", "fused"); return 0;
+    case KEY_SOCKET:
+        o->socket = arg;
+        return 0;
+    case KEY_LISTEN:
+        o->listen = arg;
+        return 0;
+    case KEY_ADVERTISE:
+        o->advertise = arg;
+        return 0;
+    case KEY_CHECKPOINT:
+        o->checkpoint = arg;
+        return 0;
+    case KEY_LAYOUT:
+        o->fused = word(state, arg, "loader", "fused");
+        return 0;
     case KEY_DISPATCH:
         o->dispatch = word(state, arg, "source", "replicated") ? EEP_DISPATCH_REPLICATED : EEP_DISPATCH_SOURCE_ROUTED;
         return 0;
-    case KEY_STEP: o->step_ms = (uint32_t)number(state, arg, 0, 60000); return 0;
-    case KEY_STALL: o->stall_ms = (uint32_t)number(state, arg, 100, 3600000); return 0;
-    case KEY_ATTACH: o->attach_ms = (uint32_t)number(state, arg, 0, 3600000); return 0;
-    case KEY_BATCH: o->max_batch = (uint32_t)number(state, arg, 1, BATCH_MAX); return 0;
-    case KEY_PREFILL: o->prefill = (uint32_t)number(state, arg, 1, 4096); return 0;
-    case KEY_KV: o->kv_bytes = number(state, arg, 1, UINT64_MAX - 1); return 0;
+    case KEY_STEP:
+        o->step_ms = (uint32_t)number(state, arg, 0, 60000);
+        return 0;
+    case KEY_STALL:
+        o->stall_ms = (uint32_t)number(state, arg, 100, 3600000);
+        return 0;
+    case KEY_ATTACH:
+        o->attach_ms = (uint32_t)number(state, arg, 0, 3600000);
+        return 0;
+    case KEY_BATCH:
+        o->max_batch = (uint32_t)number(state, arg, 1, BATCH_MAX);
+        return 0;
+    case KEY_PREFILL:
+        o->prefill = (uint32_t)number(state, arg, 1, 4096);
+        return 0;
+    case KEY_KV:
+        o->kv_bytes = number(state, arg, 1, UINT64_MAX - 1);
+        return 0;
     case KEY_LOG:
         if (log_level_parse(arg, &o->log_level))
             argp_error(state, "'%s' is no log level", arg);
@@ -73,17 +112,24 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (!o->socket)
             argp_error(state, "no engine socket: give --socket or set EEP_SOCKET");
         return 0;
-    default: return ARGP_ERR_UNKNOWN;
+    default:
+        return ARGP_ERR_UNKNOWN;
     }
 }
 
 int main(int argc, char **argv)
 {
-    static const struct argp argp = {.options = option_table, .parser = parse,
-                                     .doc = "Serves a mixture-of-experts model on the host, over libeep."};
-    struct engine_options o = {.socket = getenv("EEP_SOCKET"), .listen = "127.0.0.1:0", .dispatch = EEP_DISPATCH_SOURCE_ROUTED,
-                               .stall_ms = 45000, .attach_ms = 10000, .max_batch = 8, .prefill = 16,
-                               .kv_bytes = UINT64_MAX, .log_level = LOG_LEVEL_INFO};
+    static const struct argp argp = {
+        .options = option_table, .parser = parse, .doc = "Serves a mixture-of-experts model on the host, over libeep."};
+    struct engine_options o = {.socket = getenv("EEP_SOCKET"),
+                               .listen = "127.0.0.1:0",
+                               .dispatch = EEP_DISPATCH_SOURCE_ROUTED,
+                               .stall_ms = 45000,
+                               .attach_ms = 10000,
+                               .max_batch = 8,
+                               .prefill = 16,
+                               .kv_bytes = UINT64_MAX,
+                               .log_level = LOG_LEVEL_INFO};
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &o);
     signal(SIGPIPE, SIG_IGN);

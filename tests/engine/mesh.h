@@ -72,9 +72,10 @@ struct mesh_wait {
     int stop_fd;       /* readable: the process shall end; peers get one more second; -1 = none */
     uint32_t limit_ms; /* without a revoke, the wait for a peer ends here */
 };
-/* All to all: out[r] goes to rank r, in[r] (overwritten) comes from it; in[self] is out[self].  `*flags` is sent to all;
- * afterwards it is the OR over all ranks.  A peer whose connection ends is waited for: its loss is the control plane's
- * to tell.  ERR_ABORTED: revoked; ERR_TIMEOUT: the limit, naming who is missing; ERR_PROTOCOL: another step or view. */
+/* All to all: out[r] goes to rank r, in[r] (overwritten) comes from it; in[self] is out[self].  `*flags` is sent to
+ * all; afterwards it is the OR over all ranks.  A peer whose connection ends is waited for: its loss is the control
+ * plane's to tell.  ERR_ABORTED: revoked; ERR_TIMEOUT: the limit, naming who is missing; ERR_PROTOCOL: another step or
+ * view. */
 int mesh_exchange(struct mesh *mesh, const struct mesh_stamp *stamp, const struct mesh_wait *wait, uint32_t *flags,
                   struct mesh_bytes *out, struct mesh_bytes *in, struct err *err) MUST_CHECK;
 

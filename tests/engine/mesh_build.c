@@ -15,10 +15,10 @@
 #include "common/address.h"
 #include "tests/engine/mesh_private.h"
 
-#define LOT_MAX 1024       /* parked connections */
-#define LOT_AGE_MS 120000  /* nobody came for it */
-#define SLICE_MS 100       /* how often a builder asks whether it is cancelled */
-#define RETRY_MS 20
+#define LOT_MAX    1024   /* parked connections */
+#define LOT_AGE_MS 120000 /* nobody came for it */
+#define SLICE_MS   100    /* how often a builder asks whether it is cancelled */
+#define RETRY_MS   20
 
 uint64_t mesh_now_ms(void)
 {
@@ -249,8 +249,8 @@ static int greet(const struct mesh_build *b, int fd, const struct mesh_peer *to,
 {
     char line[256], answer;
     int len = snprintf(line, sizeof line,
-                       "{\"mesh\":\"%" PRIx64 "\",\"from\":\"%" PRIx64 "\",\"op\":\"%" PRIx64 "\",\"attempt\":\"%" PRIx64
-                       "\",\"epoch\":\"%" PRIx64 "\"}\n",
+                       "{\"mesh\":\"%" PRIx64 "\",\"from\":\"%" PRIx64 "\",\"op\":\"%" PRIx64
+                       "\",\"attempt\":\"%" PRIx64 "\",\"epoch\":\"%" PRIx64 "\"}\n",
                        to->id, b->peers[b->self].id, b->key.op, b->key.attempt, b->key.epoch);
     if (send(fd, line, (size_t)len, MSG_NOSIGNAL) != len)
         return ERR_UNREACHABLE;

@@ -10,7 +10,7 @@
 
 #include "tests/engine/mesh_private.h"
 
-#define MESH_MAGIC 0x4853454du /* "MESH" */
+#define MESH_MAGIC     0x4853454du /* "MESH" */
 #define MESH_BYTES_MAX ((uint64_t)256 << 20)
 
 const struct mesh_peer *mesh_peers(const struct mesh *mesh)
@@ -88,7 +88,8 @@ static int stamp_check(const struct mesh_header *h, const struct mesh_stamp *s, 
 {
     if (h->magic != MESH_MAGIC || h->bytes > MESH_BYTES_MAX)
         return err_set(err, ERR_PROTOCOL, "rank %u sent something that is no message of a mesh", rank);
-    if (h->stamp.epoch != s->epoch || h->stamp.step != s->step || h->stamp.layer != s->layer || h->stamp.phase != s->phase)
+    if (h->stamp.epoch != s->epoch || h->stamp.step != s->step || h->stamp.layer != s->layer ||
+        h->stamp.phase != s->phase)
         return err_set(err, ERR_PROTOCOL,
                        "rank %u is in epoch %" PRIu64 " step %" PRIu64 " layer %u phase %u, this rank in epoch %" PRIu64
                        " step %" PRIu64 " layer %u phase %u",
@@ -162,7 +163,8 @@ static int exchange_turn(struct exchange *x, struct pollfd *polls, uint32_t *ret
             continue;
         open++;
         if (!l->broken)
-            polls[r] = (struct pollfd){.fd = l->fd, .events = (short)((sent ? 0 : POLLOUT) | (link_received(l) ? 0 : POLLIN))};
+            polls[r] =
+                (struct pollfd){.fd = l->fd, .events = (short)((sent ? 0 : POLLOUT) | (link_received(l) ? 0 : POLLIN))};
     }
     *ret_open = open;
     return 0;
@@ -174,8 +176,9 @@ static int exchange_timeout(const struct exchange *x, struct err *err)
         const struct mesh_link *l = &x->mesh->link[r];
         if (l->fd >= 0 && !link_received(l))
             return err_set(err, x->stopping ? ERR_ABORTED : ERR_TIMEOUT,
-                           "rank %u (%s) %s in step %" PRIu64 " layer %u, and no revoke came", r, x->mesh->peers[r].address,
-                           l->broken ? "closed its connection" : "is silent", x->stamp->step, x->stamp->layer);
+                           "rank %u (%s) %s in step %" PRIu64 " layer %u, and no revoke came", r,
+                           x->mesh->peers[r].address, l->broken ? "closed its connection" : "is silent", x->stamp->step,
+                           x->stamp->layer);
     }
     return err_set(err, ERR_TIMEOUT, "a peer does not take what step %" PRIu64 " sends it", x->stamp->step);
 }

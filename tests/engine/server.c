@@ -21,10 +21,10 @@
 #include "common/address.h"
 
 #define LINE_MAX_BYTES (1u << 20)
-#define TOKENS_MAX (1u << 16)
+#define TOKENS_MAX     (1u << 16)
 
 struct server_conn {
-    atomic_uint refs;   /* the list's, and one per request */
+    atomic_uint refs; /* the list's, and one per request */
     atomic_bool closed;
     struct server *server;
     struct bufferevent *bev; /* NULL when closed; server's thread */
@@ -75,7 +75,8 @@ static bool prompt_read(const json_t *prompt, struct request *r)
 {
     size_t i;
     json_t *v;
-    json_array_foreach(prompt, i, v) {
+    json_array_foreach(prompt, i, v)
+    {
         if (!json_is_integer(v) || json_integer_value(v) < 0 || json_integer_value(v) > INT32_MAX)
             return false;
         r->prompt[i] = (int32_t)json_integer_value(v);

@@ -3,7 +3,8 @@
  *   to the engine:    {"id": "r1", "prompt": [1, 2, 3], "max_tokens": 8}
  *   from the engine:  {"id": "r1", "token": 17, "index": 0}      once per token, from 0
  *                     {"id": "r1", "done": true}                 after the last one
- *                     {"id": "r1", "handback": true, "tokens": [...]}   go on elsewhere; the tokens were all sent before
+ *                     {"id": "r1", "handback": true, "tokens": [...]}   go on elsewhere; the tokens were all sent
+ * before
  *                     {"id": "r1", "refused": "draining"}        nothing was begun
  *   from a peer:      {"mesh": ...}                              see mesh_build.c; the connection goes into the lot
  *
@@ -24,15 +25,15 @@ struct request {
 
 struct server;
 struct server_options {
-    const char *listen;    /* host:port, port 0 = any */
-    struct mesh_lot *lot;  /* borrowed */
-    uint64_t own_id;       /* of this process; peers must ask for it */
+    const char *listen;             /* host:port, port 0 = any */
+    struct mesh_lot *lot;           /* borrowed */
+    uint64_t own_id;                /* of this process; peers must ask for it */
     void (*on_request)(void *user); /* requests wait; server's thread */
     void (*on_signal)(void *user);  /* SIGTERM or SIGINT; server's thread; NULL: left alone */
     void *user;
 };
 int server_open(const struct server_options *options, struct server **ret_server, struct err *err) MUST_CHECK;
-void server_close(struct server *s); /* flushes; takes NULL; no request may be held any more */
+void server_close(struct server *s);                /* flushes; takes NULL; no request may be held any more */
 const char *server_address(const struct server *s); /* with the real port */
 /* From now on new requests are refused with this word (a literal); NULL: taken. */
 void server_refuse(struct server *s, const char *why);

@@ -98,8 +98,8 @@ const struct safetensors_tensor *source_dense(const struct source *s, size_t *cu
     return NULL;
 }
 
-static const uint16_t *source_projection(const struct source *s, uint32_t layer, uint32_t expert, const char *const *names,
-                                         uint64_t rows, uint64_t cols, struct err *err)
+static const uint16_t *source_projection(const struct source *s, uint32_t layer, uint32_t expert,
+                                         const char *const *names, uint64_t rows, uint64_t cols, struct err *err)
 {
     char name[256];
     for (; *names; names++) {
@@ -117,8 +117,8 @@ static const uint16_t *source_projection(const struct source *s, uint32_t layer,
     return NULL;
 }
 
-int source_expert(const struct source *s, enum decoder_layout layout, uint32_t layer, uint32_t expert, uint16_t *ret_w13,
-                  uint16_t *ret_w2, struct err *err)
+int source_expert(const struct source *s, enum decoder_layout layout, uint32_t layer, uint32_t expert,
+                  uint16_t *ret_w13, uint16_t *ret_w2, struct err *err)
 {
     static const char *const gate_names[] = {"model.layers.%u.mlp.experts.%u.gate_proj.weight",
                                              "model.layers.%u.block_sparse_moe.experts.%u.w1.weight", NULL};

@@ -18,7 +18,7 @@ const struct safetensors_tensor *source_find(const struct source *s, const char 
 /* Tensors that belong to no expert, one after the other; NULL after the last. */
 const struct safetensors_tensor *source_dense(const struct source *s, size_t *cursor);
 /* One expert as the layout wants it; the buffers hold 2I * H and H * I elements. */
-int source_expert(const struct source *s, enum decoder_layout layout, uint32_t layer, uint32_t expert, uint16_t *ret_w13,
-                  uint16_t *ret_w2, struct err *err) MUST_CHECK;
+int source_expert(const struct source *s, enum decoder_layout layout, uint32_t layer, uint32_t expert,
+                  uint16_t *ret_w13, uint16_t *ret_w2, struct err *err) MUST_CHECK;
 
 #endif

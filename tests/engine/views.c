@@ -80,9 +80,14 @@ static void *prepare_main(void *user)
     struct err err = {0};
     prepare_free(p->previous);
     p->previous = NULL;
-    struct mesh_build build = {.lot = e->lot, .key = {.op = p->op, .attempt = p->attempt}, .peers = p->peers, .n = p->n,
-                               .self = (uint32_t)p->self, .limit_ms = e->options.stall_ms,
-                               .cancelled = prepare_cancelled, .user = p};
+    struct mesh_build build = {.lot = e->lot,
+                               .key = {.op = p->op, .attempt = p->attempt},
+                               .peers = p->peers,
+                               .n = p->n,
+                               .self = (uint32_t)p->self,
+                               .limit_ms = e->options.stall_ms,
+                               .cancelled = prepare_cancelled,
+                               .user = p};
     int rc = p->self < 0 ? 0 : mesh_build(&build, &mesh, &err);
     pthread_mutex_lock(&e->lock);
     bool silent = p->silent;
@@ -96,8 +101,8 @@ static void *prepare_main(void *user)
     mesh_free(mesh);
     if (!silent)
         eep_prepared(e->eep, p->op, p->attempt, rc, rc ? err.text : NULL);
-    log_event(e->log, rc ? LOG_LEVEL_WARN : LOG_LEVEL_INFO, "prepared", "op=%" PRIu64 " attempt=%" PRIu64 " ranks=%u why=%s",
-              p->op, p->attempt, p->n, rc ? err.text : "");
+    log_event(e->log, rc ? LOG_LEVEL_WARN : LOG_LEVEL_INFO, "prepared",
+              "op=%" PRIu64 " attempt=%" PRIu64 " ranks=%u why=%s", p->op, p->attempt, p->n, rc ? err.text : "");
     return NULL;
 }
 
@@ -108,7 +113,11 @@ void prepare_start(struct engine *e, const struct eep_event *event)
     struct mesh_peer *peers = peers_of(e, event->view);
     if (!p || !peers)
         goto fail;
-    *p = (struct prepare){.engine = e, .op = event->op, .attempt = event->attempt, .peers = peers, .n = event->view->n,
+    *p = (struct prepare){.engine = e,
+                          .op = event->op,
+                          .attempt = event->attempt,
+                          .peers = peers,
+                          .n = event->view->n,
                           .self = event->view->rank};
     pthread_mutex_lock(&e->lock);
     p->previous = e->prepare;
@@ -189,8 +198,14 @@ int engine_switch(struct engine *e, const struct eep_step *step, struct err *err
         e->mesh = NULL;
         how = "kept";
     } else if (!mesh) {
-        struct mesh_build build = {.lot = e->lot, .key = {.epoch = view->epoch}, .peers = peers, .n = view->n, .self = self,
-                                   .limit_ms = e->options.stall_ms, .cancelled = repair_cancelled, .user = e};
+        struct mesh_build build = {.lot = e->lot,
+                                   .key = {.epoch = view->epoch},
+                                   .peers = peers,
+                                   .n = view->n,
+                                   .self = self,
+                                   .limit_ms = e->options.stall_ms,
+                                   .cancelled = repair_cancelled,
+                                   .user = e};
         rc = mesh_build(&build, &mesh, err);
         how = "repair";
     }
@@ -200,7 +215,8 @@ int engine_switch(struct engine *e, const struct eep_step *step, struct err *err
     if (rc)
         return rc;
     e->rank = view->rank;
-    log_event(e->log, LOG_LEVEL_INFO, "view", "epoch=%" PRIu64 " step=%" PRIu64 " rank=%d ranks=%u mesh=%s held_us=%" PRIu64,
-              view->epoch, step->step, view->rank, view->n, how, step->held_ns / 1000);
+    log_event(e->log, LOG_LEVEL_INFO, "view",
+              "epoch=%" PRIu64 " step=%" PRIu64 " rank=%d ranks=%u mesh=%s held_us=%" PRIu64, view->epoch, step->step,
+              view->rank, view->n, how, step->held_ns / 1000);
     return 0;
 }

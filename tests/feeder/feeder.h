@@ -30,7 +30,7 @@ struct target {
     char endpoint[ENDPOINT_MAX], address[ADDRESS_MAX];
     struct bufferevent *bev; /* NULL: not connected */
     bool in_view, serving, draining;
-    uint64_t not_before_ms;  /* it refused, or its connection was lost */
+    uint64_t not_before_ms; /* it refused, or its connection was lost */
     uint32_t outstanding;
     uint64_t last_used;
 };
@@ -50,12 +50,12 @@ struct figures {
     uint64_t issued, completed, wrong, failed, tokens;
     uint64_t handed_back, refused, lost; /* attempts that were continued elsewhere */
     uint64_t views, watch_losses;
-    uint64_t longest_first_ns;           /* issue to first token */
+    uint64_t longest_first_ns; /* issue to first token */
     uint64_t longest_ns, longest_request;
     struct samples {
         uint32_t *us;
         size_t n, cap;
-    } gaps, request_gaps;                /* between tokens; the longest of each request */
+    } gaps, request_gaps; /* between tokens; the longest of each request */
     char first_error[256];
 };
 
@@ -93,7 +93,8 @@ void watch_tick(struct feeder *f);
 
 /* targets.c */
 /* Replaces what is known of the view. */
-void targets_update(struct feeder *f, const char *const *endpoints, const bool *serving, const bool *draining, size_t n);
+void targets_update(struct feeder *f, const char *const *endpoints, const bool *serving, const bool *draining,
+                    size_t n);
 struct target *target_pick(struct feeder *f); /* connected and least loaded; NULL: nobody now */
 int target_send(struct target *t, const char *line);
 void target_back_off(struct target *t, uint64_t ms);
@@ -101,9 +102,9 @@ void targets_free(struct feeder *f);
 
 /* jobs.c */
 int jobs_open(struct feeder *f, struct err *err) MUST_CHECK;
-void jobs_pump(struct feeder *f);                                              /* issues and retries what it can */
-void jobs_line(struct feeder *f, struct target *t, const char *line);          /* a reply */
-void jobs_lost(struct feeder *f, struct target *t);                            /* its connection */
+void jobs_pump(struct feeder *f);                                     /* issues and retries what it can */
+void jobs_line(struct feeder *f, struct target *t, const char *line); /* a reply */
+void jobs_lost(struct feeder *f, struct target *t);                   /* its connection */
 uint32_t jobs_active(const struct feeder *f);
 void jobs_close(struct feeder *f);
 

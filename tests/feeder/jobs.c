@@ -11,7 +11,8 @@
 
 #define REFUSED_BACK_OFF_MS 20
 
-static const int32_t *reference_rows(const struct safetensors *file, const char *name, uint32_t *ret_rows, uint32_t *ret_cols)
+static const int32_t *reference_rows(const struct safetensors *file, const char *name, uint32_t *ret_rows,
+                                     uint32_t *ret_cols)
 {
     const struct safetensors_tensor *t = safetensors_find(file, name);
     if (!t || strcmp(t->dtype, "I32") != 0 || t->dims != 2 || t->shape[0] == 0 || t->shape[1] == 0 ||
@@ -33,9 +34,11 @@ int jobs_open(struct feeder *f, struct err *err)
     f->input = reference_rows(f->reference, "input_ids", &f->prompts, &f->prompt_tokens);
     f->greedy = reference_rows(f->reference, "greedy_tokens", &rows, &f->greedy_tokens);
     if (!f->input || !f->greedy || rows != f->prompts)
-        return err_set(err, ERR_INVALID, "%s: input_ids and greedy_tokens are not two I32 tables of as many rows", path);
+        return err_set(err, ERR_INVALID, "%s: input_ids and greedy_tokens are not two I32 tables of as many rows",
+                       path);
     if (f->options.max_tokens > f->greedy_tokens)
-        return err_set(err, ERR_INVALID, "--max-tokens %u, but %s knows %u", f->options.max_tokens, path, f->greedy_tokens);
+        return err_set(err, ERR_INVALID, "--max-tokens %u, but %s knows %u", f->options.max_tokens, path,
+                       f->greedy_tokens);
     f->jobs = calloc(f->options.concurrency, sizeof *f->jobs);
     return f->jobs ? 0 : err_set(err, ERR_NOMEM, "out of memory for %u requests", f->options.concurrency);
 }
@@ -49,7 +52,8 @@ static char *job_line(const struct feeder *f, const struct job *job)
         json_array_append_new(prompt, json_integer(f->input[(size_t)job->prompt * f->prompt_tokens + i]));
     for (uint32_t i = 0; i < job->got; i++)
         json_array_append_new(prompt, json_integer(f->greedy[(size_t)job->prompt * f->greedy_tokens + i]));
-    json_t *o = json_pack("{s:s, s:o, s:i}", "id", id, "prompt", prompt, "max_tokens", (int)(f->options.max_tokens - job->got));
+    json_t *o =
+        json_pack("{s:s, s:o, s:i}", "id", id, "prompt", prompt, "max_tokens", (int)(f->options.max_tokens - job->got));
     char *line = o ? json_dumps(o, JSON_COMPACT) : NULL;
     json_decref(o);
     return line;
@@ -92,7 +96,8 @@ void jobs_pump(struct feeder *f)
             /* A request counts as issued when there is somebody to send it to. */
             if (!issuing(f))
                 continue;
-            *job = (struct job){.number = f->figures.issued, .prompt = (uint32_t)(f->figures.issued % f->prompts),
+            *job = (struct job){.number = f->figures.issued,
+                                .prompt = (uint32_t)(f->figures.issued % f->prompts),
                                 .issued_ns = now_ns()};
             if (!job_send(f, job))
                 return;
@@ -155,7 +160,8 @@ static bool handback_right(const struct feeder *f, const struct job *job, const 
     if (json_array_size(tokens) != job->got - job->base)
         return false;
     for (uint32_t i = job->base; i < job->got; i++) {
-        if (json_integer_value(json_array_get(tokens, i - job->base)) != f->greedy[(size_t)job->prompt * f->greedy_tokens + i])
+        if (json_integer_value(json_array_get(tokens, i - job->base)) !=
+            f->greedy[(size_t)job->prompt * f->greedy_tokens + i])
             return false;
     }
     return true;

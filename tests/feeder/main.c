@@ -10,7 +10,7 @@
 
 #include "tests/feeder/feeder.h"
 
-#define TICK_MS 20
+#define TICK_MS   20
 #define STATUS_MS 200
 
 uint64_t now_ns(void)
@@ -25,8 +25,19 @@ uint64_t now_ms(void)
     return now_ns() / 1000000;
 }
 
-enum { KEY_COORDINATOR = 256, KEY_CLUSTER, KEY_DATA, KEY_CONCURRENCY, KEY_REQUESTS, KEY_DURATION, KEY_TOKENS, KEY_UNTIL,
-       KEY_REPORT, KEY_STATUS, KEY_FINISH };
+enum {
+    KEY_COORDINATOR = 256,
+    KEY_CLUSTER,
+    KEY_DATA,
+    KEY_CONCURRENCY,
+    KEY_REQUESTS,
+    KEY_DURATION,
+    KEY_TOKENS,
+    KEY_UNTIL,
+    KEY_REPORT,
+    KEY_STATUS,
+    KEY_FINISH
+};
 
 static const struct argp_option option_table[] = {
     {"coordinator", KEY_COORDINATOR, "ADDRESS", 0, "the coordinator's control socket: host:port or unix:/path", 0},
@@ -57,22 +68,45 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct feeder_options *o = state->input;
     switch (key) {
-    case KEY_COORDINATOR: o->coordinator = arg; return 0;
-    case KEY_CLUSTER: o->cluster = arg; return 0;
-    case KEY_DATA: o->data = arg; return 0;
-    case KEY_CONCURRENCY: o->concurrency = (uint32_t)number(state, arg, 1, 100000); return 0;
-    case KEY_REQUESTS: o->requests = number(state, arg, 1, 1e15); return 0;
-    case KEY_DURATION: o->duration_ms = number(state, arg, 1000, 1e9); return 0;
-    case KEY_UNTIL: o->until_file = arg; return 0;
-    case KEY_TOKENS: o->max_tokens = (uint32_t)number(state, arg, 1, 65536); return 0;
-    case KEY_REPORT: o->report = arg; return 0;
-    case KEY_STATUS: o->status = arg; return 0;
-    case KEY_FINISH: o->finish_ms = (uint32_t)number(state, arg, 1000, 1e6); return 0;
+    case KEY_COORDINATOR:
+        o->coordinator = arg;
+        return 0;
+    case KEY_CLUSTER:
+        o->cluster = arg;
+        return 0;
+    case KEY_DATA:
+        o->data = arg;
+        return 0;
+    case KEY_CONCURRENCY:
+        o->concurrency = (uint32_t)number(state, arg, 1, 100000);
+        return 0;
+    case KEY_REQUESTS:
+        o->requests = number(state, arg, 1, 1e15);
+        return 0;
+    case KEY_DURATION:
+        o->duration_ms = number(state, arg, 1000, 1e9);
+        return 0;
+    case KEY_UNTIL:
+        o->until_file = arg;
+        return 0;
+    case KEY_TOKENS:
+        o->max_tokens = (uint32_t)number(state, arg, 1, 65536);
+        return 0;
+    case KEY_REPORT:
+        o->report = arg;
+        return 0;
+    case KEY_STATUS:
+        o->status = arg;
+        return 0;
+    case KEY_FINISH:
+        o->finish_ms = (uint32_t)number(state, arg, 1000, 1e6);
+        return 0;
     case ARGP_KEY_END:
         if (!o->coordinator || !o->data)
             argp_error(state, "--coordinator and --data are needed");
         return 0;
-    default: return ARGP_ERR_UNKNOWN;
+    default:
+        return ARGP_ERR_UNKNOWN;
     }
 }
 
@@ -147,7 +181,8 @@ static void feeder_close(struct feeder *f)
 
 int main(int argc, char **argv)
 {
-    static const struct argp argp = {.options = option_table, .parser = parse,
+    static const struct argp argp = {.options = option_table,
+                                     .parser = parse,
                                      .doc = "Sends requests to the engines of an eep cluster and checks every token.\v"
                                             "Exit status: 0 when every request issued completed with exactly the "
                                             "reference's tokens; 1 otherwise; 2 usage."};

@@ -80,12 +80,12 @@ static json_t *counts(const struct feeder *f)
 {
     const struct figures *g = &f->figures;
     return json_pack("{s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:I, s:I, s:I}", "issued",
-                     (json_int_t)g->issued, "completed", (json_int_t)g->completed, "wrong", (json_int_t)g->wrong, "failed",
-                     (json_int_t)g->failed, "in_flight", (json_int_t)jobs_active(f), "tokens", (json_int_t)g->tokens,
-                     "handed_back", (json_int_t)g->handed_back, "refused", (json_int_t)g->refused, "lost",
-                     (json_int_t)g->lost, "longest_gap_ms", ms(g->longest_ns), "elapsed_s",
-                     (double)(now_ns() - f->began_ns) / 1e9, "epoch", (json_int_t)f->epoch, "ranks", (json_int_t)f->ranks,
-                     "views", (json_int_t)g->views);
+                     (json_int_t)g->issued, "completed", (json_int_t)g->completed, "wrong", (json_int_t)g->wrong,
+                     "failed", (json_int_t)g->failed, "in_flight", (json_int_t)jobs_active(f), "tokens",
+                     (json_int_t)g->tokens, "handed_back", (json_int_t)g->handed_back, "refused",
+                     (json_int_t)g->refused, "lost", (json_int_t)g->lost, "longest_gap_ms", ms(g->longest_ns),
+                     "elapsed_s", (double)(now_ns() - f->began_ns) / 1e9, "epoch", (json_int_t)f->epoch, "ranks",
+                     (json_int_t)f->ranks, "views", (json_int_t)g->views);
 }
 
 void status_write(struct feeder *f)
@@ -103,13 +103,13 @@ int report_write(struct feeder *f, struct err *err)
 {
     struct figures *g = &f->figures;
     json_t *o = counts(f);
-    json_t *more = json_pack("{s:b, s:f, s:f, s:f, s:f, s:I, s:f, s:I, s:s}", "ok", f->exit_code == 0, "median_gap_ms",
-                             samples_quantile(&g->gaps, 0.5), "p99_gap_ms", samples_quantile(&g->gaps, 0.99),
-                             "median_request_longest_gap_ms", samples_quantile(&g->request_gaps, 0.5),
-                             "longest_first_token_ms", ms(g->longest_first_ns), "longest_gap_request",
-                             (json_int_t)g->longest_request, "tokens_per_s",
-                             (double)g->tokens * 1e9 / (double)(now_ns() - f->began_ns + 1), "watch_losses",
-                             (json_int_t)g->watch_losses, "first_error", g->first_error);
+    json_t *more =
+        json_pack("{s:b, s:f, s:f, s:f, s:f, s:I, s:f, s:I, s:s}", "ok", f->exit_code == 0, "median_gap_ms",
+                  samples_quantile(&g->gaps, 0.5), "p99_gap_ms", samples_quantile(&g->gaps, 0.99),
+                  "median_request_longest_gap_ms", samples_quantile(&g->request_gaps, 0.5), "longest_first_token_ms",
+                  ms(g->longest_first_ns), "longest_gap_request", (json_int_t)g->longest_request, "tokens_per_s",
+                  (double)g->tokens * 1e9 / (double)(now_ns() - f->began_ns + 1), "watch_losses",
+                  (json_int_t)g->watch_losses, "first_error", g->first_error);
     if (o && more)
         json_object_update(o, more);
     json_decref(more);

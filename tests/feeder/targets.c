@@ -12,7 +12,7 @@
 #include "common/address.h"
 #include "tests/feeder/feeder.h"
 
-#define LINE_MAX_BYTES (1u << 20)
+#define LINE_MAX_BYTES   (1u << 20)
 #define LOST_BACK_OFF_MS 100
 
 struct link { /* argument of the callbacks */
@@ -70,7 +70,8 @@ static int target_connect(struct feeder *f, struct target *t)
     if (address_parse(t->address, &a, NULL) || a.is_unix || getaddrinfo(a.host, a.port, &hints, &found) != 0)
         return ERR_INVALID;
     struct link *link = malloc(sizeof *link);
-    struct bufferevent *bev = link ? bufferevent_socket_new(f->base, -1, BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS) : NULL;
+    struct bufferevent *bev =
+        link ? bufferevent_socket_new(f->base, -1, BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS) : NULL;
     int rc = ERR_NOMEM;
     if (bev) {
         *link = (struct link){f, t};

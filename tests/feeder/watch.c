@@ -9,7 +9,7 @@
 #include "tests/feeder/feeder.h"
 
 #define RECONNECT_MS 200
-#define WATCH_CALL 1
+#define WATCH_CALL   1
 
 static void on_ready(void *user, struct rpc_conn *conn)
 {

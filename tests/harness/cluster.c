@@ -12,7 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -100,6 +102,23 @@ void cluster_signal(pid_t *pid, int signal)
         (void)cluster_wait(pid, 5000);
 }
 
+/* Until the coordinator accepts connections, or has ended (a test may want that), at most 10 s. */
+static int cluster_wait_listening(struct cluster *c)
+{
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    snprintf(a.sun_path, sizeof(a.sun_path), "%.100s", c->address + strlen("unix:"));
+    for (uint64_t end = cluster_now_ms() + 10000; cluster_now_ms() < end; cluster_sleep_ms(10)) {
+        int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        int rc = fd < 0 ? -1 : connect(fd, (struct sockaddr *)&a, sizeof(a));
+        if (fd >= 0)
+            close(fd);
+        if (rc == 0 || kill(c->coordinator, 0) < 0)
+            return 0;
+    }
+    fprintf(stderr, "the coordinator does not listen at %s; see %s/coordinator.log\n", c->address, c->dir);
+    return -1;
+}
+
 int cluster_coordinator_start(struct cluster *c)
 {
     char state[192];
@@ -110,7 +129,7 @@ int cluster_coordinator_start(struct cluster *c)
         args[n++] = c->options.coordinator_args[i];
     args[n] = NULL;
     c->coordinator = cluster_spawn(c, "coordinator", "eep-coordinator", args);
-    return c->coordinator > 0 ? 0 : -1;
+    return c->coordinator > 0 ? cluster_wait_listening(c) : -1;
 }
 
 int cluster_start(struct cluster *c, const struct cluster_options *options)
@@ -142,8 +161,6 @@ int cluster_agent_start(struct cluster *c, int i)
         args[n++] = "--checkpoint";
         args[n++] = c->options.model;
     }
-    if (i < c->options.loaders && fused)
-        args[n++] = "--engine-seals";
     args[n] = NULL;
     c->agent[i] = cluster_spawn(c, log, "eep-agent", args);
     return c->agent[i] > 0 ? 0 : -1;

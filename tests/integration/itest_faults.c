@@ -14,9 +14,10 @@ START_TEST(a_joiner_that_dies_aborts_the_operation_only)
     cluster_sleep_ms(300);
     cluster_signal(&c.agent[3], SIGKILL);
     int code = cluster_wait(&scale, 20000);
-    char *text = cluster_read(&c, "scale.log");
-    ck_assert_msg(code == 6, "exit %d: %s", code, text);
-    ck_assert_msg(strstr(text, "gpu3") != NULL, "%s", text);
+    char *data = cluster_read(&c, "scale.out"), *text = cluster_read(&c, "scale.log");
+    ck_assert_msg(code == 6, "exit %d: %s%s", code, data, text);
+    ck_assert_msg(strstr(text, "gpu3") != NULL, "%s%s", data, text);
+    free(data);
     free(text);
     ck_assert_int_eq(itest_ranks(&c), 2);
     cluster_signal(&c.engine[3], SIGTERM);

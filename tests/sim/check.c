@@ -76,10 +76,14 @@ static void check_prepare(struct sim *s, const struct msg_prepare *p)
     s->prepared_kind = p->kind;
 }
 
-static void check_abort(struct sim *s, uint64_t epoch)
+static void check_abort(struct sim *s, const struct sim_agent *to, uint64_t epoch)
 {
-    if (check_commit(s, epoch))
-        sim_fail(s, "promise 4: ABORT of e%" PRIu64 ", which is decided", epoch);
+    if (check_commit(s, epoch)) {
+        /* A decision is kept until it has been taken, or the agent was evicted: then it may as well forget it. */
+        if (rank_in(s->commits[s->n_commits - 1].view, to) >= 0 || !check_void(s, to, epoch))
+            sim_fail(s, "promise 4: ABORT of e%" PRIu64 " to a%02u, which is decided", epoch, to->index);
+        return;
+    }
     for (uint32_t i = 0; i < 64; i++)
         if (s->aborted[i] == epoch)
             return;
@@ -104,7 +108,6 @@ void check_coordinator_sends(struct sim *s, uint64_t conn, const struct msg *msg
 {
     const struct sim_commit *commit;
 
-    (void)conn;
     switch (msg->type) {
     case MSG_PREPARE: check_prepare(s, &msg->prepare); return;
     case MSG_GO:
@@ -115,8 +118,13 @@ void check_coordinator_sends(struct sim *s, uint64_t conn, const struct msg *msg
             sim_fail(s, "promise 4: GO of e%" PRIu64 " with step %" PRIu64 ", decided was %" PRIu64, msg->go.epoch,
                      msg->go.step, commit->step);
         return;
-    case MSG_ABORT: check_abort(s, msg->abort.epoch); return;
+    case MSG_ABORT: check_abort(s, &s->agents[s->conns[conn - 1].agent], msg->abort.epoch); return;
     case MSG_MAP: check_map(s, msg->map.map); return;
+    case MSG_EVICTED:
+        if (!s->faulty)
+            sim_fail(s, "promise 3: a%02u is evicted though nothing has failed: %s", s->conns[conn - 1].agent,
+                     msg->evicted.why);
+        return;
     default: return;
     }
 }
@@ -378,7 +386,7 @@ void check_begin(struct sim *s, struct sim_agent *a)
  * routes there, until the holder has completed that step. */
 void check_destroy(struct sim *s, struct sim_agent *a, uint32_t layer, uint32_t slot, const char *by)
 {
-    uint64_t done = atomic_load(&a->page.done);
+    uint64_t done = a->engine.pc == ENGINE_NONE ? UINT64_MAX : atomic_load(&a->page.done); /* dead, it reads nothing */
     const struct view *now = s->coordinator.disk.view;
     int rank = now ? rank_in(now, a) : -1;
 

@@ -319,7 +319,7 @@ static bool lost(struct sim *s)
     const struct view *view = s->coordinator.disk.view;
 
     if (!view)
-        return s->losses > 0;
+        return false;
     for (uint32_t l = 0; l < s->layers; l++)
         for (uint32_t e = 0; e < s->logical; e++) {
             bool held = false;
@@ -343,6 +343,7 @@ static void last_operation(struct sim *s)
     else if (now == s->n)
         target = s->config.min_ranks;
     if (target == now || lost(s)) {
+        s->ended_lost = lost(s);
         s->ended = true;
         return;
     }
@@ -368,7 +369,7 @@ static void probe_calm(struct sim *s)
         s->ended = true;
     } else if (s->now - s->calm_at > QUIET_BOUND) {
         if (lost(s))
-            s->ended = true;
+            s->ended = s->ended_lost = true;
         else
             sim_fail(s, "promise 3: no rest %" PRIu64 " s after the last %s: %s", QUIET_BOUND / (1000 * MS),
                      s->final_stage ? "operation" : "fault", why);

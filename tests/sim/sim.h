@@ -156,7 +156,7 @@ struct sim {
     uint64_t seed, random, now, seq, n_events;
     struct sim_event *heap;
     size_t n_heap, cap_heap;
-    bool recording, failed, faulty, ended;
+    bool recording, failed, faulty, ended, ended_lost;
     char violation[512];
     /* the story */
     char (*ring)[280];

@@ -206,7 +206,8 @@ static inline void story_told(struct story *s, struct msg *m)
 
 static inline void story_work_done(struct story *s, int code, const char *text)
 {
-    struct agent_event event = {.type = AE_WORK_DONE, .work_id = s->last_work, .code = code, .text = text, .bytes = 100};
+    struct agent_event event = {
+        .type = AE_WORK_DONE, .work_id = s->last_work, .code = code, .text = text, .bytes = 100};
     story_event(s, &event);
 }
 

@@ -115,7 +115,6 @@ struct agent {
     struct control_page *page;
     struct records events;
     char path[108];
-    bool no_flip; /* probe: nothing is done on attach */
 };
 
 static inline void agent_on_event(void *user, struct agent_event *e)

@@ -370,6 +370,7 @@ START_TEST(leaver_without_engine_is_at_its_boundary)
     story_forget(s);
     story_detach(s);
     story_expect(s, "page engine_state = 0\n"
+                    "page revoked = 2\n"
                     "send ENGINE gone: killed\n"
                     "send FLIPPED 2 held 0 ns\n"
                     "removing: PREPARE --FLIPPED--> EPLB_RESHUFFLE\n");
@@ -396,8 +397,9 @@ START_TEST(promise_survives_link_and_engine)
     story_prepare(s, 2, 2, FLIP_VIEW, 250);
     story_forget(s);
     story_happens(s, AE_LINK_DOWN);
+    engine_idles(s, 10);
     story_detach(s);
-    story_expect(s, "page engine_state = 0\n");
+    story_expect(s, "page engine_state = 0\npage revoked = 1\n");
     story_attach(s); /* the gate is not touched; the engine is told where it is */
     story_expect(s, "engine: regions\n"
                     "engine: commit view 1 at step 11, rank 0, map 1\n"
@@ -422,6 +424,28 @@ START_TEST(promise_survives_link_and_engine)
                     "engine: commit view 2 at step 30, rank 0, map 5\n"
                     "wake\n"
                     "send ENGINE attached tcp:1\n");
+    story_free(s);
+}
+END_TEST
+
+/* Its communicators are gone, and perhaps the others wait for ever in the step that it died in: nobody may run ahead in
+ * the same view.  The coordinator hears of it again with every connection, until a repair has replaced the view. */
+START_TEST(engine_that_is_lost_tears_the_view)
+{
+    struct story *s = story_serving(3);
+    engine_runs(s, 17);
+    story_detach(s);
+    story_expect(s, "page engine_state = 0\n"
+                    "page revoked = 1\n"
+                    "send ENGINE gone: killed\n");
+    story_attach(s);
+    story_happens(s, AE_LINK_DOWN);
+    story_forget(s);
+    story_link(s);
+    story_expect(s, "send HELLO op 0 applied 1 next 18 map 1 idle attached\n"
+                    "send ENGINE gone: killed\n"
+                    "send ENGINE attached tcp:1\n"
+                    "send FLIPPED 1 held 0 ns\n");
     story_free(s);
 }
 END_TEST
@@ -535,8 +559,7 @@ START_TEST(reset_cuts_off_an_engine_that_stays_in_its_step)
     story_passes(s, 4999);
     story_expect(s, "");
     story_passes(s, 1);
-    story_expect(s, "page revoked = 1\n"
-                    "engine: revoke 1\n"
+    story_expect(s, "engine: revoke 1\n"
                     "engine: detach, it did not leave a step that was revoked\n"
                     "page engine_state = 0\n");
     story_link(s); /* the promise is in HELLO */
@@ -597,7 +620,6 @@ START_TEST(reset_keeps_the_gate_shut)
     story_expect(s, "");
     story_prepare(s, 4, 2, FLIP_RESET, 250); /* another death */
     story_expect(s, "remaining: SWITCH_AND_PREPARE --ENGINE_PREPARE--> SWITCH_AND_PREPARE\n"
-                    "page revoked = 1\n"
                     "engine: revoke 1\n"
                     "wake\n"
                     "page gate = 11\n"
@@ -616,7 +638,6 @@ START_TEST(reset_without_engine)
     story_forget(s);
     story_prepare(s, 2, 2, FLIP_RESET, 250);
     story_expect(s, "remaining: PREPARE --ENGINE_PREPARE--> SWITCH_AND_PREPARE\n"
-                    "page revoked = 1\n"
                     "engine: revoke 1\n"
                     "wake\n"
                     "page gate = 11\n"
@@ -778,6 +799,7 @@ int main(void)
     tcase_add_test(leave, leaver_without_engine_is_at_its_boundary);
     tcase_add_test(leave, dismiss_means_nothing_to_those_who_stay);
     tcase_add_test(faults, promise_survives_link_and_engine);
+    tcase_add_test(faults, engine_that_is_lost_tears_the_view);
     tcase_add_test(faults, flip_while_the_link_is_down_is_told_later);
     tcase_add_test(faults, in_doubt_the_engine_is_cut_off_and_the_gate_stays);
     tcase_add_test(faults, in_doubt_an_engine_that_is_not_held_goes_on);

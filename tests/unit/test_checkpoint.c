@@ -63,7 +63,8 @@ static const uint8_t *raw_tensor(const struct raw *raw, const char *name, size_t
 {
     json_t *offsets = json_object_get(json_object_get(raw->header, name), "data_offsets");
     ck_assert_msg(offsets != NULL, "%s", name);
-    json_int_t from = json_integer_value(json_array_get(offsets, 0)), to = json_integer_value(json_array_get(offsets, 1));
+    json_int_t from = json_integer_value(json_array_get(offsets, 0)),
+               to = json_integer_value(json_array_get(offsets, 1));
     *ret_len = (size_t)(to - from);
     return raw->bytes + 8 + raw->header_len + from;
 }
@@ -113,7 +114,8 @@ static void shard_write(const struct writer *w, const char *file, int which)
     char path[128];
     size_t at = 0;
     FILE *data = tmpfile();
-    json_object_foreach(w->raw->header, name, value) {
+    json_object_foreach(w->raw->header, name, value)
+    {
         if (strcmp(name, "__metadata__") == 0 || w->pick(name, w->user) != which)
             continue;
         size_t len;
@@ -180,7 +182,8 @@ static void sharded_write(const struct fixture *fx, const struct raw *raw)
         snprintf(file, sizeof file, "model-%05d-of-00003.safetensors", i + 1);
         shard_write(&w, file, i);
     }
-    json_object_foreach(raw->header, name, value) {
+    json_object_foreach(raw->header, name, value)
+    {
         char file[64];
         if (strcmp(name, "__metadata__") == 0)
             continue;
@@ -274,7 +277,8 @@ static void dense_compare(const struct loaded *l, const struct raw *raw)
     json_t *value;
     const char *name;
     size_t dense = 0;
-    json_object_foreach(raw->header, name, value) {
+    json_object_foreach(raw->header, name, value)
+    {
         size_t len;
         if (strcmp(name, "__metadata__") == 0 || strstr(name, ".experts."))
             continue;
@@ -371,7 +375,8 @@ START_TEST(only_what_is_needed_is_read)
     uint64_t dense = 0, one = 3ull * fx->inner * HIDDEN * 2;
     json_t *value;
     const char *name;
-    json_object_foreach(raw.header, name, value) {
+    json_object_foreach(raw.header, name, value)
+    {
         size_t len = 0;
         if (strcmp(name, "__metadata__") != 0 && !strstr(name, ".experts."))
             raw_tensor(&raw, name, &len);
@@ -492,8 +497,10 @@ static const struct {
      "are the same part of one expert"},
     {"model.layers.1.mlp.gate.weight", "other.layers.1.mlp.experts.16.w1.weight", 0, 0, ERR_UNSUPPORTED,
      "layer 1 has two sets of experts"},
-    {"model.layers.0.mlp.experts.7.up_proj.weight", NULL, 32, 256, ERR_INVALID, "layer 0: the up projection of expert 7"},
-    {"model.layers.0.mlp.experts.0.gate_proj.weight", NULL, 128, 64, ERR_INVALID, "layer 0: the up projection of expert 0"},
+    {"model.layers.0.mlp.experts.7.up_proj.weight", NULL, 32, 256, ERR_INVALID,
+     "layer 0: the up projection of expert 7"},
+    {"model.layers.0.mlp.experts.0.gate_proj.weight", NULL, 128, 64, ERR_INVALID,
+     "layer 0: the up projection of expert 0"},
 };
 
 START_TEST(strange_experts_are_refused)
@@ -582,7 +589,8 @@ START_TEST(damaged_folders_get_one_sentence)
 
     text_write("model.safetensors.index.json", "{\"weight_map\": {\"a\": \"../../etc/passwd\"}}");
     refused(ERR_INVALID, "does not name a file of this folder");
-    text_write("model.safetensors.index.json", "{\"weight_map\": {\"lm_head.weights\": \"model-00001-of-00003.safetensors\"}}");
+    text_write("model.safetensors.index.json",
+               "{\"weight_map\": {\"lm_head.weights\": \"model-00001-of-00003.safetensors\"}}");
     refused(ERR_INVALID, "\"lm_head.weights\" is not in model-00001-of-00003.safetensors");
     text_write("model.safetensors.index.json", "{}");
     refused(ERR_INVALID, "has no weight_map");

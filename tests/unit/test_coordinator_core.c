@@ -433,7 +433,7 @@ START_TEST(promises_that_do_not_come_are_asked_for_again_with_more_lead)
     rig_advance(&r, 20000);
     ck_assert_uint_eq(r.prepares, 6);
     for (unsigned i = 0; i < 6; i++)
-        ck_assert_uint_eq(r.leads[i], 250u << i);
+        ck_assert_uint_eq(r.leads[i], 40u << i); /* commits are quick here: the shortest lead */
     for (unsigned i = 1; i < 6; i++)
         ck_assert_uint_gt(r.epochs[i], r.epochs[i - 1]);
     ck_assert_uint_eq(status(&r).op.record.outcome, OUTCOME_ABORTED);

@@ -378,18 +378,23 @@ END_TEST
 
 /* ---- damage ---- */
 
+static void env_open(MDB_env **ret_env, MDB_txn **ret_txn, MDB_dbi *ret_dbi)
+{
+    char path[128];
+    snprintf(path, sizeof path, "%s/journal.mdb", dir);
+    ck_assert_int_eq(mdb_env_create(ret_env), 0);
+    ck_assert_int_eq(mdb_env_open(*ret_env, path, MDB_NOSUBDIR, 0600), 0);
+    ck_assert_int_eq(mdb_txn_begin(*ret_env, NULL, 0, ret_txn), 0);
+    ck_assert_int_eq(mdb_dbi_open(*ret_txn, NULL, 0, ret_dbi), 0);
+}
+
 /* Changes the stored value of a key: flips one byte at `at` (from the end if negative), or deletes it. */
 static void damage(const char *key, long at, bool remove_it)
 {
-    char path[128];
     MDB_env *env;
     MDB_txn *txn;
     MDB_dbi dbi;
-    snprintf(path, sizeof path, "%s/journal.mdb", dir);
-    ck_assert_int_eq(mdb_env_create(&env), 0);
-    ck_assert_int_eq(mdb_env_open(env, path, MDB_NOSUBDIR, 0600), 0);
-    ck_assert_int_eq(mdb_txn_begin(env, NULL, 0, &txn), 0);
-    ck_assert_int_eq(mdb_dbi_open(txn, NULL, 0, &dbi), 0);
+    env_open(&env, &txn, &dbi);
     MDB_val k = {strlen(key), (void *)key}, v;
     if (remove_it) {
         ck_assert_int_eq(mdb_del(txn, dbi, &k, NULL), 0);
@@ -448,6 +453,35 @@ START_TEST(damage_is_found_by_name)
     damage("meta", 0, true);
     load_refused(ERR_CORRUPT, "'meta' is missing");
     durable_done(&d);
+}
+END_TEST
+
+/* A whole record under another key of the same kind. */
+START_TEST(mix_ups_are_found)
+{
+    struct journal *j = open_ok();
+    for (uint64_t op = 1; op <= 2; op++) {
+        struct durable d = {.op = op};
+        op_make(&d.ended, op, OUTCOME_DONE);
+        ck_assert_int_eq(journal_write(j, &d, DURABLE_META | DURABLE_HISTORY, NULL), 0);
+        op_record_done(&d.ended);
+    }
+    journal_close(j);
+    MDB_env *env;
+    MDB_txn *txn;
+    MDB_dbi dbi;
+    env_open(&env, &txn, &dbi);
+    static char first[] = "history/0000000000000001", second[] = "history/0000000000000002";
+    MDB_val from = {strlen(first), first}, to = {strlen(second), second}, v;
+    ck_assert_int_eq(mdb_get(txn, dbi, &from, &v), 0);
+    char copy[1024];
+    ck_assert_uint_le(v.mv_size, sizeof copy);
+    memcpy(copy, v.mv_data, v.mv_size);
+    v.mv_data = copy;
+    ck_assert_int_eq(mdb_put(txn, dbi, &to, &v, 0), 0);
+    ck_assert_int_eq(mdb_txn_commit(txn), 0);
+    mdb_env_close(env);
+    load_refused(ERR_CORRUPT, second);
 }
 END_TEST
 
@@ -573,6 +607,7 @@ int main(void)
     tcase_add_test(tc, map_grows);
     tcase_add_test(tc, write_errors_stick);
     tcase_add_test(tc, damage_is_found_by_name);
+    tcase_add_test(tc, mix_ups_are_found);
     tcase_add_test(tc, counters_behind);
     tcase_add_test(tc, kill_9);
     suite_add_tcase(suite, tc);

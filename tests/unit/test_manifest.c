@@ -92,42 +92,114 @@ START_TEST(no_config_is_not_an_empty_one)
 END_TEST
 
 /* Each breaks one rule of a good manifest. */
-static void break_name(struct manifest *m) { m->regions[1].name[0] = '\0'; }
-static void break_same_name(struct manifest *m) { strcpy(m->regions[2].name, m->regions[1].name); }
-static void break_unterminated(struct manifest *m) { memset(m->regions[0].name, 'x', sizeof m->regions[0].name); }
-static void break_same_tensor(struct manifest *m) { strcpy(m->tensors[1].name, "embed"); }
-static void break_kind(struct manifest *m) { m->regions[0].kind = (enum region_kind)7; }
-static void break_empty_dense(struct manifest *m) { m->regions[0].bytes = 0; }
-static void break_layer(struct manifest *m) { m->regions[4].layer = 2; }
-static void break_same_part(struct manifest *m) { strcpy(m->regions[2].part, "w13"); }
-static void break_other_part(struct manifest *m) { strcpy(m->regions[4].part, "w3"); }
-static void break_slots(struct manifest *m) { m->regions[1].slots = 3; }
-static void break_stride(struct manifest *m) { m->regions[1].stride = m->regions[1].slot_bytes - 1; }
-static void break_bytes(struct manifest *m) { m->regions[1].bytes++; }
+static void break_name(struct manifest *m)
+{
+    m->regions[1].name[0] = '\0';
+}
+static void break_same_name(struct manifest *m)
+{
+    strcpy(m->regions[2].name, m->regions[1].name);
+}
+static void break_unterminated(struct manifest *m)
+{
+    memset(m->regions[0].name, 'x', sizeof m->regions[0].name);
+}
+static void break_same_tensor(struct manifest *m)
+{
+    strcpy(m->tensors[1].name, "embed");
+}
+static void break_kind(struct manifest *m)
+{
+    m->regions[0].kind = (enum region_kind)7;
+}
+static void break_empty_dense(struct manifest *m)
+{
+    m->regions[0].bytes = 0;
+}
+static void break_layer(struct manifest *m)
+{
+    m->regions[4].layer = 2;
+}
+static void break_same_part(struct manifest *m)
+{
+    strcpy(m->regions[2].part, "w13");
+}
+static void break_other_part(struct manifest *m)
+{
+    strcpy(m->regions[4].part, "w3");
+}
+static void break_slots(struct manifest *m)
+{
+    m->regions[1].slots = 3;
+}
+static void break_stride(struct manifest *m)
+{
+    m->regions[1].stride = m->regions[1].slot_bytes - 1;
+}
+static void break_bytes(struct manifest *m)
+{
+    m->regions[1].bytes++;
+}
 static void break_overflow(struct manifest *m)
 {
     m->regions[1].stride = UINT64_MAX / 4 + 1;
     m->regions[1].bytes = 0;
 }
-static void break_sum(struct manifest *m) { m->regions[0].bytes = UINT64_MAX - 1; }
-static void break_missing(struct manifest *m) { m->n_regions--, m->n_tensors--; }
-static void break_region_index(struct manifest *m) { m->tensors[0].region = 5; }
-static void break_dtype(struct manifest *m) { strcpy(m->tensors[0].dtype, "BF15"); }
-static void break_dims(struct manifest *m) { m->tensors[0].dims = TENSOR_DIMS_MAX + 1; }
-static void break_shape(struct manifest *m) { m->tensors[1].shape[0]++; }
-static void break_shape_overflow(struct manifest *m) { m->tensors[0].shape[0] = m->tensors[0].shape[1] = UINT64_MAX / 2; }
-static void break_offset(struct manifest *m) { m->tensors[0].offset = UINT64_MAX; }
-static void break_slot_range(struct manifest *m) { m->tensors[3].offset = 2; } /* inside the stride, outside the slot */
-static void break_producer(struct manifest *m) { m->producer[0] = '\0'; }
-static void break_zero(struct manifest *m) { m->slots = 0; }
-static void break_layers(struct manifest *m) { m->layers = 3; }
+static void break_sum(struct manifest *m)
+{
+    m->regions[0].bytes = UINT64_MAX - 1;
+}
+static void break_missing(struct manifest *m)
+{
+    m->n_regions--, m->n_tensors--;
+}
+static void break_region_index(struct manifest *m)
+{
+    m->tensors[0].region = 5;
+}
+static void break_dtype(struct manifest *m)
+{
+    strcpy(m->tensors[0].dtype, "BF15");
+}
+static void break_dims(struct manifest *m)
+{
+    m->tensors[0].dims = TENSOR_DIMS_MAX + 1;
+}
+static void break_shape(struct manifest *m)
+{
+    m->tensors[1].shape[0]++;
+}
+static void break_shape_overflow(struct manifest *m)
+{
+    m->tensors[0].shape[0] = m->tensors[0].shape[1] = UINT64_MAX / 2;
+}
+static void break_offset(struct manifest *m)
+{
+    m->tensors[0].offset = UINT64_MAX;
+}
+static void break_slot_range(struct manifest *m)
+{
+    m->tensors[3].offset = 2;
+} /* inside the stride, outside the slot */
+static void break_producer(struct manifest *m)
+{
+    m->producer[0] = '\0';
+}
+static void break_zero(struct manifest *m)
+{
+    m->slots = 0;
+}
+static void break_layers(struct manifest *m)
+{
+    m->layers = 3;
+}
 
 static void (*const breaks[])(struct manifest *) = {
-    break_name,     break_same_name,    break_unterminated, break_same_tensor,    break_kind,   break_empty_dense,
-    break_layer,    break_same_part,    break_other_part,   break_slots,          break_stride, break_bytes,
-    break_overflow, break_sum,          break_missing,      break_region_index,   break_dtype,  break_dims,
-    break_shape,    break_shape_overflow, break_offset,     break_slot_range,     break_producer, break_zero,
-    break_layers,
+    break_name,         break_same_name,  break_unterminated, break_same_tensor, break_kind,
+    break_empty_dense,  break_layer,      break_same_part,    break_other_part,  break_slots,
+    break_stride,       break_bytes,      break_overflow,     break_sum,         break_missing,
+    break_region_index, break_dtype,      break_dims,         break_shape,       break_shape_overflow,
+    break_offset,       break_slot_range, break_producer,     break_zero,        break_layers,
 };
 #define BREAKS ((int)(sizeof breaks / sizeof breaks[0]))
 
@@ -204,9 +276,15 @@ START_TEST(mutations_are_refused_or_canonical)
         for (uint64_t n = 1 + random_next(&state) % 4; n > 0; n--) {
             size_t at = random_next(&state) % bad->len;
             switch (random_next(&state) % 3) {
-            case 0: bad->data[at] ^= (uint8_t)(1u << random_next(&state) % 8); break;
-            case 1: bad->data[at] = (uint8_t)random_next(&state); break;
-            case 2: memset(bad->data + at, random_next(&state) % 2 ? 0xff : 0, bad->len - at < 8 ? bad->len - at : 8); break;
+            case 0:
+                bad->data[at] ^= (uint8_t)(1u << random_next(&state) % 8);
+                break;
+            case 1:
+                bad->data[at] = (uint8_t)random_next(&state);
+                break;
+            case 2:
+                memset(bad->data + at, random_next(&state) % 2 ? 0xff : 0, bad->len - at < 8 ? bad->len - at : 8);
+                break;
             }
         }
         struct err err = {0};

@@ -14,9 +14,9 @@
 #include <check.h>
 #include <sys/eventfd.h>
 
-#define RANKS_MOST 4
+#define RANKS_MOST    4
 #define PROMPT_TOKENS 16
-#define REPLICAS_MAX 8
+#define REPLICAS_MAX  8
 
 static int revoke_fd;
 
@@ -32,7 +32,7 @@ struct rank {
     uint16_t *w13, *w2; /* [layers][slots] */
     struct eep_maps maps;
     uint64_t *load;
-    float *logits;      /* [tokens][vocab] */
+    float *logits; /* [tokens][vocab] */
     pthread_t thread;
     int rc;
     uint32_t flags;
@@ -120,12 +120,13 @@ static void rank_weights(struct rank *r)
             size_t at = ((size_t)l * c->slots + i) * one;
             if (e >= 0)
                 ck_assert_int_eq(source_expert(&c->source, DECODER_LAYOUT_ROWS, l, (uint32_t)e, r->w13 + 2 * at,
-                                               r->w2 + at, &r->err), 0);
+                                               r->w2 + at, &r->err),
+                                 0);
         }
     }
     ck_assert_msg(decoder_bind(c->source.config, rank_find, r, &r->decoder, &r->err) == 0, "%s", r->err.text);
-    r->maps = (struct eep_maps){s->layers, s->experts, c->slots, RANKS_MOST, REPLICAS_MAX, 1,
-                                c->p2l,    c->l2p,     c->count, r->load};
+    r->maps = (struct eep_maps){s->layers, s->experts, c->slots, RANKS_MOST, REPLICAS_MAX,
+                                1,         c->p2l,     c->l2p,   c->count,   r->load};
 }
 
 static bool never(void *user)
@@ -152,12 +153,18 @@ static int rank_mesh(struct rank *r, struct mesh_key key)
 {
     struct mesh_peer peers[RANKS_MOST];
     peers_fill(r->cluster, peers);
-    struct mesh_build b = {.lot = r->lot, .key = key, .peers = peers, .n = r->cluster->n, .self = r->rank,
-                           .limit_ms = 10000, .cancelled = never};
+    struct mesh_build b = {.lot = r->lot,
+                           .key = key,
+                           .peers = peers,
+                           .n = r->cluster->n,
+                           .self = r->rank,
+                           .limit_ms = 10000,
+                           .cancelled = never};
     return mesh_build(&b, &r->mesh, &r->err);
 }
 
-static void cluster_open(struct cluster *c, const char *dir, uint32_t n, uint32_t slots, enum eep_dispatch mode, unsigned seed)
+static void cluster_open(struct cluster *c, const char *dir, uint32_t n, uint32_t slots, enum eep_dispatch mode,
+                         unsigned seed)
 {
     struct err err = {0};
     char path[256];
@@ -213,7 +220,8 @@ static void cluster_run(struct cluster *c, void *(*main)(void *))
 
 /* ---- the same bits ---- */
 
-/* Rank 0 has prompt 0 in one step, rank 1 prompt 1 in chunks of three with an own end, the others nothing: dummy steps. */
+/* Rank 0 has prompt 0 in one step, rank 1 prompt 1 in chunks of three with an own end, the others nothing: dummy steps.
+ */
 static void *forward_main(void *user)
 {
     struct rank *r = user;
@@ -221,7 +229,11 @@ static void *forward_main(void *user)
     uint32_t vocab = r->decoder.config.vocab, steps = 6, done = 0;
     struct forward_token tokens[PROMPT_TOKENS];
     struct decoder_kv kv = {0};
-    struct dispatch d = {.model = &r->decoder, .maps = &r->maps, .mode = c->mode, .epoch = 7, .err = &r->err,
+    struct dispatch d = {.model = &r->decoder,
+                         .maps = &r->maps,
+                         .mode = c->mode,
+                         .epoch = 7,
+                         .err = &r->err,
                          .wait = {revoke_fd, -1, 20000}};
     r->rc = rank_mesh(r, (struct mesh_key){.op = 3, .attempt = 1});
     d.mesh = r->mesh;
@@ -232,7 +244,8 @@ static void *forward_main(void *user)
         n = n < PROMPT_TOKENS - done ? n : PROMPT_TOKENS - done;
         for (uint32_t i = 0; i < n; i++) {
             uint32_t at = done + i;
-            tokens[i] = (struct forward_token){c->input[r->rank * PROMPT_TOKENS + at], at, &kv, r->logits + (size_t)at * vocab};
+            tokens[i] =
+                (struct forward_token){c->input[r->rank * PROMPT_TOKENS + at], at, &kv, r->logits + (size_t)at * vocab};
         }
         d.step = 40 + step;
         d.flags = done + n < PROMPT_TOKENS && r->rank == 1 ? DISPATCH_ANY_WORK : 0;
@@ -248,7 +261,8 @@ static void *forward_main(void *user)
 
 static const char *const dirs[] = {"tests/data/qwen3-moe-tiny", "tests/data/mixtral-tiny"};
 
-static void bits_run(struct cluster *c, const char *dir, uint32_t n, uint32_t slots, enum eep_dispatch mode, unsigned seed)
+static void bits_run(struct cluster *c, const char *dir, uint32_t n, uint32_t slots, enum eep_dispatch mode,
+                     unsigned seed)
 {
     cluster_open(c, dir, n, slots, mode, seed);
     cluster_run(c, forward_main);
@@ -266,8 +280,9 @@ START_TEST(placement_does_not_matter)
     size_t bytes = (size_t)PROMPT_TOKENS * one.rank[0].decoder.config.vocab * sizeof(float);
     const float *reference = (const float *)(const void *)safetensors_find(one.reference, "logits")->data;
     for (size_t i = 0; i < 2 * bytes / sizeof(float); i++)
-        ck_assert(fabsf((i < bytes / sizeof(float) ? two.rank[0].logits[i] : two.rank[1].logits[i - bytes / sizeof(float)]) -
-                        reference[i]) < 2e-5f);
+        ck_assert(
+            fabsf((i < bytes / sizeof(float) ? two.rank[0].logits[i] : two.rank[1].logits[i - bytes / sizeof(float)]) -
+                  reference[i]) < 2e-5f);
     ck_assert_int_eq(memcmp(one.rank[0].logits, two.rank[0].logits, bytes), 0);
     for (int mode = EEP_DISPATCH_SOURCE_ROUTED; mode <= EEP_DISPATCH_REPLICATED; mode++) {
         bits_run(&three, dir, 3, experts / 2 - 1, (enum eep_dispatch)mode, 2); /* with replicas */
@@ -333,7 +348,8 @@ static void *exchange_main(void *user)
     if (r->rc == 0 && !absent[r->rank])
         r->rc = mesh_exchange(r->mesh, &stamp, &wait, &r->flags, out, in, &r->err);
     for (uint32_t i = 0; i < r->cluster->n && r->rc == 0 && !absent[r->rank]; i++) {
-        if (in[i].len != (8u << 20) + i || in[i].data[0] != 16 * i + r->rank || in[i].data[in[i].len - 1] != 16 * i + r->rank)
+        if (in[i].len != (8u << 20) + i || in[i].data[0] != 16 * i + r->rank ||
+            in[i].data[in[i].len - 1] != 16 * i + r->rank)
             r->rc = err_set(&r->err, ERR_CORRUPT, "not what rank %u sent", i);
     }
     for (uint32_t i = 0; i < r->cluster->n; i++) {
@@ -422,7 +438,12 @@ START_TEST(build_ends)
     cluster_open(&c, dirs[1], 2, 4, EEP_DISPATCH_SOURCE_ROUTED, 0);
     struct mesh_peer peers[RANKS_MOST];
     peers_fill(&c, peers);
-    struct mesh_build b = {.lot = c.rank[0].lot, .key = {.epoch = 2}, .peers = peers, .n = 2, .self = 0, .limit_ms = 150,
+    struct mesh_build b = {.lot = c.rank[0].lot,
+                           .key = {.epoch = 2},
+                           .peers = peers,
+                           .n = 2,
+                           .self = 0,
+                           .limit_ms = 150,
                            .cancelled = never};
     ck_assert_int_eq(mesh_build(&b, &mesh, &err), ERR_TIMEOUT); /* rank 1 never came */
     b.limit_ms = 20000;

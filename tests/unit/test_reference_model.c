@@ -1,16 +1,16 @@
 /* The reference engine's arithmetic against what transformers computed from the same checkpoints: logits of every
  * position, 48 greedy tokens of every prompt, in both layouts, and independence of the batch, bit for bit.
  * The engine is a program, not a library, hence the included sources. */
-#include "tests/engine/forward.c"
 #include "tests/engine/decoder.c"
+#include "tests/engine/forward.c"
 #include "tests/engine/source.c"
 
 #include <check.h>
 
-#define PROMPTS 8
+#define PROMPTS       8
 #define PROMPT_TOKENS 16
 #define GREEDY_TOKENS 48
-#define TOLERANCE 2e-5f /* the contract is 1e-4; this is what float32 with care gives, with room */
+#define TOLERANCE     2e-5f /* the contract is 1e-4; this is what float32 with care gives, with room */
 
 /* A checkpoint as one rank would hold it that has a slot for every expert: expert e lies in slot slot_of(e). */
 struct fixture {
@@ -131,7 +131,8 @@ static void prefill(struct fixture *f, uint32_t prompt, struct decoder_kv *kv, f
 {
     struct forward_token tokens[PROMPT_TOKENS];
     for (uint32_t i = 0; i < PROMPT_TOKENS; i++)
-        tokens[i] = (struct forward_token){f->input[prompt * PROMPT_TOKENS + i], i, kv, logits + (size_t)i * f->model.config.vocab};
+        tokens[i] = (struct forward_token){f->input[prompt * PROMPT_TOKENS + i], i, kv,
+                                           logits + (size_t)i * f->model.config.vocab};
     run(f, tokens, PROMPT_TOKENS);
 }
 
@@ -172,8 +173,8 @@ START_TEST(greedy_tokens_equal)
     for (uint32_t p = 0; p < PROMPTS; p++) {
         ck_assert_int_eq(decoder_kv_init(&f.model.config, PROMPT_TOKENS + GREEDY_TOKENS, &kv[p], &err), 0);
         prefill(&f, p, &kv[p], logits);
-        tokens[p] = (struct forward_token){decoder_argmax(logits + (size_t)(PROMPT_TOKENS - 1) * vocab, vocab), PROMPT_TOKENS,
-                                           &kv[p], logits + (size_t)p * vocab};
+        tokens[p] = (struct forward_token){decoder_argmax(logits + (size_t)(PROMPT_TOKENS - 1) * vocab, vocab),
+                                           PROMPT_TOKENS, &kv[p], logits + (size_t)p * vocab};
     }
     /* the logits buffer holds PROMPT_TOKENS rows, more than PROMPTS */
     for (uint32_t step = 0; step < GREEDY_TOKENS; step++) {

@@ -62,7 +62,7 @@ START_TEST(a_good_file_is_read)
 }
 END_TEST
 
-#define T(name, dtype, shape, from, to) \
+#define T(name, dtype, shape, from, to)                                                                                \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":[" #from "," #to "]}"
 
 static const struct {
@@ -95,9 +95,11 @@ static const struct {
     {"{" T("a", "F4", "[3]", 0, 1) "}", -1, 1, ERR_INVALID, "out of bounds"},
     {"{" T("a", "F32", "[2]", 0, 7) "}", -1, 7, ERR_INVALID, "8 bytes by shape and dtype, but a range of 7"},
     {"{" T("a", "U8", "[5]", 0, 5) "}", -1, 4, ERR_INVALID, "truncated"},
-    {"{" T("a", "U8", "[2]", 0, 2) "," T("b", "U8", "[2]", 1, 3) "}", -1, 3, ERR_INVALID, "\"a\" and \"b\" overlap at byte 1"},
+    {"{" T("a", "U8", "[2]", 0, 2) "," T("b", "U8", "[2]", 1, 3) "}", -1, 3, ERR_INVALID,
+     "\"a\" and \"b\" overlap at byte 1"},
     {"{" T("a", "U8", "[2]", 0, 2) "," T("b", "U8", "[2]", 0, 2) "}", -1, 2, ERR_INVALID, "overlap"},
-    {"{" T("a", "U8", "[2]", 0, 2) "," T("b", "U8", "[2]", 3, 5) "}", -1, 5, ERR_INVALID, "1 bytes before tensor \"b\""},
+    {"{" T("a", "U8", "[2]", 0, 2) "," T("b", "U8", "[2]", 3, 5) "}", -1, 5, ERR_INVALID,
+     "1 bytes before tensor \"b\""},
     {"{" T("a", "U8", "[2]", 0, 2) "}", -1, 3, ERR_INVALID, "1 bytes after the last tensor"},
 };
 

@@ -12,7 +12,7 @@
 #include "common/clock.h"
 
 #define WORKERS 3u
-#define LAYERS 4u
+#define LAYERS  4u
 #define EXPERTS 16u
 
 static const char *data_dir(void)
@@ -169,7 +169,8 @@ static void transfer_submit(enum work_kind kind, uint32_t i, uint32_t n, struct 
     worker_submit(world.workers[i], &work);
 }
 
-/* Party 2 joins with slots 0..3 of every layer, from both; then round 1 shuffles: 2 gets two more, one copy is local. */
+/* Party 2 joins with slots 0..3 of every layer, from both; then round 1 shuffles: 2 gets two more, one copy is local.
+ */
 static struct plan *join_plan(void)
 {
     struct plan *plan = plan_new(3, LAYERS * 7, 0);
@@ -177,14 +178,18 @@ static struct plan *join_plan(void)
     for (uint32_t layer = 0; layer < LAYERS; layer++)
         for (uint32_t k = 0; k < 4; k++) {
             uint32_t e = 3 * k + layer;
-            plan->moves[n++] = (struct move){.layer = layer, .expert = e, .src = e % 2, .src_slot = e / 2, .dst = 2, .dst_slot = k};
+            plan->moves[n++] =
+                (struct move){.layer = layer, .expert = e, .src = e % 2, .src_slot = e / 2, .dst = 2, .dst_slot = k};
         }
     for (uint32_t layer = 0; layer < LAYERS; layer++) {
         uint32_t e = 3 * 1 + layer; /* lies in slot 1 of party 2 now */
-        plan->moves[n++] = (struct move){.layer = layer, .expert = e, .src = 2, .src_slot = 1, .dst = 2, .dst_slot = 4, .round = 1};
-        plan->moves[n++] = (struct move){.layer = layer, .expert = 15, .src = 1, .src_slot = 7, .dst = 2, .dst_slot = 5, .round = 1};
+        plan->moves[n++] =
+            (struct move){.layer = layer, .expert = e, .src = 2, .src_slot = 1, .dst = 2, .dst_slot = 4, .round = 1};
+        plan->moves[n++] =
+            (struct move){.layer = layer, .expert = 15, .src = 1, .src_slot = 7, .dst = 2, .dst_slot = 5, .round = 1};
         /* party 0 gets an expert that it has not loaded: only the operation's model knows its digest */
-        plan->moves[n++] = (struct move){.layer = layer, .expert = 13, .src = 1, .src_slot = 6, .dst = 0, .dst_slot = 8, .round = 1};
+        plan->moves[n++] =
+            (struct move){.layer = layer, .expert = 13, .src = 1, .src_slot = 6, .dst = 0, .dst_slot = 8, .round = 1};
     }
     ck_assert_uint_eq(n, plan->n_moves);
     return plan;
@@ -467,13 +472,28 @@ END_TEST
 
 static struct region seal_regions[] = {
     {.kind = REGION_DENSE, .name = "all dense", .bytes = 3000},
-    {.kind = REGION_EXPERT, .name = "l0", .layer = 0, .part = "fused", .slots = 2, .stride = 512, .slot_bytes = 500, .bytes = 1024},
-    {.kind = REGION_EXPERT, .name = "l1", .layer = 1, .part = "fused", .slots = 2, .stride = 512, .slot_bytes = 500, .bytes = 1024},
+    {.kind = REGION_EXPERT,
+     .name = "l0",
+     .layer = 0,
+     .part = "fused",
+     .slots = 2,
+     .stride = 512,
+     .slot_bytes = 500,
+     .bytes = 1024},
+    {.kind = REGION_EXPERT,
+     .name = "l1",
+     .layer = 1,
+     .part = "fused",
+     .slots = 2,
+     .stride = 512,
+     .slot_bytes = 500,
+     .bytes = 1024},
 };
 
 static struct worker_result seal(uint32_t i, const struct expert_map *map, uint32_t self)
 {
-    struct manifest m = {.producer = "test", .layers = 2, .logical = 3, .slots = 2, .n_regions = 3, .regions = seal_regions};
+    struct manifest m = {
+        .producer = "test", .layers = 2, .logical = 3, .slots = 2, .n_regions = 3, .regions = seal_regions};
     uint64_t id = ++world.next_id;
     worker_seal(world.workers[i], id, &m, map, self);
     struct worker_result r = result_wait(world.workers[i], id);

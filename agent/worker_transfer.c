@@ -1,0 +1,192 @@
+/* The worker's groups and transfers: dense weights to joiners, the moves of a round, and proof of what arrived.
+ * Worker thread. */
+#include <stdlib.h>
+
+#include "agent/weights.h"
+#include "agent/worker_internal.h"
+#include "common/clock.h"
+
+/* ---- calls of the transport: deadline renewed by progress ---- */
+
+struct transfer_state {
+    struct worker *w;
+    const struct job *job;
+    struct transport_call call;
+    uint64_t before; /* bytes of the calls before this one */
+};
+
+static void transfer_renew(struct transfer_state *t)
+{
+    t->call.deadline_ns = clock_now_ns() + (uint64_t)t->w->config.transfer_timeout_ms * 1000000u;
+}
+
+static void transfer_progress(void *user, uint64_t bytes)
+{
+    struct transfer_state *t = user;
+    transfer_renew(t);
+    worker_progress(t->w, t->job, t->before + bytes);
+}
+
+static void transfer_init(struct transfer_state *t, struct worker *w, const struct job *job)
+{
+    *t = (struct transfer_state){.w = w, .job = job};
+    t->call = (struct transport_call){.cancel_fd = w->cancel_fd, .progress = transfer_progress, .user = t};
+    transfer_renew(t);
+}
+
+/* ---- the group ---- */
+
+void worker_group_drop(struct worker *w)
+{
+    w->config.transport->destroy(w->group);
+    w->group = NULL;
+}
+
+int worker_job_group(struct worker *w, const struct job *job, struct err *err)
+{
+    struct transfer_state t;
+    transfer_init(&t, w, job);
+    worker_group_drop(w); /* one at a time: the one before belonged to an operation that is over */
+    int rc = w->config.transport->group_create(w->config.transport, job->work.blob, job->work.parties, job->work.n,
+                                               job->work.self, &t.call, &w->group, err);
+    if (rc == 0) {
+        w->group_n = job->work.n;
+        w->group_self = job->work.self;
+    }
+    return rc;
+}
+
+/* ---- transfers ---- */
+
+static int transfer_ready(const struct worker *w, const struct work *work, struct err *err)
+{
+    if (!w->weights)
+        return err_set(err, ERR_INVALID, "no memory is allocated that weights could be moved to or from");
+    if (!w->group)
+        return err_set(err, ERR_INVALID, "there is no group to move weights in");
+    if (!work->plan)
+        return err_set(err, ERR_INVALID, "there is no plan that says what to move");
+    if (work->plan->parties != w->group_n || work->self != w->group_self)
+        return err_set(err, ERR_INVALID, "the plan is for party %u of %u, but the group was made as party %u of %u",
+                       work->self, work->plan->parties, w->group_self, w->group_n);
+    return 0;
+}
+
+static int move_check(const struct worker *w, const struct move *m, struct err *err)
+{
+    const struct manifest *manifest = &w->weights->manifest;
+    if (m->layer >= manifest->layers || m->expert >= manifest->logical || m->src_slot >= manifest->slots ||
+        m->dst_slot >= manifest->slots || m->src >= w->group_n || m->dst >= w->group_n)
+        return err_set(
+            err, ERR_INVALID,
+            "the plan moves layer %u expert %u from party %u slot %u to party %u slot %u, which is out of bounds",
+            m->layer, m->expert, m->src, m->src_slot, m->dst, m->dst_slot);
+    return 0;
+}
+
+/* The moves of one round that we have a part in, in the plan's order: both ends of a pair see the same sequence. */
+static int round_transfers(struct worker *w, const struct job *job, struct transfer **ret_items, size_t *ret_n,
+                           struct err *err)
+{
+    const struct plan *plan = job->work.plan;
+    uint32_t self = job->work.self;
+    size_t n = 0;
+    for (uint32_t i = 0; i < plan->n_moves; i++)
+        n += plan->moves[i].round == job->work.round && (plan->moves[i].src == self || plan->moves[i].dst == self);
+    struct transfer *items = calloc(n + 1, sizeof *items);
+    if (!items)
+        return err_set(err, ERR_NOMEM, "out of memory");
+    n = 0;
+    for (uint32_t i = 0; i < plan->n_moves; i++) {
+        const struct move *m = &plan->moves[i];
+        if (m->round != job->work.round || (m->src != self && m->dst != self))
+            continue;
+        int rc = move_check(w, m, err);
+        if (rc < 0) {
+            free(items);
+            return rc;
+        }
+        struct transfer *t = &items[n++];
+        t->src = m->src;
+        t->dst = m->dst;
+        if (m->src == self)
+            t->n = (uint32_t)weights_slot(w->weights, m->layer, m->src_slot, t->from, SLOT_EXTENTS_MAX);
+        if (m->dst == self)
+            t->n = (uint32_t)weights_slot(w->weights, m->layer, m->dst_slot, t->to, SLOT_EXTENTS_MAX);
+    }
+    *ret_items = items;
+    *ret_n = n;
+    return 0;
+}
+
+static int round_verify(struct worker *w, const struct job *job, struct err *err)
+{
+    const struct plan *plan = job->work.plan;
+    int rc = 0;
+    for (uint32_t i = 0; i < plan->n_moves && rc == 0; i++) {
+        const struct move *m = &plan->moves[i];
+        if (m->round != job->work.round || m->dst != job->work.self)
+            continue;
+        rc = worker_cancelled_check(w, err);
+        if (rc == 0)
+            rc = weights_slot_verify(w->weights, m->layer, m->dst_slot, m->expert, err);
+        if (rc == ERR_CORRUPT)
+            return err_wrap(err, "received from %s",
+                            m->src < job->work.n && job->work.parties ? job->work.parties[m->src].id : "a party");
+    }
+    return rc;
+}
+
+static int round_move(struct worker *w, const struct job *job, struct transfer_state *t, uint64_t *bytes,
+                      struct err *err)
+{
+    struct transfer *items = NULL;
+    size_t n = 0;
+    int rc = round_transfers(w, job, &items, &n, err);
+    if (rc < 0)
+        return rc;
+    uint64_t received = 0;
+    t->before = *bytes;
+    transfer_renew(t);
+    rc = w->config.transport->move(w->group, items, n, &t->call, &received, err);
+    free(items);
+    *bytes += received;
+    return rc == 0 ? round_verify(w, job, err) : rc;
+}
+
+static int dense_broadcast(struct worker *w, const struct job *job, struct transfer_state *t, uint64_t *bytes,
+                           struct err *err)
+{
+    uint8_t have[RANKS_MAX] = {0};
+    size_t n = w->weights->model->n_dense;
+    struct extent *extents = calloc(n + 1, sizeof *extents);
+    if (!extents)
+        return err_set(err, ERR_NOMEM, "out of memory");
+    n = weights_dense(w->weights, extents, n);
+    for (uint32_t i = 0; i < w->group_n; i++)
+        have[i] = i < job->work.dense_from;
+    uint64_t received = 0;
+    int rc = w->config.transport->broadcast(w->group, extents, n, have, &t->call, &received, err);
+    free(extents);
+    *bytes += received;
+    return rc;
+}
+
+int worker_job_fill(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err)
+{
+    int rc = transfer_ready(w, &job->work, err);
+    if (rc == 0)
+        rc = worker_model_update(w, job->work.model, err);
+    if (rc < 0)
+        return rc;
+    struct transfer_state t;
+    transfer_init(&t, w, job);
+    if (job->work.kind == WORK_WEIGHTS && job->work.dense_from < w->group_n)
+        rc = dense_broadcast(w, job, &t, &ret_result->bytes, err);
+    if (rc == 0)
+        rc = round_move(w, job, &t, &ret_result->bytes, err);
+    if (job->work.kind == WORK_WEIGHTS && job->work.self >= job->work.dense_from)
+        for (uint32_t i = 0; i < w->weights->model->n_dense && rc == 0; i++)
+            rc = worker_dense_verify(w, i, err);
+    return rc;
+}
