@@ -139,7 +139,7 @@ check-deps:
 	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
 check: check-deps ## all tests: unit, simulation, integration with the real daemons
 	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim
-	@BUILD=$(BUILD) SIM_SEEDS=$(SIM_SEEDS) tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
+	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
 check-unit: check-deps ## unit tests alone
 	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN)
 	@BUILD=$(BUILD) SIM_SEEDS=0 tests/run.sh $(notdir $(UNIT_BIN)) --

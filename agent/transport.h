@@ -16,6 +16,10 @@ struct transport_call {
     uint64_t deadline_ns;   /* monotonic; read again after every progress, which may have moved it */
     int cancel_fd;          /* readable = give up with ERR_ABORTED; -1 = none */
     void (*progress)(void *user, uint64_t bytes_received); /* every few MiB sent or received; may be NULL */
+    /* move: bytes [offset, offset + len) of items[item].to[extent] have come and are not written again, so that they can
+     * be digested while they are in the cache.  In order for each item; offset is a multiple of 8, and so is len but at
+     * the extent's end.  Not for local copies; a backend need not call it at all.  May be NULL. */
+    void (*arrived)(void *user, size_t item, uint32_t extent, size_t offset, size_t len);
     void *user;
 };
 

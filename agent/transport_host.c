@@ -36,12 +36,20 @@ static int host_group_id(struct transport *self, struct blob **ret_id, struct er
 
 /* ---- move: one frame a pair and direction, holding all items between the two, in order ---- */
 
+/* Which extent of which item a run of bytes is. */
+struct origin {
+    size_t item;
+    uint32_t extent;
+};
 struct move_peer {
     struct runs out, in;
     bool sent, received;
+    struct origin *origins; /* [in.n] */
+    size_t told_run, told_at; /* up to here `arrived` has been called */
 };
 struct move_job {
     struct transport_group *group;
+    const struct transport_call *call;
     struct move_peer *peers; /* [n] */
 };
 
@@ -74,6 +82,26 @@ static int move_begin_in(void *job, uint32_t peer, const struct frame *frame, st
     return 0;
 }
 
+/* Tells of what has come, in pieces that lie in one extent and begin at words. */
+static void move_took_in(void *job, uint32_t peer, uint64_t end)
+{
+    struct move_job *j = job;
+    struct move_peer *p = &j->peers[peer];
+    while (j->call->arrived && p->told_run < p->in.n) {
+        const struct run *run = &p->in.v[p->told_run];
+        const struct origin *origin = &p->origins[p->told_run];
+        uint64_t there = end > run->start ? end - run->start : 0;
+        size_t to = there >= run->len ? run->len : (size_t)there / 8 * 8;
+        if (to > p->told_at)
+            j->call->arrived(j->call->user, origin->item, origin->extent, p->told_at, to - p->told_at);
+        p->told_at = to > p->told_at ? to : p->told_at;
+        if (to < run->len)
+            return;
+        p->told_run++;
+        p->told_at = 0;
+    }
+}
+
 static void move_end_in(void *job, uint32_t peer, const struct frame *frame)
 {
     (void)frame;
@@ -84,6 +112,7 @@ static const struct pump_ops move_ops = {
     .wants_in = move_wants_in,
     .next_out = move_next_out,
     .begin_in = move_begin_in,
+    .took_in = move_took_in,
     .end_in = move_end_in,
 };
 
@@ -95,6 +124,24 @@ static int move_local(const struct transfer *item, struct err *err)
                            item->from[k].len, item->to[k].len);
         memmove((uint8_t *)item->to[k].region->base + item->to[k].offset,
                 (const uint8_t *)item->from[k].region->base + item->from[k].offset, item->from[k].len);
+    }
+    return 0;
+}
+
+static int move_expect(struct move_peer *peer, size_t item, const struct transfer *t, struct err *err)
+{
+    for (uint32_t k = 0; k < t->n; k++) {
+        size_t before = peer->in.n;
+        int rc = runs_add(&peer->in, &t->to[k], 1, err);
+        if (rc < 0)
+            return rc;
+        if (peer->in.n == before)
+            continue; /* no bytes */
+        struct origin *origins = realloc(peer->origins, peer->in.cap * sizeof *origins);
+        if (!origins)
+            return err_set(err, ERR_NOMEM, "out of memory");
+        peer->origins = origins;
+        origins[before] = (struct origin){.item = item, .extent = k};
     }
     return 0;
 }
@@ -113,7 +160,7 @@ static int move_sort(struct move_job *job, const struct transfer *items, size_t 
         else if (t->src == group->self)
             rc = runs_add(&job->peers[t->dst].out, t->from, t->n, err);
         else if (t->dst == group->self)
-            rc = runs_add(&job->peers[t->src].in, t->to, t->n, err);
+            rc = move_expect(&job->peers[t->src], i, t, err);
     }
     return rc;
 }
@@ -123,7 +170,7 @@ static int host_move(struct transport_group *group, const struct transfer *items
 {
     if (group->broken)
         return err_set(err, ERR_INVALID, "the group failed before; it cannot be used again");
-    struct move_job job = {.group = group, .peers = calloc(group->n, sizeof *job.peers)};
+    struct move_job job = {.group = group, .call = call, .peers = calloc(group->n, sizeof *job.peers)};
     if (!job.peers)
         return err_set(err, ERR_NOMEM, "out of memory");
     group->seq++;
@@ -134,6 +181,7 @@ static int host_move(struct transport_group *group, const struct transfer *items
     for (uint32_t i = 0; i < group->n; i++) {
         runs_done(&job.peers[i].out);
         runs_done(&job.peers[i].in);
+        free(job.peers[i].origins);
     }
     free(job.peers);
     if (rc < 0)

@@ -94,6 +94,8 @@ struct pump_ops {
     bool (*next_out)(void *job, uint32_t peer, struct frame *ret_frame, struct place *ret_place);
     /* A header came: where does its body go?  An error ends the call. */
     int (*begin_in)(void *job, uint32_t peer, const struct frame *frame, struct place *ret_place, struct err *err);
+    /* The frame's body has come up to `end` (an offset in what begin_in gave).  May be NULL. */
+    void (*took_in)(void *job, uint32_t peer, uint64_t end);
     /* The body is complete. */
     void (*end_in)(void *job, uint32_t peer, const struct frame *frame);
 };

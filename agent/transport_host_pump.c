@@ -239,6 +239,8 @@ static int link_receive(struct pump *p, uint32_t peer, struct err *err)
         int rc = head ? link_begin_in(p, peer, err) : 0;
         if (rc < 0)
             return rc;
+        if (body > 0 && p->ops->took_in)
+            p->ops->took_in(p->job, peer, in->frame.len - in->left);
         if (in->left == 0) {
             in->busy = false;
             p->ops->end_in(p->job, peer, &in->frame);

@@ -141,20 +141,25 @@ int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_
     return err_set(err, ERR_INVALID, "the weights have no dense region %u", dense_index);
 }
 
-int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, struct err *err)
+int weights_slot_check(const struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, uint64_t digest,
+                       struct err *err)
 {
     const struct model *model = w->model;
     if (layer >= model->layers || expert >= model->logical)
         return err_set(err, ERR_INVALID, "the model has no expert %u in MoE layer %u", expert, layer);
-    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have;
+    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have = digest_known(digest);
     if (want == 0)
         return err_set(err, ERR_CORRUPT, "layer %u slot %u cannot be verified: no digest of expert %u is known here",
                        layer, slot, expert);
-    int rc = weights_slot_digest(w, layer, slot, &have, err);
-    if (rc < 0)
-        return rc;
     if (have != want)
         return err_set(err, ERR_CORRUPT, "layer %u slot %u does not hold expert %u: its digest is %016llx, not %016llx",
                        layer, slot, expert, (unsigned long long)have, (unsigned long long)want);
     return 0;
+}
+
+int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, struct err *err)
+{
+    uint64_t digest;
+    int rc = weights_slot_digest(w, layer, slot, &digest, err);
+    return rc < 0 ? rc : weights_slot_check(w, layer, slot, expert, digest, err);
 }

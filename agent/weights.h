@@ -31,5 +31,7 @@ int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64
 int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_digest, struct err *err) MUST_CHECK;
 /* ERR_CORRUPT with layer, expert, slot when the slot does not hold `expert`. */
 int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, struct err *err) MUST_CHECK;
+/* The same for bytes that were digested as they came: `digest` is their sum. */
+int weights_slot_check(const struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, uint64_t digest, struct err *err) MUST_CHECK;
 
 #endif

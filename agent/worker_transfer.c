@@ -5,6 +5,7 @@
 #include "agent/weights.h"
 #include "agent/worker_internal.h"
 #include "common/clock.h"
+#include "common/digest.h"
 
 /* ---- calls of the transport: deadline renewed by progress ---- */
 
@@ -13,6 +14,13 @@ struct transfer_state {
     const struct job *job;
     struct transport_call call;
     uint64_t before; /* bytes of the calls before this one */
+    struct slot_in *slots; /* of the round's items */
+};
+
+/* What an item of a round has brought so far, digested while it was in the cache. */
+struct slot_in {
+    const struct transfer *item;
+    uint64_t digest, bytes; /* bytes: those in the digest */
 };
 
 static void transfer_renew(struct transfer_state *t)
@@ -32,6 +40,23 @@ static void transfer_init(struct transfer_state *t, struct worker *w, const stru
     *t = (struct transfer_state){.w = w, .job = job};
     t->call = (struct transport_call){.cancel_fd = w->cancel_fd, .progress = transfer_progress, .user = t};
     transfer_renew(t);
+}
+
+/* A piece that cannot be digested is left out, so that the whole slot is read again by round_verify. */
+static void transfer_arrived(void *user, size_t item, uint32_t extent, size_t offset, size_t len)
+{
+    struct transfer_state *t = user;
+    struct slot_in *slot = &t->slots[item];
+    const struct extent *to = &slot->item->to[extent];
+    struct memory_backend *memory = t->w->config.memory;
+    uint64_t word = offset / 8, digest;
+    for (uint32_t k = 0; k < extent; k++)
+        word += digest_words(slot->item->to[k].len);
+    struct err err = {0};
+    if (memory->digest(memory, to->region, to->offset + offset, len, word, &digest, &err) < 0)
+        return;
+    slot->digest += digest;
+    slot->bytes += len;
 }
 
 /* ---- the group ---- */
@@ -119,17 +144,53 @@ static int round_transfers(struct worker *w, const struct job *job, struct trans
     return 0;
 }
 
-static int round_verify(struct worker *w, const struct job *job, struct err *err)
+/* No slot is written twice in one round: what was digested as it came would not be what lies there at the end. */
+static int round_check(const struct worker *w, const struct transfer *items, size_t n, uint32_t self, struct err *err)
+{
+    const struct manifest *m = &w->weights->manifest;
+    uint8_t *written = calloc((size_t)m->n_regions + 1, m->slots);
+    if (!written)
+        return err_set(err, ERR_NOMEM, "out of memory");
+    int rc = 0;
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        if (items[i].dst != self || items[i].n == 0)
+            continue;
+        const struct extent *to = &items[i].to[0];
+        size_t region = (size_t)(to->region - w->weights->regions), slot = to->offset / m->regions[region].stride;
+        if (written[region * m->slots + slot]++)
+            rc = err_set(err, ERR_INVALID, "the plan writes slot %zu of MoE layer %u twice in one round", slot,
+                         m->regions[region].layer);
+    }
+    free(written);
+    return rc;
+}
+
+static int slot_verify(struct worker *w, const struct slot_in *in, const struct move *m, struct err *err)
+{
+    uint64_t bytes = 0;
+    for (uint32_t k = 0; k < in->item->n; k++)
+        bytes += in->item->to[k].len;
+    if (in->bytes == bytes && bytes > 0)
+        return weights_slot_check(w->weights, m->layer, m->dst_slot, m->expert, in->digest, err);
+    return weights_slot_verify(w->weights, m->layer, m->dst_slot, m->expert, err); /* a local copy, for instance */
+}
+
+static int round_verify(struct worker *w, const struct job *job, const struct slot_in *slots, struct err *err)
 {
     const struct plan *plan = job->work.plan;
+    uint32_t self = job->work.self;
+    size_t item = 0;
     int rc = 0;
     for (uint32_t i = 0; i < plan->n_moves && rc == 0; i++) {
         const struct move *m = &plan->moves[i];
-        if (m->round != job->work.round || m->dst != job->work.self)
+        if (m->round != job->work.round || (m->src != self && m->dst != self))
+            continue;
+        const struct slot_in *in = &slots[item++]; /* as round_transfers made them */
+        if (m->dst != self)
             continue;
         rc = worker_cancelled_check(w, err);
         if (rc == 0)
-            rc = weights_slot_verify(w->weights, m->layer, m->dst_slot, m->expert, err);
+            rc = slot_verify(w, in, m, err);
         if (rc == ERR_CORRUPT)
             return err_wrap(err, "received from %s",
                             m->src < job->work.n && job->work.parties ? job->work.parties[m->src].id : "a party");
@@ -146,12 +207,25 @@ static int round_move(struct worker *w, const struct job *job, struct transfer_s
     if (rc < 0)
         return rc;
     uint64_t received = 0;
+    struct slot_in *slots = calloc(n + 1, sizeof *slots);
+    rc = slots ? round_check(w, items, n, job->work.self, err) : err_set(err, ERR_NOMEM, "out of memory");
+    if (rc < 0)
+        goto free_items;
+    for (size_t i = 0; i < n; i++)
+        slots[i].item = &items[i];
     t->before = *bytes;
+    t->slots = slots;
+    t->call.arrived = transfer_arrived;
     transfer_renew(t);
     rc = w->config.transport->move(w->group, items, n, &t->call, &received, err);
-    free(items);
+    t->call.arrived = NULL;
     *bytes += received;
-    return rc == 0 ? round_verify(w, job, err) : rc;
+    if (rc == 0)
+        rc = round_verify(w, job, slots, err);
+free_items:
+    free(slots);
+    free(items);
+    return rc;
 }
 
 static int dense_broadcast(struct worker *w, const struct job *job, struct transfer_state *t, uint64_t *bytes,

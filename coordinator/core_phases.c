@@ -99,7 +99,8 @@ static bool operation_ready(struct coordinator *c)
         core_journal(c, DURABLE_META | DURABLE_OP, CONT_OPENED);
         return false;
     }
-    return arrivals_complete(&c->map_acks);
+    /* A map change that an aborted operation left behind settles first, with either kind of dispatch. */
+    return arrivals_complete(&c->map_acks) && c->commit.state == COMMIT_IDLE;
 }
 
 void operation_opened(struct coordinator *c, uint64_t op)

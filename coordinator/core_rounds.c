@@ -170,9 +170,11 @@ void rounds_flipped(struct coordinator *c)
         c->grace_step = c->durable.commit.step;
     if (c->op.phase == PHASE_RETIRE && c->op.plan)
         rounds_grace(c);
-    else if (c->op.phase != PHASE_NONE && !c->op.plan && c->op.decided)
+    else if (c->op.phase != PHASE_RETIRE)
+        operation_peer_ready(c);
+    else if (c->op.decided)
         operation_end(c, OUTCOME_DONE, "committed; the coordinator restarted before the slots were all filled");
-    else if (c->op.phase != PHASE_NONE && !c->op.plan)
+    else
         operation_abort(c, ERR_ABORTED, "the coordinator restarted before the decision");
 }
 

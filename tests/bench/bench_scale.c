@@ -15,6 +15,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "common/control_methods.h"
 #include "common/rpc.h"
 #include "control.pb-c.h"
@@ -33,13 +34,14 @@ struct samples {
 
 /* All operations in one direction. */
 struct direction {
-    struct samples total, control, control_but_go, go, drain, share;
+    struct samples seen, total, control, without_go, without_waits, go, drain;
     struct {
         char name[32];
         struct samples ms;
     } phases[PHASES_SHOWN];
     int n_phases;
     uint64_t moved, bound;
+    int moving; /* operations with a bound above 0 */
 };
 
 struct bench {
@@ -144,22 +146,42 @@ static void direction_add(struct direction *d, const Pb__Operation *op, uint64_t
     add(&d->control, control);
     add(&d->go, in_go);
     add(&d->drain, in_drain);
-    add(&d->control_but_go, control - in_go);
+    add(&d->without_go, control - in_go);
+    add(&d->without_waits, control - in_go - in_drain);
     const Pb__PlanSummary *p = op->plan;
     uint64_t least = joiners ? p->bound_fill : p->bound_hard;
     uint64_t bound = least * p->expert_bytes + joiners * p->dense_bytes;
     d->moved += op->bytes_done;
     d->bound += bound;
-    if (bound)
-        add(&d->share, 100.0 * (double)op->bytes_done / (double)bound);
+    d->moving += bound > 0;
 }
 
-/* Scales and waits; counted: into the figures. */
-static int bench_scale(struct bench *b, int from, int to, bool counted)
+/* Runs eepctl scale and waits.  leavers: two ranks of the present view, or NULL. */
+static int bench_ctl(struct bench *b, int to, const int *leavers, char *out, size_t size)
 {
-    char out[2048], target[16];
+    char target[16];
     snprintf(target, sizeof(target), "%d", to);
-    int code = cluster_ctl(&b->cluster, out, sizeof(out), "scale", "--to", target, NULL);
+    if (!leavers)
+        return cluster_ctl(&b->cluster, out, size, "scale", "--to", target, NULL);
+    Pb__StatusReply *s = bench_status(b);
+    if (!s || s->view->n_members != RANKS_HIGH) {
+        snprintf(out, size, "the view does not have %d ranks", RANKS_HIGH);
+        rpc_unpack_free((ProtobufCMessage *)s);
+        return -1;
+    }
+    int code = cluster_ctl(&b->cluster, out, size, "scale", "--to", target, "--remove", s->view->members[leavers[0]]->id,
+                           "--remove", s->view->members[leavers[1]]->id, NULL);
+    rpc_unpack_free((ProtobufCMessage *)s);
+    return code;
+}
+
+/* counted: into the figures. */
+static int bench_scale(struct bench *b, int from, int to, const int *leavers, bool counted)
+{
+    char out[2048];
+    uint64_t begin = clock_now_ns();
+    int code = bench_ctl(b, to, leavers, out, sizeof(out));
+    double ms = (double)(clock_now_ns() - begin) / 1e6;
     if (code != 0) {
         fprintf(stderr, "eepctl scale --to %d exited with %d: %s\n", to, code, out);
         return -1;
@@ -172,7 +194,9 @@ static int bench_scale(struct bench *b, int from, int to, bool counted)
         rpc_unpack_free((ProtobufCMessage *)s);
         return -1;
     }
-    direction_add(to > from ? &b->up : &b->down, s->op, to > from ? (uint64_t)(to - from) : 0);
+    struct direction *d = to > from ? &b->up : &b->down;
+    direction_add(d, s->op, to > from ? (uint64_t)(to - from) : 0);
+    add(&d->seen, ms);
     add(&b->op_holds, (double)s->op->hold_ns_max / 1e6);
     b->flips++;
     rpc_unpack_free((ProtobufCMessage *)s);
@@ -236,16 +260,18 @@ static void bench_holds(struct bench *b, const int *skip, int *ret_count)
 
 static int bench_cycles(struct bench *b, json_t **ret_report)
 {
+    /* Every pair of ranks leaves in its turn; the two that are left may hold the same experts, so that some must move. */
+    static const int leavers[][2] = {{2, 3}, {0, 2}, {0, 1}, {1, 3}, {0, 3}, {1, 2}};
     int before[RANKS_HIGH] = {0};
     bench_holds(b, before, before);
     if (bench_feed(b, NULL) < 0)
         return -1;
     cluster_sleep_ms(1000);
     for (int i = 0; i < b->cycles; i++) {
-        if (interrupted || bench_scale(b, RANKS_LOW, RANKS_HIGH, true) < 0)
+        if (interrupted || bench_scale(b, RANKS_LOW, RANKS_HIGH, NULL, true) < 0)
             return -1;
         cluster_sleep_ms(b->settle_ms);
-        if (interrupted || bench_scale(b, RANKS_HIGH, RANKS_LOW, true) < 0)
+        if (interrupted || bench_scale(b, RANKS_HIGH, RANKS_LOW, leavers[i % 6], true) < 0)
             return -1;
         cluster_sleep_ms(b->settle_ms);
     }
@@ -273,9 +299,9 @@ static int bench_run(struct bench *b, json_t **ret_low, json_t **ret_high, json_
         return -1;
     }
     /* the first time up and down warms everything, without load and without being counted */
-    if (bench_scale(b, 0, RANKS_LOW, false) < 0 || !(*ret_low = bench_unscaled(b)) ||
-        bench_scale(b, RANKS_LOW, RANKS_HIGH, false) < 0 || !(*ret_high = bench_unscaled(b)) ||
-        bench_scale(b, RANKS_HIGH, RANKS_LOW, false) < 0 || bench_cycles(b, ret_report) < 0)
+    if (bench_scale(b, 0, RANKS_LOW, NULL, false) < 0 || !(*ret_low = bench_unscaled(b)) ||
+        bench_scale(b, RANKS_LOW, RANKS_HIGH, NULL, false) < 0 || !(*ret_high = bench_unscaled(b)) ||
+        bench_scale(b, RANKS_HIGH, RANKS_LOW, NULL, false) < 0 || bench_cycles(b, ret_report) < 0)
         return -1;
     if (cluster_ctl(&b->cluster, out, sizeof(out), "verify", NULL) != 0) {
         fprintf(stderr, "eepctl verify: %s\n", out);
@@ -314,7 +340,7 @@ static void table_pauses(struct bench *b, const json_t *low, const json_t *high,
            quantile(&b->op_holds, 0.5), quantile(&b->op_holds, 0.99), quantile(&b->op_holds, 1));
     printf("| longest gap between two tokens: scaled | %.1f ms | | |\n", longest);
     printf("| the same unscaled, on 2 and on 4 ranks | %.1f and %.1f ms | | |\n", low_gap, high_gap);
-    printf("| ratio of the longest | %.2f | | |\n", unscaled > 0 ? longest / unscaled : 0);
+    printf("| the first of the longer of the two | %.0f %% | | |\n", unscaled > 0 ? 100 * longest / unscaled : 0);
     printf("| gaps: median, p99: scaled | %.1f, %.1f ms | | |\n", number(report, "median_gap_ms"),
            number(report, "p99_gap_ms"));
     printf("| the same unscaled on 2, on 4 ranks | %.1f, %.1f and %.1f, %.1f ms | | |\n", number(low, "median_gap_ms"),
@@ -342,11 +368,13 @@ static struct samples *direction_find(struct direction *d, const char *name)
 static void table_times(struct bench *b)
 {
     printf("\n| time of an operation, ms | up median | up max | down median | down max |\n|---|---|---|---|---|\n");
-    row("total", &b->up.total, &b->down.total);
+    row("`eepctl scale`, start to exit", &b->up.seen, &b->down.seen);
+    row("all phases", &b->up.total, &b->down.total);
     row("control plane (all but WEIGHTS, FILL, ALLOCATE)", &b->up.control, &b->down.control);
     row("of which GO: until every engine has reached step S", &b->up.go, &b->down.go);
-    row("of which DRAIN: leaving engines hand back requests", &b->up.drain, &b->down.drain);
-    row("**control plane without GO** (expected under 100)", &b->up.control_but_go, &b->down.control_but_go);
+    row("of which DRAIN: until the leaving engines have no request", &b->up.drain, &b->down.drain);
+    row("control plane without GO", &b->up.without_go, &b->down.without_go);
+    row("control plane without GO and DRAIN", &b->up.without_waits, &b->down.without_waits);
     for (int i = 0; i < b->up.n_phases; i++)
         row(b->up.phases[i].name, &b->up.phases[i].ms, direction_find(&b->down, b->up.phases[i].name));
     for (int i = 0; i < b->down.n_phases; i++)
@@ -356,12 +384,17 @@ static void table_times(struct bench *b)
 
 static void table_bytes(const struct bench *b)
 {
-    printf("\n| bytes moved, all operations | moved | bound | moved of bound |\n|---|---|---|---|\n");
+    printf("\n| bytes moved | operations | of them bound above 0 | moved | bound | moved of bound |\n"
+           "|---|---|---|---|---|---|\n");
     const struct direction *d[] = {&b->up, &b->down};
-    for (int i = 0; i < 2; i++)
-        printf("| %s | %.2f MB | %.2f MB | %.1f %% |\n", i ? "down, against the hard bound" : "up, against the fill bound",
-               (double)d[i]->moved / 1e6, (double)d[i]->bound / 1e6,
-               d[i]->bound ? 100.0 * (double)d[i]->moved / (double)d[i]->bound : 0);
+    for (int i = 0; i < 2; i++) {
+        char share[32] = "-";
+        if (d[i]->bound)
+            snprintf(share, sizeof(share), "%.1f %%", 100.0 * (double)d[i]->moved / (double)d[i]->bound);
+        printf("| %s | %d | %d | %.2f MB | %.2f MB | %s |\n",
+               i ? "down, against the hard bound" : "up, against the fill bound (dense weights included)", d[i]->total.n,
+               d[i]->moving, (double)d[i]->moved / 1e6, (double)d[i]->bound / 1e6, share);
+    }
 }
 
 /* ---- options ---- */

@@ -13,7 +13,7 @@
 cluster_open()
 {
     CLUSTER_BUILD=$(cd "${1:-build}" && pwd) || return 1
-    CLUSTER=$(mktemp -d "${TMPDIR:-/tmp}/eep.XXXXXX") || return 1
+    CLUSTER=$(mktemp -d "${TMPDIR:-/tmp}/eep-sh.XXXXXX") || return 1
     CLUSTER_PIDS=
     EEP_COORDINATOR=unix:$CLUSTER/coordinator.sock
     export EEP_COORDINATOR

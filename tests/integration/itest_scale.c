@@ -1,10 +1,19 @@
 /* Scaling under load with the real daemons: every model, layout and dispatch; joiners that cannot read the checkpoint;
  * many cycles without growth. */
+#include <limits.h>
+
 #include "tests/integration/itest.h"
 
 static const struct {
     const char *model, *layout, *dispatch;
 } kinds[] = {{QWEN, "loader", "source"}, {QWEN, "fused", "source"}, {QWEN, "loader", "replicated"}, {MIXTRAL, "loader", "source"}};
+
+/* A sanitizer's allocator keeps freed memory for a while: resident bytes say nothing there. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+static const long GROWTH_MAX = LONG_MAX / 2;
+#else
+static const long GROWTH_MAX = 2l << 20;
+#endif
 
 /* 2 -> 4 -> 3 (a rank in the middle leaves) -> 2 -> 4; gpu2 and gpu3 have no path to the checkpoint. */
 START_TEST(a_served_model_scales_and_every_token_is_right)
@@ -76,12 +85,12 @@ START_TEST(twenty_cycles_leave_nothing_behind)
     itest_fed(&c);
     for (int i = 0; i < 4; i++) {
         ck_assert_msg(fds[1][i] <= fds[0][i], "agent %d: %d descriptors after 1 cycle, %d after 20", i, fds[0][i], fds[1][i]);
-        ck_assert_msg(rss[1][i] <= rss[0][i] + (2l << 20), "agent %d: %ld resident bytes after 1 cycle, %ld after 20", i, rss[0][i], rss[1][i]);
+        ck_assert_msg(rss[1][i] <= rss[0][i] + GROWTH_MAX, "agent %d: %ld resident bytes after 1 cycle, %ld after 20", i, rss[0][i], rss[1][i]);
     }
     ck_assert_int_le(fds[2][1], fds[2][0]);
     ck_assert_int_le(fds[2][3], fds[2][2]);
-    ck_assert_msg(rss[2][1] <= rss[2][0] + (2l << 20), "coordinator: %ld, then %ld", rss[2][0], rss[2][1]);
-    ck_assert_msg(rss[2][3] <= rss[2][2] + (2l << 20), "engine: %ld, then %ld", rss[2][2], rss[2][3]);
+    ck_assert_msg(rss[2][1] <= rss[2][0] + GROWTH_MAX, "coordinator: %ld, then %ld", rss[2][0], rss[2][1]);
+    ck_assert_msg(rss[2][3] <= rss[2][2] + GROWTH_MAX, "engine: %ld, then %ld", rss[2][2], rss[2][3]);
     ck_assert_int_eq(cluster_stop(&c, false), 0);
 }
 END_TEST

@@ -236,6 +236,13 @@ void check_agent_sends(struct sim *s, struct sim_agent *a, const struct msg *msg
 {
     switch (msg->type) {
     case MSG_PROMISE: check_promise(s, a, &msg->promise); return;
+    case MSG_HELLO: /* carries a promise that could not be sent when it was made */
+        if (msg->hello.promised_epoch && msg->hello.promised_epoch != a->promised) {
+            struct msg_promise p = {.epoch = msg->hello.promised_epoch, .limit = msg->hello.limit,
+                                    .engine = msg->hello.engine};
+            check_promise(s, a, &p);
+        }
+        return;
     case MSG_FLIPPED: check_flipped(s, a, msg->flipped.epoch); return;
     case MSG_MAP_ACK:
         if (msg->map_ack.version > a->acked_map) {
@@ -298,8 +305,8 @@ static void check_view(struct sim *s, struct sim_agent *a)
     for (size_t i = s->n_commits; !s->failed && i-- > 0 && s->commits[i].epoch > epoch;) {
         const struct sim_commit *next = &s->commits[i];
         if (n >= next->step && (next->kind != FLIP_RESET || rank_in(next->view, a) >= 0) && a->up)
-            sim_fail(s, "promise 4: a%02u begins step %" PRIu64 " in e%" PRIu64 ", but e%" PRIu64 " begins with %" PRIu64,
-                     a->index, n, epoch, next->epoch, next->step);
+            sim_fail(s, "promise 4: a%02u begins step %" PRIu64 " in e%" PRIu64 ", but e%" PRIu64
+                     " begins with %" PRIu64, a->index, n, epoch, next->epoch, next->step);
     }
 }
 
@@ -368,7 +375,8 @@ void check_begin(struct sim *s, struct sim_agent *a)
         sim_fail(s, "promise 4: a%02u begins step %" PRIu64 ", though it promised e%" PRIu64 " not to begin %" PRIu64,
                  a->index, n, a->promised, a->limit);
     if (a->has_left && n >= a->left_at)
-        sim_fail(s, "promise 4: a%02u has left with step %" PRIu64 " and begins step %" PRIu64, a->index, a->left_at, n);
+        sim_fail(s, "promise 4: a%02u has left with step %" PRIu64 " and begins step %" PRIu64, a->index, a->left_at,
+                 n);
     check_number(s, a);
     if (!a->up || s->failed)
         return;
@@ -391,8 +399,8 @@ void check_destroy(struct sim *s, struct sim_agent *a, uint32_t layer, uint32_t 
     int rank = now ? rank_in(now, a) : -1;
 
     if (rank >= 0 && now->members[rank].serving && now->map->live[expert_map_at(now->map, layer, (uint32_t)rank, slot)])
-        sim_fail(s, "promise 5: a %s destroys slot %u of layer %u on a%02u, which the committed map routes to", by, slot,
-                 layer, a->index);
+        sim_fail(s, "promise 5: a %s destroys slot %u of layer %u on a%02u, which the committed map routes to", by,
+                 slot, layer, a->index);
     for (uint32_t i = 0; i < s->n; i++) {
         struct sim_engine *e = &s->agents[i].engine;
         for (uint32_t k = 0; k < e->n_begun; k++) {
@@ -401,7 +409,8 @@ void check_destroy(struct sim *s, struct sim_agent *a, uint32_t layer, uint32_t 
             if (b->step <= done || !commit || check_void(s, &s->agents[i], b->view))
                 continue;
             rank = rank_in(commit->view, a);
-            if (rank >= 0 && (uint32_t)rank < b->map->ranks && b->map->live[expert_map_at(b->map, layer, (uint32_t)rank, slot)])
+            if (rank >= 0 && (uint32_t)rank < b->map->ranks &&
+                b->map->live[expert_map_at(b->map, layer, (uint32_t)rank, slot)])
                 sim_fail(s, "promise 5: a %s overwrites slot %u of layer %u on a%02u while step %" PRIu64
                          " of a%02u (map %" PRIu64 ") may read it", by, slot, layer, a->index, b->step, i,
                          b->map->version);
@@ -434,13 +443,14 @@ static bool is_quiet_agent(const struct view *view, struct sim_agent *a, char *w
     if (rank < 0)
         return true;
     if (status.applied_epoch != view->epoch || a->engine.local.view != view->epoch) {
-        snprintf(why, size, "a%02u serves in e%" PRIu64 " (its agent in e%" PRIu64 "), committed is e%" PRIu64, a->index,
-                 a->engine.local.view, status.applied_epoch, view->epoch);
+        snprintf(why, size, "a%02u serves in e%" PRIu64 " (its agent in e%" PRIu64 "), committed is e%" PRIu64,
+                 a->index, a->engine.local.view, status.applied_epoch, view->epoch);
         return false;
     }
     if (a->engine.pc != ENGINE_SLEEPING || a->page.engine_state == PAGE_ENGINE_HELD || a->engine.requests > 0) {
-        snprintf(why, size, "a%02u's engine is %s step %" PRIu64 " (gate %" PRId64 ", %" PRIu64 " requested steps left)",
-                 a->index, a->page.engine_state == PAGE_ENGINE_HELD ? "held before" : "in or before", a->engine.local.next,
+        snprintf(why, size,
+                 "a%02u's engine is %s step %" PRIu64 " (gate %" PRId64 ", %" PRIu64 " requested steps left)", a->index,
+                 a->page.engine_state == PAGE_ENGINE_HELD ? "held before" : "in or before", a->engine.local.next,
                  (int64_t)a->page.gate, a->engine.requests);
         return false;
     }

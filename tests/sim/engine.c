@@ -255,7 +255,8 @@ void engine_turn(struct sim *s, struct sim_agent *a)
     }
     if (e->pc != ENGINE_ANNOUNCED)
         return;
-    bypass = (bug(s, SIM_BUG_WAVE_BYPASSES_GATE) && !e->local.running && e->local.next < atomic_load(&a->page.run_to)) ||
+    bypass = (bug(s, SIM_BUG_WAVE_BYPASSES_GATE) && !e->local.running &&
+              e->local.next < atomic_load(&a->page.run_to)) ||
              bug(s, SIM_BUG_GATE_BEFORE_INTENT);
     if (bypass)
         atomic_store(&a->page.gate, GATE_OPEN);

@@ -43,7 +43,9 @@ static const struct {
 };
 #define BUGS (sizeof bugs / sizeof *bugs)
 
-enum option_key { OPT_SEEDS = 1000, OPT_SEED, OPT_EVENTS, OPT_AGENTS, OPT_FAULTS, OPT_BUG, OPT_LIST, OPT_EXPECT, OPT_VERBOSE };
+enum option_key {
+    OPT_SEEDS = 1000, OPT_SEED, OPT_EVENTS, OPT_AGENTS, OPT_FAULTS, OPT_BUG, OPT_LIST, OPT_EXPECT, OPT_VERBOSE,
+};
 
 static const struct argp_option option_table[] = {
     {"seeds", OPT_SEEDS, "N", 0, "Run N seeds (default 2000; 1 with --seed)", 0},
@@ -132,7 +134,8 @@ int main(int argc, char **argv)
     static const struct argp argp = {
         .options = option_table,
         .parser = parse,
-        .doc = "Simulates coordinator, agents and engines with the shipping cores and checks the promises after every event.",
+        .doc = "Simulates coordinator, agents and engines with the shipping cores and checks the promises after "
+               "every event.",
     };
     struct sim_options options = {.max_events = 20000, .agents_min = 2, .agents_max = SIM_AGENTS_MAX, .faults = true};
     uint64_t passed = 0, failed = 0, events = 0, flips = 0, resets = 0, requests = 0, lost = 0;
@@ -170,9 +173,9 @@ int main(int argc, char **argv)
                    seed - options.first + 1, options.seeds, events, flips, resets);
     }
     clock_gettime(CLOCK_MONOTONIC, &to);
-    printf("%" PRIu64 " passed, %" PRIu64 " failed (%" PRIu64 " events, %" PRIu64 " views, %" PRIu64 " repairs, %" PRIu64
-           " requests, %" PRIu64 " views lost with their experts, %.1f s)\n", passed, failed, events, flips, resets, requests,
-           lost,
+    printf("%" PRIu64 " passed, %" PRIu64 " failed (%" PRIu64 " events, %" PRIu64 " views, %" PRIu64
+           " repairs, %" PRIu64 " requests, %" PRIu64 " views lost with their experts, %.1f s)\n",
+           passed, failed, events, flips, resets, requests, lost,
            (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9);
     if (options.expect_violation)
         return failed ? 0 : 1;

@@ -125,7 +125,8 @@ static void disk_apply(struct sim *s, struct sim_write *w)
     if (w->parts & DURABLE_HISTORY) {
         disk->ended = from->ended;
         from->ended = old.ended;
-        if (disk->ended.key[0] && s->n_history < SIM_KEYS && op_record_copy(&s->history[s->n_history], &disk->ended) == 0)
+        if (disk->ended.key[0] && s->n_history < SIM_KEYS &&
+            op_record_copy(&s->history[s->n_history], &disk->ended) == 0)
             s->n_history++;
     }
     s->coordinator.disk_used = true;
@@ -175,7 +176,8 @@ void process_start(struct sim *s)
         return;
     }
     coordinator_plant(p->core, s->options->coordinator_bug);
-    sim_note(s, "coordinator starts: epoch %" PRIu64 " map %" PRIu64 " open op %" PRIu64 " e%" PRIu64 ", commit e%" PRIu64,
+    sim_note(s,
+             "coordinator starts: epoch %" PRIu64 " map %" PRIu64 " open op %" PRIu64 " e%" PRIu64 ", commit e%" PRIu64,
              p->disk.epoch, p->disk.map_version, p->disk.open.op, p->disk.open.epoch, p->disk.commit.epoch);
     reschedule(s);
 }
@@ -185,7 +187,8 @@ void process_crash(struct sim *s, uint64_t restart_in)
     struct sim_process *p = &s->coordinator;
     bool survives = p->n_writes > 0 && sim_chance(s, 500);
 
-    sim_note(s, "COORDINATOR CRASHES%s", survives ? ", the write in flight survives" : p->n_writes ? ", writes are lost" : "");
+    sim_note(s, "COORDINATOR CRASHES%s",
+             survives ? ", the write in flight survives" : p->n_writes ? ", writes are lost" : "");
     s->fault_at = s->now;
     p->up = false;
     p->life++;

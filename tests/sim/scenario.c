@@ -102,8 +102,9 @@ void scenario_start(struct sim *s)
 static void ask(struct sim *s, uint32_t target, const char *key, uint32_t n_remove, const char *const *remove)
 {
     struct scale_request scale = {.target = target, .n_remove = n_remove, .remove = remove};
-    struct coordinator_event event = {.type = CE_SCALE, .request = ++s->request, .scale = &scale, .wall_ms = s->now / MS};
+    struct coordinator_event event = {.type = CE_SCALE, .request = ++s->request, .scale = &scale};
 
+    event.wall_ms = s->now / MS;
     snprintf(scale.key, sizeof scale.key, "%s", key);
     if (sim_chance(s, 200))
         scale.wait_agents_ms = 500;

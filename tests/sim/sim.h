@@ -1,5 +1,5 @@
-/* The simulator: the shipping cores of coordinator and agent and the engine's gate, with a virtual clock, network, disk,
- * workers, engines, an operator and faults.  One thread, one seeded generator: a seed replays exactly.
+/* The simulator: the shipping cores of coordinator and agent and the engine's gate, with a virtual clock, network,
+ * disk, workers, engines, an operator and faults.  One thread, one seeded generator: a seed replays exactly.
  *
  *   sim.c       clock, event heap, generator, the story, one run from a seed
  *   network.c   connections (FIFO, delays, cuts) and the waves between agents
@@ -47,7 +47,12 @@ struct sim_event {
 };
 
 /* A mistake of the engine, planted by the simulator itself. */
-enum sim_bug { SIM_BUG_NONE = 0, SIM_BUG_WAVE_BYPASSES_GATE, SIM_BUG_GATE_BEFORE_INTENT, SIM_BUG_FIRST_STEP_NOT_FORCED };
+enum sim_bug {
+    SIM_BUG_NONE = 0,
+    SIM_BUG_WAVE_BYPASSES_GATE,
+    SIM_BUG_GATE_BEFORE_INTENT,
+    SIM_BUG_FIRST_STEP_NOT_FORCED,
+};
 
 struct sim_options {
     uint64_t seeds, first, max_events;

@@ -283,7 +283,8 @@ START_TEST(operation_is_watched_to_its_end)
     rpc_unpack_free(reply);
     Pb__AbortRequest abort_request = PB__ABORT_REQUEST__INIT;
     rpc_unpack_free(call(c, CONTROL_ABORT, &abort_request, 0));
-    int rc, outcome = PB__OP_OUTCOME__RUNNING;
+    int rc;
+    Pb__OpOutcome outcome = PB__OP_OUTCOME__RUNNING;
     while ((rc = rpc_client_next(c, id, 2000, &reply, &err)) == 1) {
         outcome = ((Pb__Operation *)reply)->outcome;
         rpc_unpack_free(reply);
