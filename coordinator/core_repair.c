@@ -74,6 +74,21 @@ static bool repair_clear_way(struct coordinator *c)
     return true;
 }
 
+/* A leaver that dies before the switch tears the old view's steps, although the new view does not name it. */
+static bool repair_leaver_lost(const struct coordinator *c)
+{
+    const struct op_record *r = &c->durable.open;
+    if (c->commit.state != COMMIT_GOING || c->commit.kind != FLIP_VIEW)
+        return false;
+    for (uint32_t i = 0; i < r->n; i++) {
+        const struct peer *p = &c->peers[c->op.peer[i]];
+        bool same = p->member.incarnation == r->parties[i].incarnation;
+        if (!r->stays[i] && !arrivals_has(&c->commit.flipped, c->op.peer[i]) && (!same || p->gone || !p->engine))
+            return true;
+    }
+    return false;
+}
+
 void repair_check(struct coordinator *c)
 {
     uint32_t peers[RANKS_MAX], faults = 0, n;
@@ -82,7 +97,7 @@ void repair_check(struct coordinator *c)
         return;
     for (uint32_t r = 0; r < c->view->n; r++)
         faults += setup_fault(c, r);
-    if (faults)
+    if (faults || repair_leaver_lost(c))
         c->torn = true;
     if (!c->torn) {
         c->degraded[0] = '\0';

@@ -555,6 +555,35 @@ START_TEST(an_engine_that_dies_is_a_fault_of_the_view)
 }
 END_TEST
 
+/* The decision is made, nobody has switched yet, and the rank that leaves dies inside a step that all the others share. */
+START_TEST(a_leaver_that_dies_before_the_switch_is_no_trap)
+{
+    for (int how = 0; how < 2; how++) {
+        struct rig r;
+        rig_start(&r, 4);
+        rig_scale(&r, 4, NULL);
+        for (int i = 0; i < 4; i++)
+            r.a[i].no_flip = true;
+        rig_scale(&r, 3, "gpu1");
+        uint64_t epoch = status(&r).view->epoch;
+        CK_RANKS(&r, 3);
+        ck_assert(status(&r).op_running);
+        for (int i = 0; i < 4; i++)
+            r.a[i].no_flip = false;
+        struct msg m = {.type = MSG_ENGINE, .engine = {.why = "killed"}};
+        if (how == 0)
+            rig_send(&r, 1, &m);
+        else
+            rig_cut(&r, 1);
+        rig_advance(&r, 5000);
+        CK_RANKS(&r, 3);
+        ck_assert_uint_gt(status(&r).view->epoch, epoch); /* a RESET of the others */
+        ck_assert(!status(&r).op_running);
+        rig_stop(&r);
+    }
+}
+END_TEST
+
 START_TEST(without_a_copy_the_view_waits_for_the_lost_rank)
 {
     struct rig r;
@@ -643,6 +672,7 @@ int main(void)
     tcase_add_test(t, a_restart_resumes_or_rolls_back_by_the_journal);
     tcase_add_test(t, a_dead_rank_is_repaired_away_when_its_experts_have_copies);
     tcase_add_test(t, an_engine_that_dies_is_a_fault_of_the_view);
+    tcase_add_test(t, a_leaver_that_dies_before_the_switch_is_no_trap);
     tcase_add_test(t, without_a_copy_the_view_waits_for_the_lost_rank);
     tcase_add_test(t, the_grace_step_is_the_latest_of_all_acknowledgements);
     tcase_add_test(t, the_same_key_is_the_same_operation);
