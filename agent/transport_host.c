@@ -44,7 +44,7 @@ struct origin {
 struct move_peer {
     struct runs out, in;
     bool sent, received;
-    struct origin *origins; /* [in.n] */
+    struct origin *origins;   /* [in.n] */
     size_t told_run, told_at; /* up to here `arrived` has been called */
 };
 struct move_job {

@@ -13,7 +13,7 @@ struct transfer_state {
     struct worker *w;
     const struct job *job;
     struct transport_call call;
-    uint64_t before; /* bytes of the calls before this one */
+    uint64_t before;       /* bytes of the calls before this one */
     struct slot_in *slots; /* of the round's items */
 };
 

@@ -1,12 +1,11 @@
 /* The transfer rate of one fill, against a plain copy of the same bytes over one socket with the same digest.
  *
  * Two processes on loopback TCP, alternated:
- *   fill    the shipping worker (agent/worker.h) with host memory and the host transport: WORK_FILL of SLOTS expert slots
- *           from party 0 into party 1, each slot verified by its digest
- *   plain   send() and recv() of 1 MiB at a time, straight into memory of the same size, each piece digested as it
- *           arrives, and the sum compared: what somebody would write who only wants to copy
- * Before every run the receiver spoils its memory, so that bytes left from the run before cannot pass.  At the end the
- * sender spoils one word: a fill that does not notice fails the benchmark.
+ *   fill    the shipping worker (agent/worker.h) with host memory and the host transport: WORK_FILL of SLOTS expert
+ * slots from party 0 into party 1, each slot verified by its digest plain   send() and recv() of 1 MiB at a time,
+ * straight into memory of the same size, each piece digested as it arrives, and the sum compared: what somebody would
+ * write who only wants to copy Before every run the receiver spoils its memory, so that bytes left from the run before
+ * cannot pass.  At the end the sender spoils one word: a fill that does not notice fails the benchmark.
  *
  * The parent only keeps time; it sleeps in read(2) while the two work. */
 #include <argp.h>
@@ -30,15 +29,15 @@
 #include "common/clock.h"
 #include "common/digest.h"
 
-#define LAYERS 4u
+#define LAYERS          4u
 #define SLOTS_PER_LAYER 12u
-#define SLOTS (LAYERS * SLOTS_PER_LAYER)
-#define PARTS 2u
-#define SLOT_BYTES (8u << 20)
-#define TOTAL_BYTES ((size_t)SLOTS * SLOT_BYTES)
-#define PIECE (1u << 20)
-#define SOCKET_BUFFER (4 << 20)
-#define RUNS_MAX 99
+#define SLOTS           (LAYERS * SLOTS_PER_LAYER)
+#define PARTS           2u
+#define SLOT_BYTES      (8u << 20)
+#define TOTAL_BYTES     ((size_t)SLOTS * SLOT_BYTES)
+#define PIECE           (1u << 20)
+#define SOCKET_BUFFER   (4 << 20)
+#define RUNS_MAX        99
 
 static const size_t part_bytes[PARTS] = {5u << 20, 3u << 20};
 static const char *const part_names[PARTS] = {"w13", "w2"};
@@ -51,15 +50,15 @@ struct reply {
 };
 
 struct side {
-    uint32_t self;              /* 0 sends, 1 receives */
+    uint32_t self; /* 0 sends, 1 receives */
     int command_fd, listen_fd, plain_fd;
     struct member members[2];
     struct model *model;
     struct plan *plan;
     struct blob *group_id;
-    uint64_t plain_digest;      /* of all the bytes in a row */
+    uint64_t plain_digest; /* of all the bytes in a row */
     struct worker *worker;
-    uint8_t *plain;             /* TOTAL_BYTES */
+    uint8_t *plain; /* TOTAL_BYTES */
     uint64_t next_id;
 };
 
@@ -87,15 +86,23 @@ static void slot_write(uint64_t slot, size_t first_word, uint8_t *out, size_t le
 
 static void manifest_make(struct manifest *m, struct region *regions, struct tensor *tensors)
 {
-    *m = (struct manifest){.producer = "bench", .layers = LAYERS, .logical = SLOTS_PER_LAYER, .slots = SLOTS_PER_LAYER,
-                           .n_regions = LAYERS * PARTS, .n_tensors = LAYERS * PARTS, .regions = regions,
+    *m = (struct manifest){.producer = "bench",
+                           .layers = LAYERS,
+                           .logical = SLOTS_PER_LAYER,
+                           .slots = SLOTS_PER_LAYER,
+                           .n_regions = LAYERS * PARTS,
+                           .n_tensors = LAYERS * PARTS,
+                           .regions = regions,
                            .tensors = tensors};
     for (uint32_t layer = 0; layer < LAYERS; layer++)
         for (uint32_t part = 0; part < PARTS; part++) {
             uint32_t k = layer * PARTS + part;
             struct region *r = &regions[k];
-            *r = (struct region){.kind = REGION_EXPERT, .layer = layer, .slots = SLOTS_PER_LAYER,
-                                 .stride = part_bytes[part], .slot_bytes = part_bytes[part],
+            *r = (struct region){.kind = REGION_EXPERT,
+                                 .layer = layer,
+                                 .slots = SLOTS_PER_LAYER,
+                                 .stride = part_bytes[part],
+                                 .slot_bytes = part_bytes[part],
                                  .bytes = part_bytes[part] * SLOTS_PER_LAYER};
             snprintf(r->name, sizeof(r->name), "layers.%u.experts.%s", layer, part_names[part]);
             snprintf(r->part, sizeof(r->part), "%s", part_names[part]);
@@ -136,7 +143,11 @@ static struct plan *plan_make(void)
         die("out of memory");
     for (uint32_t i = 0; i < SLOTS; i++) {
         uint32_t e = i % SLOTS_PER_LAYER;
-        plan->moves[i] = (struct move){.layer = i / SLOTS_PER_LAYER, .expert = e, .src = 0, .src_slot = e, .dst = 1,
+        plan->moves[i] = (struct move){.layer = i / SLOTS_PER_LAYER,
+                                       .expert = e,
+                                       .src = 0,
+                                       .src_slot = e,
+                                       .dst = 1,
                                        .dst_slot = SLOTS_PER_LAYER - 1 - e};
     }
     return plan;
@@ -185,8 +196,8 @@ static struct member *parties(const struct side *s)
 
 static int side_fill(struct side *s, char text[256])
 {
-    struct work work = {.kind = WORK_FILL, .n = 2, .parties = parties(s), .plan = plan_ref(s->plan),
-                        .model = model_ref(s->model)};
+    struct work work = {
+        .kind = WORK_FILL, .n = 2, .parties = parties(s), .plan = plan_ref(s->plan), .model = model_ref(s->model)};
     return worker_do(s, work, text);
 }
 
@@ -442,7 +453,8 @@ static double rate(double seconds)
 static void bench_row(const char *name, double *seconds, int n)
 {
     qsort(seconds, (size_t)n, sizeof(*seconds), by_value);
-    printf("| %s | %.0f MB/s | %.0f to %.0f MB/s |\n", name, rate(seconds[n / 2]), rate(seconds[n - 1]), rate(seconds[0]));
+    printf("| %s | %.0f MB/s | %.0f to %.0f MB/s |\n", name, rate(seconds[n / 2]), rate(seconds[n - 1]),
+           rate(seconds[0]));
 }
 
 static void bench_end(struct bench *b)
@@ -483,7 +495,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 int main(int argc, char **argv)
 {
     static const struct argp argp = {options, parse, NULL, "Transfer rate of a fill against a plain socket copy.",
-                                     NULL, NULL, NULL};
+                                     NULL,    NULL,  NULL};
     struct bench b = {.runs = 7, .buffer = SOCKET_BUFFER};
     double fill[RUNS_MAX], plain[RUNS_MAX];
     argp_err_exit_status = 2;
@@ -510,6 +522,7 @@ int main(int argc, char **argv)
     printf("| transfer | median | slowest to fastest |\n|---|---|---|\n");
     bench_row("fill by the worker, verified", fill, b.runs);
     bench_row("plain socket copy, same digest", plain, b.runs);
-    printf("| ratio of the medians | %.1f %% | expected: at least 90 %% |\n", 100 * plain[b.runs / 2] / fill[b.runs / 2]);
+    printf("| ratio of the medians | %.1f %% | expected: at least 90 %% |\n",
+           100 * plain[b.runs / 2] / fill[b.runs / 2]);
     return 0;
 }

@@ -13,19 +13,13 @@
 #include <unistd.h>
 
 #include "common/address.h"
+#include "common/clock.h"
 #include "tests/engine/mesh_private.h"
 
 #define LOT_MAX    1024   /* parked connections */
 #define LOT_AGE_MS 120000 /* nobody came for it */
 #define SLICE_MS   100    /* how often a builder asks whether it is cancelled */
 #define RETRY_MS   20
-
-uint64_t mesh_now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
 
 /* ---- the lot ---- */
 
@@ -122,7 +116,7 @@ bool mesh_lot_greet(struct mesh_lot *lot, const char *line, uint64_t own_id, int
         return false;
     struct parked p = {.key = {greeting_u64(o, "op"), greeting_u64(o, "attempt"), greeting_u64(o, "epoch")},
                        .from_id = greeting_u64(o, "from"),
-                       .since_ms = mesh_now_ms(),
+                       .since_ms = clock_now_ms(),
                        .fd = fd};
     bool right = greeting_u64(o, "mesh") == own_id && p.from_id != 0;
     json_decref(o);
@@ -180,7 +174,7 @@ static bool build_over(const struct mesh_build *b, uint64_t deadline_ms, int *re
 {
     if (b->cancelled && b->cancelled(b->user))
         *ret_rc = ERR_ABORTED;
-    else if (mesh_now_ms() >= deadline_ms)
+    else if (clock_now_ms() >= deadline_ms)
         *ret_rc = ERR_TIMEOUT;
     else
         return false;
@@ -191,25 +185,22 @@ static int lot_take(const struct mesh_build *b, uint64_t from_id, uint64_t deadl
 {
     struct mesh_lot *lot = b->lot;
     int rc = 0, fd = -1;
-    pthread_mutex_lock(&lot->lock);
-    for (;;) {
+    for (bool over = false; fd < 0 && !over;) {
+        /* Without the lock, for `cancelled` may take locks of its own; and before the search, for what is parked
+         * between the search and the wait would be missed. */
+        over = build_over(b, deadline_ms, &rc);
+        pthread_mutex_lock(&lot->lock);
         for (size_t i = 0; i < lot->n && fd < 0; i++) {
             if (key_equal(&lot->v[i].key, &b->key) && lot->v[i].from_id == from_id) {
                 fd = lot->v[i].fd;
                 lot_remove(lot, i);
             }
         }
-        if (fd >= 0)
-            break;
-        pthread_mutex_unlock(&lot->lock); /* `cancelled` may take locks of its own */
-        bool over = build_over(b, deadline_ms, &rc);
-        pthread_mutex_lock(&lot->lock);
-        if (over)
-            break;
         struct timespec until = slice_end();
-        pthread_cond_timedwait(&lot->changed, &lot->lock, &until);
+        if (fd < 0 && !over)
+            pthread_cond_timedwait(&lot->changed, &lot->lock, &until);
+        pthread_mutex_unlock(&lot->lock);
     }
-    pthread_mutex_unlock(&lot->lock);
     if (fd >= 0)
         *ret_fd = fd;
     return fd >= 0 ? 0 : rc;
@@ -315,7 +306,7 @@ int mesh_build(const struct mesh_build *b, struct mesh **ret_mesh, struct err *e
     memcpy(mesh->peers, b->peers, b->n * sizeof *b->peers);
     for (uint32_t r = 0; r < b->n; r++)
         mesh->link[r].fd = -1;
-    uint64_t deadline_ms = mesh_now_ms() + b->limit_ms;
+    uint64_t deadline_ms = clock_now_ms() + b->limit_ms;
     lot_drop_older(b->lot, &b->key);
     for (uint32_t r = 0; r < b->n; r++) {
         if (r == b->self || !b->peers[r].serving)
