@@ -1,8 +1,10 @@
 # eep: elastic expert parallelism.  `make help` lists the targets.
 #
-# Variables: BUILD (folder of outputs), CC, SANITIZE (address,undefined or thread), WERROR=1.
+# Variables: BUILD (folder of outputs), CC, SANITIZE (address,undefined or thread), WERROR=1, CUDA=0 or NCCL=0 (build
+# without), CUDA_HOME, NCCL_HOME (where they are).
 
 BUILD    ?= build
+comma    := ,
 ifeq ($(origin CC),default)
 CC       := gcc
 endif
@@ -15,14 +17,46 @@ OPT      ?= -O2 -g
 HARDEN   := -fstack-protector-strong -fPIC
 ifneq ($(SANITIZE),)
 HARDEN   += -fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize-recover=undefined
-LDFLAGS  += -fsanitize=$(SANITIZE)
+override LDFLAGS += -fsanitize=$(SANITIZE)
 else
 HARDEN   += -D_FORTIFY_SOURCE=2
-LDFLAGS  += -Wl,-z,relro,-z,now
+override LDFLAGS += -Wl,-z,relro,-z,now
 endif
-CPPFLAGS += -I. -I$(BUILD)/proto
-CFLAGS   += $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP
-LIBS     := -levent -levent_pthreads -lprotobuf-c -llmdb -ljansson -lpthread -lm
+# The caller's own flags, from the environment or the command line, are added to ours and come last.
+override CPPFLAGS := -I. -I$(BUILD)/proto $(CPPFLAGS)
+override CFLAGS   := $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP $(CFLAGS)
+LIBS     := -levent -levent_pthreads -lprotobuf-c -llmdb -ljansson -lpthread -ldl -lm
+
+# ---- GPUs: only headers and nvcc are needed to build; libcuda and libnccl are loaded at run time ----
+first_with = $(firstword $(foreach d,$(2),$(if $(wildcard $(d)/$(1)),$(d))))
+header_int = $(shell sed -n 's/^\#define $(2) *\([0-9][0-9]*\).*/\1/p' $(1) | head -n 1)
+
+CUDA_HOMES := $(CUDA_HOME) $(CUDA_PATH) /usr/local/cuda
+ifneq ($(CUDA),0)
+CUDA_INC   := $(call first_with,cuda.h,$(CUDA_HOMES:%=%/include) /usr/include /usr/local/include)
+endif
+HAVE_CUDA  := $(if $(CUDA_INC),1)
+ifeq ($(HAVE_CUDA),1)
+NVCC       ?= $(firstword $(wildcard $(CUDA_HOMES:%=%/bin/nvcc)) $(shell command -v nvcc 2>/dev/null))
+ifneq ($(NCCL),0)
+NCCL_INC   := $(call first_with,nccl.h,$(NCCL_HOME:%=%/include) $(CUDA_INC) /usr/include /usr/local/include)
+endif
+endif
+HAVE_NVCC  := $(if $(NVCC),1)
+HAVE_NCCL  := $(if $(NCCL_INC),1)
+# sources whose headers, or whose compiler, are there; the stubs of the others
+CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
+CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c
+NCCL_SRC   := $(filter-out %_stub.c,$(wildcard agent/transport_nccl*.c agent/nccl_*.c))
+NCCL_STUBS := agent/transport_nccl_stub.c
+GPU_OUT    := $(if $(HAVE_CUDA),$(CUDA_STUBS),$(CUDA_SRC) agent/digest_kernel.c agent/digest_kernel_stub.c)
+GPU_OUT    += $(if $(HAVE_NCCL),$(NCCL_STUBS),$(NCCL_SRC))
+GPU_OUT    += $(if $(HAVE_NVCC),agent/digest_kernel_stub.c,agent/digest_kernel.c)
+ifeq ($(MAKELEVEL)$(filter help clean format deps deps-test,$(MAKECMDGOALS)),0)
+gpu_nccl   := $(if $(HAVE_NCCL),NCCL $(call header_int,$(NCCL_INC)/nccl.h,NCCL_MAJOR).$(call header_int,$(NCCL_INC)/nccl.h,NCCL_MINOR),no NCCL headers)
+gpu_nvcc   := $(if $(HAVE_NVCC),nvcc $(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'),no nvcc (digests on the CPU))
+$(info GPU backend: $(if $(HAVE_CUDA),CUDA headers in $(CUDA_INC)$(comma) $(gpu_nvcc)$(comma) $(gpu_nccl),none (no cuda.h; CUDA_HOME names another place)))
+endif
 
 PROTOS     := $(wildcard proto/*.proto)
 PROTO_SRC  := $(PROTOS:proto/%.proto=$(BUILD)/proto/%.pb-c.c)
@@ -30,7 +64,7 @@ PROTO_HDR  := $(PROTO_SRC:.c=.h)
 COMMON_SRC := $(wildcard common/*.c)
 COORD_SRC  := $(filter-out coordinator/main.c,$(wildcard coordinator/*.c))
 CTL_SRC    := $(wildcard coordinator/eepctl/*.c)
-AGENT_SRC  := $(filter-out agent/main.c,$(wildcard agent/*.c))
+AGENT_SRC  := $(filter-out agent/main.c $(GPU_OUT),$(wildcard agent/*.c))
 LIBEEP_SRC := $(wildcard agent/libeep/*.c)
 SIM_SRC    := $(wildcard tests/sim/*.c)
 ENGINE_SRC := $(wildcard tests/engine/*.c)
@@ -52,10 +86,22 @@ $(BUILD)/proto/%.pb-c.c $(BUILD)/proto/%.pb-c.h &: proto/%.proto
 	@mkdir -p $(BUILD)/proto
 	protoc-c --proto_path=proto --c_out=$(BUILD)/proto $<
 $(BUILD)/proto/%.o: $(BUILD)/proto/%.c
-	$(CC) $(CPPFLAGS) $(CSTD) $(OPT) $(HARDEN) -w -c -o $@ $<
+	$(CC) $(CPPFLAGS) $(CFLAGS) -w -c -o $@ $<
 $(BUILD)/%.o: %.c | $(PROTO_HDR)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) -c -o $@ $<
+
+ifeq ($(HAVE_CUDA),1)
+$(call obj,$(CUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
+$(call obj,$(NCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
+$(BUILD)/agent/digest_kernel.o: override CPPFLAGS += -DDIGEST_FATBIN='"$(BUILD)/agent/digest_kernel.fatbin"'
+$(BUILD)/agent/digest_kernel.o: $(BUILD)/agent/digest_kernel.fatbin
+endif
+# sm_90 as machine code; newer and older GPUs translate the compute_80 form when they load it
+NVCC_FLAGS ?= -O3 -std=c++17 -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=sm_90
+$(BUILD)/%.fatbin: %.cu
+	@mkdir -p $(@D)
+	$(NVCC) -fatbin $(NVCC_FLAGS) -o $@ $<
 
 .SECONDARY: $(PROTO_SRC) $(PROTO_HDR)
 
@@ -67,7 +113,7 @@ $(BUILD)/libagent.a: $(call obj,$(AGENT_SRC))
 	rm -f $@ && ar rcs $@ $^
 # what libeep shares with the agent: the manifest, the frames of the engine socket
 LIBEEP_SHARED := agent/manifest.c agent/manifest_wire.c agent/engine_frame.c agent/dtype.c
-$(BUILD)/agent/libeep/%.o: CFLAGS += -fvisibility=hidden
+$(BUILD)/agent/libeep/%.o: override CFLAGS += -fvisibility=hidden
 $(BUILD)/libeep.a: $(call obj,$(LIBEEP_SRC) $(LIBEEP_SHARED))
 	rm -f $@ && ar rcs $@ $^
 
@@ -120,14 +166,22 @@ define install
 	else echo "installing: $$missing"; apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing >/dev/null; fi
 endef
 
+# after a build that failed: it may be for want of packages
+hint       = missing="$(call missing,$(DEPS))"; [ -z "$$missing" ] || echo "missing packages: $$missing; run 'make deps' once as root" >&2; exit 1
+
 .PHONY: deps deps-test demo check sim bench clean help install format
 deps:      ## install what building and running need (as root, once)
 	$(call install,$(DEPS))
 deps-test: ## install what only the tests need (as root, once)
 	$(call install,$(DEPS) $(DEPS_TEST))
 
+# "make -j deps demo" must not build before the packages are there
+ifneq ($(filter deps deps-test,$(MAKECMDGOALS)),)
+demo check check-unit sim bench: $(filter deps deps-test,$(MAKECMDGOALS))
+endif
 demo:      ## watch a served model go 2 -> 4 -> 3 -> 2 -> 4 ranks under load
-	@$(MAKE) --no-print-directory -s -j2 all
+	@[ -x $(BUILD)/tests/eep-demo ] || echo "building in $(BUILD), which takes less than a minute"
+	@$(MAKE) --no-print-directory -s -j2 all || { $(hint); }
 	@EEP_BIN=$(BUILD) $(BUILD)/tests/eep-demo $(DEMO)
 
 SIM_SEEDS ?= 2000
@@ -138,7 +192,7 @@ check-deps:
 	@missing="$(call missing,$(DEPS_TEST))"; if [ -n "$$missing" ]; then \
 	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
 check: check-deps ## all tests: unit, simulation, integration with the real daemons
-	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim
+	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim || { $(hint); }
 	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
 check-unit: check-deps ## unit tests alone
 	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN)
@@ -146,17 +200,25 @@ check-unit: check-deps ## unit tests alone
 sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/eep-sim
 	$(BUILD)/tests/eep-sim --seeds $(SIM_SEEDS)
+SOAK_SECONDS ?= 1800
+.PHONY: soak
+soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800
+	@$(MAKE) --no-print-directory -j2 all $(BUILD)/tests/itest_chaos
+	@EEP_BIN=$(BUILD) $(BUILD)/tests/itest_chaos --seconds $(SOAK_SECONDS)
 bench:     ## the figures of docs/figures.md
 	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
 	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests
 
 PREFIX ?= /usr/local
-install: $(BIN)
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
+install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr/local, DESTDIR=)
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin lib include share/doc/eep lib/systemd/system)
 	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eepctl $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(PREFIX)/lib/libeep.so.0
 	ln -sf libeep.so.0 $(DESTDIR)$(PREFIX)/lib/libeep.so
 	install -m 644 agent/libeep/eep.h $(DESTDIR)$(PREFIX)/include
+	install -m 644 docs/*.md $(DESTDIR)$(PREFIX)/share/doc/eep
+	for unit in $(notdir $(wildcard systemd/*.service)); do \
+	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
 
 format:    ## lay out the code
 	clang-format -i $$(git ls-files '*.c' '*.h')

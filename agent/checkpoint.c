@@ -225,6 +225,8 @@ static int weights_open(struct checkpoint *c, struct err *err)
     int rc;
     if (!single || !index)
         rc = err_set(err, ERR_NOMEM, "out of memory");
+    else if (access(c->dir, X_OK) != 0)
+        rc = err_set(err, ERR_NOTFOUND, "checkpoint folder '%s': %s", c->dir, strerror(errno));
     else if (access(single, F_OK) == 0)
         rc = single_open(c, single, err);
     else if (access(index, F_OK) == 0)

@@ -4,10 +4,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/clock.h"
+#include "common/daemon.h"
 #include "common/msg_wire.h"
 
 #define RETRY_FIRST_MS 50
 #define RETRY_LAST_MS 1000
+#define RETRY_STEADY_MS 30000 /* after a loss: no slower than the first retry; an engine may be held meanwhile */
 
 struct coordinator_link {
     struct coordinator_link_config config;
@@ -18,6 +21,8 @@ struct coordinator_link {
     bool said;             /* that it cannot be reached has been logged, with `reason` */
     char reason[256];
     unsigned retry_ms;
+    uint64_t lost_ns;      /* when it was lost; 0 = it never was up */
+    uint32_t lease_ms;     /* of the last WELCOME: a coordinator that restarted expects us within it */
     struct event *retry;
 };
 
@@ -25,9 +30,11 @@ static void link_connect(struct coordinator_link *link);
 
 static void retry_later(struct coordinator_link *link)
 {
-    struct timeval t = {.tv_sec = link->retry_ms / 1000, .tv_usec = (suseconds_t)(link->retry_ms % 1000) * 1000};
-    event_add(link->retry, &t);
-    link->retry_ms = link->retry_ms * 2 < RETRY_LAST_MS ? link->retry_ms * 2 : RETRY_LAST_MS;
+    daemon_timer_in(link->retry, link->retry_ms);
+    if (link->lost_ns && clock_now_ns() - link->lost_ns < RETRY_STEADY_MS * UINT64_C(1000000))
+        return;
+    unsigned last = link->lease_ms && link->lease_ms / 4 < RETRY_LAST_MS ? link->lease_ms / 4 : RETRY_LAST_MS;
+    link->retry_ms = link->retry_ms * 2 < last ? link->retry_ms * 2 : last > RETRY_FIRST_MS ? last : RETRY_FIRST_MS;
 }
 
 static void say_unreachable(struct coordinator_link *link, const char *reason)
@@ -57,10 +64,12 @@ static void on_close(void *user, struct rpc_conn *conn, int code, const char *re
     bool was_up = link->up;
     link->conn = NULL;
     link->up = false;
-    if (was_up)
+    if (was_up) {
+        link->lost_ns = clock_now_ns();
         log_event(link->config.log, LOG_LEVEL_WARN, "coordinator-lost", "address=%s why=%s", link->address, reason);
-    else
+    } else {
         say_unreachable(link, reason);
+    }
     retry_later(link);
     if (was_up)
         link->config.on_down(link->config.user);
@@ -80,6 +89,8 @@ static void on_frame(void *user, struct rpc_conn *conn, const struct frame *fram
         on_close(link, conn, rc, err.text);
         return;
     }
+    if (msg.type == MSG_WELCOME)
+        link->lease_ms = msg.welcome.lease_ms;
     link->config.on_msg(link->config.user, &msg);
     msg_done(&msg);
 }

@@ -181,7 +181,11 @@ static void step_event(struct agent_core *core, const struct agent_event *e)
     case AE_ENGINE_PREPARED: agent_stage_prepared(core, e); return;
     case AE_ENGINE_DRAINED: agent_stage_drained(core, NULL); return;
     case AE_ENGINE_SEALED: agent_stage_sealed(core, e); return;
-    case AE_ENGINE_LEFT_STEP: agent_commit_left_step(core, e->value); return;
+    case AE_ENGINE_LEFT_STEP:
+        agent_commit_left_step(core, e->value);
+        if (e->epoch)
+            agent_engine_failed(core, e->epoch, e->value);
+        return;
     case AE_ENGINE_RELEASED: agent_release_engine_free(core); return;
     case AE_ENGINE_WAVE: agent_engine_wave(core, e->value); return;
     case AE_PEER_WAVE: agent_engine_peer_wave(core, e->epoch, e->value); return;

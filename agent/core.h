@@ -54,6 +54,7 @@ struct work {
     struct blob *blob;
 };
 void work_done(struct work *work);
+const char *work_kind_name(enum work_kind kind); /* "WEIGHTS" */
 
 enum agent_event_type {
     AE_LINK_UP = 1, /* connected to the coordinator: HELLO goes out */
@@ -69,7 +70,7 @@ enum agent_event_type {
     AE_ENGINE_PREPARED, /* op, attempt; code != 0: it could not */
     AE_ENGINE_DRAINED,
     AE_ENGINE_SEALED,   /* model: layout and digests of the regions that the engine filled (cold start) */
-    AE_ENGINE_LEFT_STEP,/* after a revoke: the engine is out of step `value` (eep_step_failed, or it finished) */
+    AE_ENGINE_LEFT_STEP,/* the engine is out of step `value`: after a revoke, or (epoch != 0) it failed in view `epoch` */
     AE_ENGINE_RELEASED, /* the engine has unmapped the regions (answer to AA_ENGINE_RELEASE; implied by a detach) */
     AE_ENGINE_WAVE,     /* the engine starts a wave with step `value` */
     AE_PEER_WAVE,       /* a peer agent's engine, in view `epoch`, starts a wave with step `value` */
@@ -113,7 +114,7 @@ enum agent_action_type {
     AA_ENGINE_DETACH, /* text: cut it off */
     AA_PEER_WAVE,     /* tell the members of the applied view: epoch, value = step */
     AA_TRANSITION,    /* role, from, to, event, op, epoch: for the log, and for tests */
-    AA_LOG,           /* level, text */
+    AA_LOG,           /* level, text, epoch in use, op (0 = none) */
     AA_RECONNECT,     /* drop the connection to the coordinator and connect again (illegal message, lease) */
     AA_EXIT,          /* value = exit status: evicted (restart me as a new incarnation), or stop complete */
 };
@@ -184,6 +185,8 @@ enum agent_bug {
     AGENT_BUG_MAP_ACK_FIRST,      /* the map is acknowledged before the engine has it */
     AGENT_BUG_DUPLICATE_GO_OPENS_GATE,
     AGENT_BUG_NO_GRACE,           /* GRACE answered at once */
+    AGENT_BUG_GRACE_BEGUN,        /* GRACE answered when step T has begun, not when T - 1 is completed */
+    AGENT_BUG_FAILURE_UNSAID,     /* a step that failed by itself is not reported */
     AGENT_BUG_DIGEST_UNCHECKED,   /* a fill that did not verify is reported as done */
 };
 void agent_core_plant(struct agent_core *core, enum agent_bug bug);

@@ -194,6 +194,10 @@ static void commit_prepare_reset(struct agent_core *core, const struct msg_prepa
               U(core->page.intent), U(core->applied_epoch));
     memset(&core->promise, 0, sizeof(core->promise));
     agent_engine_revoke(core, "a member of the view is lost");
+    /* Should this repair be given up (another rank is lost), and the coordinator forget of it: the view stays torn. */
+    core->engine.torn_epoch = core->applied_epoch;
+    if (core->engine.attached)
+        snprintf(core->engine.why, sizeof(core->engine.why), "its step was revoked for a repair that is not committed");
     if (core->flip.epoch) {
         acore_page(core, PAGE_FLIP_VIEW, core->page.cur_view);
         acore_log(core, AGENT_LOG_WARN, "the flip to epoch %llu is dropped", U(core->flip.epoch));
@@ -406,7 +410,7 @@ void agent_commit_repeat_flipped(struct agent_core *core)
     m->flipped.hold_ns = core->flipped_hold_ns;
 }
 
-static bool commit_flip_done(const struct agent_core *core)
+bool agent_commit_flip_done(const struct agent_core *core)
 {
     const struct core_flip *f = &core->flip;
     const struct page_snapshot *page = &core->page;
@@ -420,7 +424,7 @@ static bool commit_flip_done(const struct agent_core *core)
 void agent_commit_check_flip(struct agent_core *core)
 {
     struct core_flip f = core->flip;
-    if (!f.epoch || !commit_flip_done(core))
+    if (!f.epoch || !agent_commit_flip_done(core))
         return;
     memset(&core->flip, 0, sizeof(core->flip));
     core->flipped_epoch = f.epoch;

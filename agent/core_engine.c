@@ -23,27 +23,20 @@ static void engine_say(struct agent_core *core)
     m->engine.can_load = core->config.can_load || seals;
     m->engine.layers = seals ? e->layers : core->config.layers;
     m->engine.logical = seals ? e->logical : core->config.logical;
+    if (e->torn_epoch == core->applied_epoch)
+        m->engine.torn_epoch = e->torn_epoch;
     if (e->attached)
         memcpy(m->engine.endpoint, e->endpoint, sizeof(m->engine.endpoint));
-    else
+    if (!e->attached || m->engine.torn_epoch)
         memcpy(m->engine.why, e->why, sizeof(m->engine.why));
 }
 
-/* A loss must be told even if another engine is there by now: the peers' communicators lead to the dead one. */
+/* After WELCOME.  A torn view is told again (the word may have got lost) even if all is well with the engine by now: the
+ * peers' communicators lead to one that is dead, or are broken. */
 void agent_engine_said(struct agent_core *core)
 {
     struct core_engine *e = &core->engine;
-    bool torn = core->view && e->lost_epoch && e->lost_epoch == core->applied_epoch; /* the word may have got lost */
-    if (e->lost_unsaid || torn) {
-        struct msg *m = acore_send(core, MSG_ENGINE);
-        m->engine.can_load = core->config.can_load;
-        m->engine.layers = core->config.layers;
-        m->engine.logical = core->config.logical;
-        memcpy(m->engine.why, e->why, sizeof(m->engine.why));
-        e->changed_unsaid = e->attached;
-    }
-    e->lost_unsaid = false;
-    if (e->changed_unsaid)
+    if (e->changed_unsaid || (e->torn_epoch && e->torn_epoch == core->applied_epoch))
         engine_say(core);
 }
 
@@ -122,22 +115,37 @@ void agent_engine_moved(struct agent_core *core, const char *endpoint)
 static void engine_lost(struct agent_core *core, const char *why)
 {
     struct core_engine *e = &core->engine;
+    /* A leaver that stands at its boundary has nothing to do with the others' steps any more. */
+    bool torn = core->view || (core->flip.epoch && !agent_commit_flip_done(core));
     e->attached = false;
     snprintf(e->why, sizeof(e->why), "%s", why ? why : "gone");
     acore_log(core, core->view ? AGENT_LOG_ERROR : AGENT_LOG_INFO, "engine gone: %s", e->why);
     acore_page(core, PAGE_ENGINE_STATE, PAGE_ENGINE_NONE);
     core->page.engine_state = PAGE_ENGINE_NONE;
-    if (!core->welcomed && core->view)
-        e->lost_unsaid = true;
+    if (torn)
+        e->torn_epoch = core->applied_epoch;
     /* The view is torn: another engine that attaches begins no step in it, or it could get more than one step ahead of
      * the others, or, on a leaver, run on after FLIPPED. */
-    if (core->view || core->before) {
-        e->lost_epoch = core->applied_epoch;
+    if (core->view || core->before)
         agent_engine_void(core);
-    }
     engine_say(core);
     agent_stage_engine_gone(core);
     agent_release_engine_free(core);
+}
+
+/* The engine lives, its step does not: something between the engines is broken.  Its peers may know nothing of it and
+ * wait in that step, so the coordinator is asked for a RESET. */
+void agent_engine_failed(struct agent_core *core, uint64_t view, uint64_t step)
+{
+    struct core_engine *e = &core->engine;
+    const struct view *now = agent_commit_view_now(core);
+    bool known = (now && now->epoch == view) || (core->view && core->view->epoch == view);
+    if (!e->attached || !known || view <= core->revoked || core->bug == AGENT_BUG_FAILURE_UNSAID)
+        return; /* of a view that is left anyway */
+    e->torn_epoch = core->applied_epoch;
+    snprintf(e->why, sizeof(e->why), "step %llu of epoch %llu failed", U(step), U(view));
+    acore_log(core, AGENT_LOG_ERROR, "%s, though no engine is known to be lost", e->why);
+    engine_say(core);
 }
 
 void agent_engine_gone(struct agent_core *core, const char *why)

@@ -88,10 +88,9 @@ struct core_engine {
     uint32_t dispatch, layers, logical;
     char endpoint[ENDPOINT_MAX];
     uint64_t kv_bytes;
-    bool lost_unsaid;    /* it was lost while nobody could be told */
-    uint64_t lost_epoch; /* the view in which one was lost last: told again after every WELCOME until it is replaced */
+    uint64_t torn_epoch; /* the view in which one was lost or failed last: told until that view is replaced */
     bool changed_unsaid; /* it changed after HELLO */
-    char why[128];       /* of the last loss */
+    char why[128];       /* of the last loss or failure */
 };
 
 enum release_state { RELEASE_NONE, RELEASE_ENGINE, RELEASE_WORK };
@@ -169,6 +168,7 @@ void agent_commit_go(struct agent_core *core, const struct msg_go *m);
 void agent_commit_abort(struct agent_core *core, const struct msg_abort *m);
 void agent_commit_event(struct agent_core *core);     /* the snapshot is fresh: goes on with the fence */
 void agent_commit_left_step(struct agent_core *core, uint64_t step);
+bool agent_commit_flip_done(const struct agent_core *core);
 void agent_commit_check_flip(struct agent_core *core);
 void agent_commit_check_doubt(struct agent_core *core);
 void agent_commit_repeat_flipped(struct agent_core *core);
@@ -229,6 +229,7 @@ void agent_engine_moved(struct agent_core *core, const char *endpoint); /* it is
 void agent_engine_gone(struct agent_core *core, const char *why);  /* it went away by itself */
 void agent_engine_cut(struct agent_core *core, const char *why);   /* we cut it off, steps and all */
 void agent_engine_void(struct agent_core *core);                   /* no step is begun in the applied view any more */
+void agent_engine_failed(struct agent_core *core, uint64_t view, uint64_t step); /* a step failed without a revoke */
 void agent_engine_revoke(struct agent_core *core, const char *why);
 void agent_engine_said(struct agent_core *core);                   /* after WELCOME: what HELLO could not say */
 void agent_engine_wave(struct agent_core *core, uint64_t step);

@@ -72,6 +72,8 @@ void acore_log(struct agent_core *core, enum agent_log_level level, const char *
     vsnprintf(a->text, sizeof(a->text), fmt, args);
     va_end(args);
     a->level = (int)level;
+    a->epoch = core->applied_epoch;
+    a->op = agent_operation_running(core) ? core->op.op : 0;
 }
 
 struct msg *acore_send(struct agent_core *core, enum msg_type type)

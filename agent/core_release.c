@@ -113,8 +113,8 @@ void agent_release_check_deadline(struct agent_core *core)
 /* DISMISS goes to every party of an operation; it means something to those who are not in the view any more. */
 void agent_release_dismiss(struct agent_core *core, const struct msg_op_end *m)
 {
-    if (core->view && m->epoch <= core->applied_epoch)
-        return; /* a rank of the view, this one or a later one */
+    if (m->epoch < core->applied_epoch || (core->view && m->epoch == core->applied_epoch))
+        return; /* stale; or a rank of the view */
     if (core->release.let_go)
         return;
     if (!core->view && !core->before) {
@@ -133,6 +133,8 @@ void agent_release_dismiss(struct agent_core *core, const struct msg_op_end *m)
     memset(&core->promise, 0, sizeof(core->promise));
     memset(&core->fence, 0, sizeof(core->fence));
     memset(&core->flip, 0, sizeof(core->flip));
+    if (agent_operation_running(core) && (core->op.op != m->op || core->op.ended))
+        agent_operation_overtaken(core, m->op, true); /* its flip will not come any more */
     if (!core->before)
         core->before = view_ref(core->view); /* until it has let go, HELLO says that it holds something */
     view_unref(core->view);

@@ -308,7 +308,7 @@ static void stage_kv(struct agent_core *core, struct core_stage *s)
 static bool grace_over(const struct agent_core *core, const struct core_stage *s)
 {
     return s->step == 0 || !core->engine.attached || core->page.done + 1 >= s->step ||
-           core->bug == AGENT_BUG_NO_GRACE;
+           core->bug == AGENT_BUG_NO_GRACE || (core->bug == AGENT_BUG_GRACE_BEGUN && core->page.intent >= s->step);
 }
 
 /* The smallest step that some GRACE waits for; 0 = none does. */
@@ -379,6 +379,8 @@ void agent_stage_engine_gone(struct agent_core *core)
 static void stage_start(struct agent_core *core, const struct msg_stage *m)
 {
     struct core_stage *s = stage_add(core, (enum op_stage)m->stage, m->round, m->attempt);
+    acore_log(core, AGENT_LOG_INFO, "%s begins, round %u, to be answered within %u ms", op_stage_name(s->stage), m->round,
+              m->deadline_ms);
     if (stage_moves_at_once(s->stage))
         agent_operation_move(core, stage_event(s->stage));
     switch (s->stage) {

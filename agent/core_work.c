@@ -31,6 +31,22 @@ static void work_fill_parties(const struct agent_core *core, struct work *w)
     w->plan = plan_ref(op->plan);
 }
 
+const char *work_kind_name(enum work_kind kind)
+{
+    switch (kind) {
+    case WORK_ALLOCATE: return "ALLOCATE";
+    case WORK_LOAD: return "LOAD";
+    case WORK_GROUP_ID: return "GROUP_ID";
+    case WORK_GROUP: return "GROUP";
+    case WORK_WEIGHTS: return "WEIGHTS";
+    case WORK_FILL: return "FILL";
+    case WORK_GROUP_DESTROY: return "GROUP_DESTROY";
+    case WORK_RELEASE: return "RELEASE";
+    case WORK_VERIFY: return "VERIFY";
+    }
+    return "?";
+}
+
 struct work *agent_work_submit(struct agent_core *core, enum work_kind kind, const struct core_stage *s,
                                uint64_t request)
 {

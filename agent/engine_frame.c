@@ -13,6 +13,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "common/rpc.h"
+
 #define HEADER_BYTES 8u
 #define READ_BYTES (64u << 10)
 #define RECV_FDS 253u /* SCM_MAX_FD of the kernel */
@@ -297,33 +299,10 @@ int engine_writer_flush(struct engine_writer *w, int sock, struct err *err)
     return 1;
 }
 
-/* ---- unpacking within a budget ---- */
-
-static void *budget_alloc(void *user, size_t size)
-{
-    size_t *left = user;
-    if (size > *left)
-        return NULL;
-    *left -= size;
-    return malloc(size);
-}
-
-static void budget_free(void *user, void *data)
-{
-    (void)user;
-    free(data);
-}
-
 ProtobufCMessage *engine_frame_unpack(const ProtobufCMessageDescriptor *descriptor, const struct engine_frame *frame)
 {
     /* A packed integer of one byte becomes four, and an empty sub-message of two bytes a struct of a hundred. */
-    size_t left = (64u << 10) + 64 * frame->len;
-    ProtobufCAllocator allocator = {.alloc = budget_alloc, .free = budget_free, .allocator_data = &left};
-    return protobuf_c_message_unpack(descriptor, &allocator, frame->len, frame->data);
-}
-
-void engine_frame_free(ProtobufCMessage *message)
-{
-    if (message)
-        protobuf_c_message_free_unpacked(message, NULL); /* both allocators end in free() */
+    size_t budget = (64u << 10) + 64 * frame->len;
+    ProtobufCMessage *message;
+    return rpc_unpack(descriptor, frame->data, frame->len, budget, &message, NULL) < 0 ? NULL : message;
 }

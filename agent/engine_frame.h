@@ -56,8 +56,7 @@ int engine_writer_push(struct engine_writer *w, unsigned type, const ProtobufCMe
 int engine_writer_flush(struct engine_writer *w, int sock, struct err *err) MUST_CHECK;
 
 /* Unpacks with a bound on the memory that a body may ask for, in proportion to its length.  NULL: malformed.
- * Freed by engine_frame_free. */
+ * Freed by rpc_unpack_free. */
 ProtobufCMessage *engine_frame_unpack(const ProtobufCMessageDescriptor *descriptor, const struct engine_frame *frame);
-void engine_frame_free(ProtobufCMessage *message);
 
 #endif

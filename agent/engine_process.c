@@ -11,6 +11,7 @@
 #include <sys/wait.h>
 
 #include "common/clock.h"
+#include "common/daemon.h"
 
 #define RESTART_FIRST_MS 200
 #define RESTART_LAST_MS 10000
@@ -32,12 +33,6 @@ struct engine_process {
     void (*on_stopped)(void *user);
     void *user;
 };
-
-static void timer_in(struct engine_process *p, unsigned ms)
-{
-    struct timeval t = {.tv_sec = ms / 1000, .tv_usec = (suseconds_t)(ms % 1000) * 1000};
-    event_add(p->timer, &t);
-}
 
 static int spawn(struct engine_process *p, struct err *err)
 {
@@ -66,8 +61,7 @@ static void restart_later(struct engine_process *p)
 {
     if (clock_now_ns() - p->started_ns >= STEADY_NS)
         p->restart_ms = RESTART_FIRST_MS;
-    timer_in(p, p->restart_ms);
-    p->restart_ms = p->restart_ms * 2 < RESTART_LAST_MS ? p->restart_ms * 2 : RESTART_LAST_MS;
+    daemon_retry_in(p->timer, &p->restart_ms, RESTART_LAST_MS);
 }
 
 static void on_child(evutil_socket_t signal_number, short what, void *user)
@@ -158,7 +152,7 @@ void engine_process_stop(struct engine_process *p, void (*on_stopped)(void *user
     p->user = user;
     if (p->pid)
         kill(-p->pid, SIGTERM);
-    timer_in(p, p->pid ? KILL_AFTER_MS : 0);
+    daemon_timer_in(p->timer, p->pid ? KILL_AFTER_MS : 0);
 }
 
 void engine_process_free(struct engine_process *p)

@@ -1,6 +1,7 @@
 /* The listener of the engine socket, the control page, the bell, and the coming and going of the engine.
  * Loop thread.  What is said on the connection is in engine_socket_up.c and engine_socket_down.c. */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -10,14 +11,15 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
-#include <fcntl.h>
 
 #include "agent/engine_socket_internal.h"
+#include "common/address.h"
+#include "common/daemon.h"
 
 #define ATTACH_LIMIT_S 5
 #define QUEUE_BYTES_MAX ((size_t)256 << 20)
+#define ACCEPT_PAUSE_MS 100
 
 void engine_socket_raise(struct engine_socket *s, struct agent_event event)
 {
@@ -236,8 +238,14 @@ static void on_acceptable(evutil_socket_t listen_fd, short what, void *user)
     (void)what;
     struct engine_socket *s = user;
     int fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-    if (fd < 0)
+    if (fd < 0) {
+        if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+            /* The connection still waits: without a pause the loop would spin. */
+            event_del(s->acceptable);
+            daemon_timer_in(s->accept_again, ACCEPT_PAUSE_MS);
+        }
         return;
+    }
     if (s->conn)
         conn_check_end(s);
     if (s->conn) {
@@ -247,6 +255,14 @@ static void on_acceptable(evutil_socket_t listen_fd, short what, void *user)
     s->conn = conn_new(s, fd);
     if (!s->conn)
         close(fd);
+}
+
+static void on_accept_again(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd;
+    (void)what;
+    struct engine_socket *s = user;
+    event_add(s->acceptable, NULL);
 }
 
 static void eventfd_drain(int fd)
@@ -334,52 +350,25 @@ const uint64_t *engine_socket_load(struct engine_socket *s, uint32_t *ret_layers
     return s->load;
 }
 
-static int path_clear(const struct sockaddr_un *address, struct err *err)
-{
-    struct stat st;
-    if (lstat(address->sun_path, &st) < 0)
-        return 0;
-    if (!S_ISSOCK(st.st_mode))
-        return err_set(err, ERR_CONFLICT, "%s exists and is not a socket", address->sun_path);
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    bool live = fd >= 0 && (connect(fd, (const struct sockaddr *)address, sizeof *address) == 0 || errno == EAGAIN);
-    if (fd >= 0)
-        close(fd);
-    if (live)
-        return err_set(err, ERR_CONFLICT, "another agent listens on %s", address->sun_path);
-    unlink(address->sun_path);
-    return 0;
-}
-
 static int listen_make(struct engine_socket *s, const char *path, struct err *err)
 {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    if (strlen(path) >= sizeof address.sun_path)
-        return err_set(err, ERR_INVALID, "the engine socket's path is longer than %zu bytes: %s",
-                       sizeof address.sun_path - 1, path);
-    memcpy(address.sun_path, path, strlen(path));
-    int rc = path_clear(&address, err);
-    if (rc)
-        return rc;
-    s->listen_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (s->listen_fd < 0 || bind(s->listen_fd, (struct sockaddr *)&address, sizeof address) < 0)
-        return err_set(err, ERR_IO, "cannot bind the engine socket %s: %s", path, strerror(errno));
-    s->path = strdup(path); /* from here on the file is ours to remove */
-    if (!s->path) {
-        unlink(path);
+    char actual[ADDRESS_TEXT_MAX];
+    if (asprintf(&s->address, ADDRESS_UNIX "%s", path) < 0) {
+        s->address = NULL;
         return err_set(err, ERR_NOMEM, "out of memory");
     }
-    if (chmod(path, 0660) < 0 || listen(s->listen_fd, 8) < 0)
-        return err_set(err, ERR_IO, "cannot listen on the engine socket %s: %s", path, strerror(errno));
-    return 0;
+    int rc = address_listen(s->address, 0660, &s->listen_fd, actual, err);
+    return rc < 0 ? err_wrap(err, "the engine socket") : 0;
 }
 
 static int events_make(struct engine_socket *s, struct err *err)
 {
     s->acceptable = event_new(s->base, s->listen_fd, EV_READ | EV_PERSIST, on_acceptable, s);
+    s->accept_again = event_new(s->base, -1, 0, on_accept_again, s);
     s->rung = event_new(s->base, s->bell_fd, EV_READ | EV_PERSIST, on_bell, s);
     s->later = event_new(s->base, -1, 0, on_later, s);
-    if (!s->acceptable || !s->rung || !s->later || event_add(s->acceptable, NULL) < 0 || event_add(s->rung, NULL) < 0)
+    if (!s->acceptable || !s->accept_again || !s->rung || !s->later || event_add(s->acceptable, NULL) < 0 ||
+        event_add(s->rung, NULL) < 0)
         return err_set(err, ERR_NOMEM, "cannot make the engine socket's events");
     return 0;
 }
@@ -422,12 +411,14 @@ void engine_socket_close(struct engine_socket *s)
         conn_free(s->conn);
     if (s->acceptable)
         event_free(s->acceptable);
+    if (s->accept_again)
+        event_free(s->accept_again);
     if (s->rung)
         event_free(s->rung);
     if (s->later)
         event_free(s->later);
-    if (s->path)
-        unlink(s->path);
+    if (s->listen_fd >= 0)
+        address_unlink(s->address, s->listen_fd); /* not the file of an agent that has taken our place */
     fd_close(s->listen_fd);
     expert_map_unref(s->load_map);
     if (s->load)
@@ -438,7 +429,7 @@ void engine_socket_close(struct engine_socket *s)
     fd_close(s->wake_fd);
     fd_close(s->bell_fd);
     fd_close(s->load_fd);
-    free(s->path);
+    free(s->address);
     free(s);
 }
 

@@ -31,14 +31,14 @@ struct engine_conn {
 
 struct engine_socket {
     struct event_base *base;
-    char *path;
+    char *address; /* "unix:" and the path */
     char agent_id[AGENT_ID_MAX];
     struct worker *worker;
     void (*on_event)(void *user, struct agent_event *event);
     void *user;
 
     int listen_fd;
-    struct event *acceptable, *rung, *later;
+    struct event *acceptable, *accept_again, *rung, *later;
     int page_fd, wake_fd, bell_fd, load_fd;
     struct control_page *page;
     uint64_t *load; /* [load_layers][load_slots], shared with the engine */

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "agent/engine_socket_internal.h"
+#include "common/rpc.h"
 
 /* ---- attach ---- */
 
@@ -116,9 +117,11 @@ static void on_seal(struct engine_socket *s, const Eep__Engine__Seal *m)
     int rc = blob ? manifest_decode(blob, &manifest, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     blob_unref(blob);
     if (!rc) {
-        if (manifest.layers != s->load_map->layers || manifest.logical != s->load_map->logical)
-            rc = err_set(&err, ERR_INVALID, "the manifest has %u layers of %u experts, the cold start %u of %u",
-                         manifest.layers, manifest.logical, s->load_map->layers, s->load_map->logical);
+        const struct expert_map *map = s->load_map;
+        if (manifest.layers != map->layers || manifest.logical != map->logical || manifest.slots != map->slots)
+            rc = err_set(&err, ERR_INVALID,
+                         "the manifest has %u layers of %u experts in %u slots, the cold start %u of %u in %u",
+                         manifest.layers, manifest.logical, manifest.slots, map->layers, map->logical, map->slots);
         if (!rc)
             rc = engine_socket_load_size(s, manifest.layers, manifest.slots, &err);
         if (!rc) {
@@ -159,7 +162,9 @@ static void dispatch(struct engine_socket *s, const Eep__Engine__EngineUp *up)
             s, (struct agent_event){.type = AE_ENGINE_WAVE, .epoch = up->wave->epoch, .value = up->wave->step});
         return;
     case EEP__ENGINE__ENGINE_UP__BODY_LEFT_STEP:
-        engine_socket_raise(s, (struct agent_event){.type = AE_ENGINE_LEFT_STEP, .value = up->left_step->step});
+        engine_socket_raise(s, (struct agent_event){.type = AE_ENGINE_LEFT_STEP,
+                                                    .value = up->left_step->step,
+                                                    .epoch = up->left_step->has_failed_view ? up->left_step->failed_view : 0});
         return;
     case EEP__ENGINE__ENGINE_UP__BODY_ENDPOINT: on_endpoint(s, up->endpoint); return;
     case EEP__ENGINE__ENGINE_UP__BODY_GOODBYE:
@@ -182,5 +187,5 @@ void engine_socket_up(struct engine_socket *s, struct engine_frame *frame)
         on_attach(s, up->attach);
     else
         dispatch(s, up);
-    engine_frame_free(up ? &up->base : NULL);
+    rpc_unpack_free(up ? &up->base : NULL);
 }

@@ -4,15 +4,17 @@
  * that grows while evictions follow each other closely.  SIGTERM and SIGINT ask the coordinator to drain this agent
  * first; a second one, or --stop-after, ends at once. */
 #include <argp.h>
-#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "agent/engine_process.h"
+#include "agent/gpu.h"
 #include "agent/service.h"
 #include "common/clock.h"
 #include "common/daemon.h"
+#include "common/options.h"
 
 #define LAST_WORDS_MS 100 /* between the core's exit and closing its connections */
 #define RESTART_FIRST_MS 200
@@ -27,9 +29,9 @@ struct options {
     uint32_t stop_after_ms;
 };
 
-enum { KEY_USAGE = 0x7fff, KEY_HELP = 'h', KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
+enum { KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
        KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
-       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER };
+       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS };
 
 static const struct argp_option option_table[] = {
     {"id", KEY_ID, "NAME", 0, "name of this agent, unique in the cluster (required)", 0},
@@ -41,8 +43,10 @@ static const struct argp_option option_table[] = {
      "Hugging Face folder to load from in a cold start; an agent without one joins a model that serves, or has an "
      "engine that brings its own layout", 1},
     {"slots", KEY_SLOTS, "N", 0, "expert slots per layer that fit here (default 0: as the coordinator says)", 1},
-    {"memory", KEY_MEMORY, "NAME", 0, "memory backend (default host)", 1},
-    {"transport", KEY_TRANSPORT, "NAME", 0, "transport of weights (default host)", 1},
+    {"memory", KEY_MEMORY, "NAME", 0,
+     "where the weights lie: host (default), cuda (the first GPU), cuda:INDEX or cuda:GPU-UUID", 1},
+    {"transport", KEY_TRANSPORT, "NAME", 0,
+     "how weights move: host (default), cuda_peer (between the GPUs of one host), or nccl", 1},
     {"transfer-ms", KEY_TRANSFER, "MS", 0, "a transfer without progress ends after this (60000)", 1},
     {0, 0, 0, 0, "Engine:", 2},
     {"engine-socket", KEY_ENGINE_SOCKET, "PATH", 0, "where the engine attaches (default /run/eep/agent-NAME.sock)", 2},
@@ -57,19 +61,40 @@ static const struct argp_option option_table[] = {
     {0, 0, 0, 0, "Process:", 4},
     {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (30000)", 4},
     {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 4},
-    {"help", KEY_HELP, 0, 0, "show this help", -1},
-    {"usage", KEY_USAGE, 0, OPTION_HIDDEN, "", -1},
+    {"list-gpus", KEY_LIST_GPUS, 0, 0, "list the GPUs by index, UUID, name and memory, and end", -1},
+    OPTIONS_HELP(-1),
     {0},
 };
 
-static uint32_t number(struct argp_state *state, const char *what, const char *arg, uint32_t max)
+static uint32_t number(struct argp_state *state, const char *what, const char *text, uint32_t max)
 {
-    char *end;
-    errno = 0;
-    unsigned long value = strtoul(arg, &end, 10);
-    if (errno || end == arg || *end || strchr(arg, '-') || value > max)
-        argp_error(state, "--%s must be a whole number from 0 to %u, not '%s'", what, max, arg);
-    return (uint32_t)value;
+    return (uint32_t)options_number(state, what, text, 0, max);
+}
+
+/* An option that is given with an empty value is a script's mistake. */
+static const char *text(struct argp_state *state, const char *what, const char *value)
+{
+    if (!*value)
+        argp_error(state, "%s must not be empty", what);
+    return value;
+}
+
+#define GPUS_MAX 64
+
+static int list_gpus(void)
+{
+    struct gpu gpus[GPUS_MAX];
+    size_t n = 0;
+    struct err err = {0};
+    if (gpu_list(gpus, GPUS_MAX, &n, &err) < 0) {
+        fprintf(stderr, "eep-agent: %s\n", err.text);
+        return 1;
+    }
+    for (size_t i = 0; i < n && i < GPUS_MAX; i++)
+        printf("%d  %s  %s  %.1f GiB%s\n", gpus[i].index, gpus[i].uuid, gpus[i].name,
+               (double)gpus[i].bytes / (1024.0 * 1024.0 * 1024.0),
+               gpus[i].exports ? "" : "  (its memory cannot be shared: not usable)");
+    return 0;
 }
 
 static error_t parse(int key, char *arg, struct argp_state *state)
@@ -80,31 +105,27 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_ID: s->id = arg; return 0;
     case KEY_COORDINATOR: s->coordinator = arg; return 0;
     case KEY_CLUSTER: s->cluster = arg; return 0;
-    case KEY_NODE: s->node = number(state, "node", arg, UINT32_MAX); return 0;
-    case KEY_CHECKPOINT: s->checkpoint = arg; return 0;
-    case KEY_SLOTS: s->slots = number(state, "slots", arg, 65536); return 0;
+    case KEY_NODE: s->node = number(state, "--node", arg, UINT32_MAX); return 0;
+    case KEY_CHECKPOINT: s->checkpoint = text(state, "--checkpoint", arg); return 0;
+    case KEY_SLOTS: s->slots = number(state, "--slots", arg, 65536); return 0;
     case KEY_MEMORY: s->memory = arg; return 0;
     case KEY_TRANSPORT: s->transport = arg; return 0;
-    case KEY_TRANSFER: s->transfer_timeout_ms = number(state, "transfer-ms", arg, 86400000); return 0;
-    case KEY_ENGINE_SOCKET: s->engine_socket = arg; return 0;
-    case KEY_ENGINE_COMMAND: o->engine_command = arg; return 0;
+    case KEY_TRANSFER:
+        s->transfer_timeout_ms = (uint32_t)options_number(state, "--transfer-ms", arg, 100, 86400000);
+        return 0;
+    case KEY_ENGINE_SOCKET: s->engine_socket = text(state, "--engine-socket", arg); return 0;
+    case KEY_ENGINE_COMMAND: o->engine_command = text(state, "--engine-command", arg); return 0;
     case KEY_LISTEN: s->listen = arg; return 0;
     case KEY_DATA_LISTEN: s->data_listen = arg; return 0;
-    case KEY_ADVERTISE: s->advertise = arg; return 0;
+    case KEY_ADVERTISE: s->advertise = text(state, "--advertise", arg); return 0;
     case KEY_INSECURE: s->insecure = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
-    case KEY_STOP_AFTER: o->stop_after_ms = number(state, "stop-after", arg, 86400000); return 0;
+    case KEY_STOP_AFTER: o->stop_after_ms = number(state, "--stop-after", arg, 86400000); return 0;
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
             argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
         return 0;
-    case KEY_HELP:
-        argp_state_help(state, stdout,
-                        ARGP_HELP_SHORT_USAGE | ARGP_HELP_LONG | ARGP_HELP_DOC | ARGP_HELP_EXIT_OK);
-        return 0;
-    case KEY_USAGE:
-        argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
-        return 0;
+    case KEY_LIST_GPUS: exit(list_gpus());
     case ARGP_KEY_ARG:
         argp_error(state, "unexpected argument '%s'", arg);
         return 0;
@@ -113,7 +134,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "--id NAME is required");
         return 0;
     default:
-        return ARGP_ERR_UNKNOWN;
+        return options_help(key, state);
     }
 }
 
@@ -139,18 +160,12 @@ struct process {
     unsigned restart_ms;
 };
 
-static void turn_in(struct process *p, unsigned ms)
-{
-    struct timeval t = {.tv_sec = ms / 1000, .tv_usec = (suseconds_t)(ms % 1000) * 1000};
-    event_add(p->turn, &t);
-}
-
 static void on_exit_asked(void *user, enum agent_exit value)
 {
     struct process *p = user;
     p->phase = CLOSING;
     p->why = value;
-    turn_in(p, LAST_WORDS_MS); /* not from inside the service */
+    daemon_timer_in(p->turn, LAST_WORDS_MS); /* not from inside the service */
 }
 
 static int open_service(struct process *p, struct err *err)
@@ -192,8 +207,7 @@ static void pause_before_restart(struct process *p)
     p->phase = PAUSING;
     if (clock_now_ns() - p->opened_ns >= STEADY_NS)
         p->restart_ms = RESTART_FIRST_MS;
-    turn_in(p, p->restart_ms);
-    p->restart_ms = p->restart_ms * 2 < RESTART_LAST_MS ? p->restart_ms * 2 : RESTART_LAST_MS;
+    daemon_retry_in(p->turn, &p->restart_ms, RESTART_LAST_MS);
 }
 
 static void on_turn(evutil_socket_t fd, short what, void *user)
@@ -226,9 +240,7 @@ static void on_stop(evutil_socket_t signal_number, short what, void *user)
         log_event(p->log, LOG_LEVEL_INFO, "stopping", "signal=%s", strsignal((int)signal_number));
     if (!again) {
         daemon_notify("STOPPING=1");
-        struct timeval t = {.tv_sec = p->options->stop_after_ms / 1000,
-                            .tv_usec = (suseconds_t)(p->options->stop_after_ms % 1000) * 1000};
-        event_add(p->stop_after, &t);
+        daemon_timer_in(p->stop_after, p->options->stop_after_ms);
     }
     if (p->phase == RUNNING)
         service_stop(p->service);
@@ -295,6 +307,7 @@ static int process_run(struct process *p, struct err *err)
 static void process_done(struct process *p)
 {
     struct event *events[] = {p->turn, p->stop_after, p->status, p->signals[0], p->signals[1], p->signals[2]};
+    daemon_signals_hold(); /* libevent gives them their default back */
     service_close(p->service);
     engine_process_free(p->engine);
     for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) {
@@ -339,10 +352,12 @@ int main(int argc, char **argv)
     p.log = log_new("eep-agent", o.service.id, o.level, -1);
     int rc = p.base && p.log ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     process_done(&p);
-    log_event(p.log, rc < 0 ? LOG_LEVEL_ERROR : LOG_LEVEL_INFO, rc < 0 ? "failed" : "stopped", "why=%s",
-              rc < 0 ? err.text : "asked to");
-    if (rc < 0)
+    if (rc == 0)
+        log_event(p.log, LOG_LEVEL_INFO, "stopped", "why=%s", "asked to");
+    else if (isatty(2)) /* once: a sentence for a person, an event for a collector of logs */
         fprintf(stderr, "eep-agent: %s\n", err.text);
+    else
+        log_event(p.log, LOG_LEVEL_ERROR, "failed", "code=%s why=%s", err_code_name(err.code), err.text);
     log_free(p.log);
     if (rc < 0)
         return err.code == ERR_INVALID || err.code == ERR_DENIED ? 2 : 1;

@@ -1,4 +1,4 @@
-/* Region memory: a table of functions, one file a backend (memory_host.c: memfd; memory_cuda.c: VMM, later).
+/* Region memory: a table of functions, one file a backend (memory_host.c: memfd; memory_cuda.c: GPU memory).
  *
  * A region is allocated once, stays at one address for the life of the agent, and can be exported as a descriptor
  * that an engine in another process maps.  All calls are made by the worker thread, except `close`. */
@@ -24,7 +24,8 @@ struct memory_backend {
     /* Adopts a descriptor that somebody else allocated (an engine's own region). */
     int (*adopt)(struct memory_backend *self, int fd, size_t bytes, struct memory_region *ret_region, struct err *err);
     void (*release)(struct memory_backend *self, struct memory_region *region);
-    /* Host bytes into the region and back; device backends stage. */
+    /* Host bytes into the region.  `data` is free again on return, but a device may take the bytes a little later: they
+     * are in the memory for everybody once a later digest or copy has returned. */
     int (*write)(struct memory_backend *self, struct memory_region *region, size_t offset, const void *data, size_t len, struct err *err);
     /* The digest of design section 5 over [offset, offset + len), word index counted from 0 at offset. */
     int (*digest)(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len, uint64_t first_word, uint64_t *ret_digest, struct err *err);
@@ -32,7 +33,8 @@ struct memory_backend {
     void (*close)(struct memory_backend *self);
 };
 
-/* Look-up by name: "host"; "cuda" says that it is not in this build.  NULL and a sentence otherwise. */
+/* Look-up by name: "host", "cuda" (the first GPU), "cuda:1" or "cuda:GPU-uuid"; see gpu.h.  NULL and a sentence otherwise:
+ * ERR_INVALID for an unknown name, ERR_UNSUPPORTED without GPU backend or driver, ERR_NOTFOUND without such a GPU. */
 struct memory_backend *memory_open(const char *name, struct err *err);
 
 #endif

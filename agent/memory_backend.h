@@ -4,7 +4,8 @@
 
 #include "agent/memory.h"
 
-struct memory_backend *memory_host_open(struct err *err); /* memory_host.c: memfd */
-struct memory_backend *memory_cuda_open(struct err *err); /* memory_cuda_stub.c: not in this build */
+/* device: what follows the colon of the backend's name, "" when there is none. */
+struct memory_backend *memory_host_open(const char *device, struct err *err); /* memory_host.c: memfd */
+struct memory_backend *memory_cuda_open(const char *device, struct err *err); /* memory_cuda.c, or its stub */
 
 #endif

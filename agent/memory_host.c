@@ -174,8 +174,12 @@ static void host_close(struct memory_backend *self)
     free(self);
 }
 
-struct memory_backend *memory_host_open(struct err *err)
+struct memory_backend *memory_host_open(const char *device, struct err *err)
 {
+    if (*device) {
+        err_set(err, ERR_INVALID, "memory backend \"host\" has no devices, so \"host:%s\" is none", device);
+        return NULL;
+    }
     struct memory_backend *self = malloc(sizeof *self);
     if (!self) {
         err_set(err, ERR_NOMEM, "out of memory");

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <utlist.h>
 
+#include "common/daemon.h"
 #include "peer.pb-c.h"
 
 #define RETRY_FIRST_MS 50
@@ -44,13 +45,6 @@ static void tell(struct peer_link *peer)
     (void)rpc_conn_send(peer->conn, FRAME_MESSAGE, 0, 0, &message.base); /* failures come as on_close */
 }
 
-static void retry_later(struct peer_link *peer)
-{
-    struct timeval t = {.tv_sec = peer->retry_ms / 1000, .tv_usec = (suseconds_t)(peer->retry_ms % 1000) * 1000};
-    event_add(peer->retry, &t);
-    peer->retry_ms = peer->retry_ms * 2 < RETRY_LAST_MS ? peer->retry_ms * 2 : RETRY_LAST_MS;
-}
-
 static void say_lost(struct peer_link *peer, const char *reason)
 {
     if (!peer->said)
@@ -78,7 +72,7 @@ static void out_close(void *user, struct rpc_conn *conn, int code, const char *r
     peer->conn = NULL;
     peer->up = false;
     say_lost(peer, reason);
-    retry_later(peer);
+    daemon_retry_in(peer->retry, &peer->retry_ms, RETRY_LAST_MS);
 }
 
 static void out_frame(void *user, struct rpc_conn *conn, const struct frame *frame)
@@ -95,7 +89,7 @@ static void peer_connect(struct peer_link *peer)
     if (rpc_connect(peer->all->config.rpc, peer->member.address, &options, &peer->conn, &err) < 0) {
         peer->conn = NULL;
         say_lost(peer, err.text);
-        retry_later(peer);
+        daemon_retry_in(peer->retry, &peer->retry_ms, RETRY_LAST_MS);
     }
 }
 
@@ -137,8 +131,7 @@ static int in_hello(void *user, struct rpc_conn *conn, const struct rpc_identity
 {
     (void)user, (void)conn;
     if (peer->role != RPC_ROLE_PEER)
-        return err_set(err, ERR_DENIED, "this is an agent: it takes other agents only, no %s",
-                       rpc_role_name(peer->role));
+        return err_set(err, ERR_DENIED, "this is an agent's port for other agents, not the coordinator");
     return 0;
 }
 

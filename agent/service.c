@@ -11,6 +11,8 @@
 #include "agent/coordinator_link.h"
 #include "agent/engine_socket.h"
 #include "agent/peer_link.h"
+#include "agent/transport_gpu.h"
+#include "agent/transport_nccl.h"
 #include "agent/worker.h"
 #include "common/address.h"
 #include "common/clock.h"
@@ -92,7 +94,8 @@ static void perform(struct service *s, struct agent_action *a)
         log_transition(s, a);
         return;
     case AA_LOG:
-        log_event(s->log, (enum log_level)a->level, "note", "what=%s", a->text);
+        log_event(s->log, (enum log_level)a->level, "note", "epoch=%llu op=%llu what=%s", (unsigned long long)a->epoch,
+                  (unsigned long long)a->op, a->text);
         return;
     case AA_RECONNECT:
         coordinator_link_reconnect(s->coordinator, a->text[0] ? a->text : "it broke the protocol");
@@ -167,6 +170,21 @@ static void on_wave(void *user, uint64_t epoch, uint64_t step)
     service_event(user, &event);
 }
 
+/* What the worker did: how much, how fast; aborted work is the operation's story, told there. */
+static void log_work(struct service *s, const struct worker_result *r)
+{
+    unsigned long long us = r->ns / 1000, rate = r->ns ? (unsigned long long)((double)r->bytes * 1e9 / (double)r->ns) : 0;
+    if (r->code < 0 && r->code != ERR_ABORTED)
+        log_event(s->log, LOG_LEVEL_WARN, "work-failed", "work=%s op=%llu round=%u us=%llu code=%s why=%s",
+                  work_kind_name(r->kind), (unsigned long long)r->op, r->round, us, err_code_name(r->code), r->text);
+    else if (r->kind == WORK_GROUP_ID)
+        return; /* no news, and nothing of it belongs into a log */
+    else
+        log_event(s->log, LOG_LEVEL_INFO, "work", "work=%s op=%llu round=%u us=%llu bytes=%llu bytes_per_s=%llu why=%s",
+                  work_kind_name(r->kind), (unsigned long long)r->op, r->round, us, (unsigned long long)r->bytes, rate,
+                  r->code < 0 ? r->text : "done");
+}
+
 static void work_ended(struct service *s, const struct worker_result *result)
 {
     struct agent_event event = {
@@ -181,9 +199,8 @@ static void work_ended(struct service *s, const struct worker_result *result)
         engine_socket_sealed(s->engine, result->code, result->text);
         event.type = AE_ENGINE_SEALED;
     }
-    if (result->code < 0 && !result->progress)
-        log_event(s->log, LOG_LEVEL_WARN, "work-failed", "code=%s why=%s",
-                  err_code_name(result->code), result->text);
+    if (!result->progress)
+        log_work(s, result);
     service_event(s, &event);
 }
 
@@ -214,15 +231,20 @@ static int check_config(const struct service_config *c, struct err *err)
         int rc = address_parse(addresses[i], &a, err);
         if (rc < 0)
             return rc;
+        if (a.is_unix)
+            return err_set(err, ERR_INVALID, "'%s': --listen and --data-listen take HOST:PORT", addresses[i]);
         if (!c->insecure && !daemon_address_is_local(addresses[i]))
             return err_set(err, ERR_DENIED,
                            "will not listen on %s: connections are neither encrypted nor authenticated; use the "
                            "loopback, or --insecure in a network that you trust", addresses[i]);
-        bool any = !a.is_unix && (!a.host[0] || strcmp(a.host, "0.0.0.0") == 0 || strcmp(a.host, "::") == 0);
+        bool any = !a.host[0] || strcmp(a.host, "0.0.0.0") == 0 || strcmp(a.host, "::") == 0;
         if (any && !c->advertise)
             return err_set(err, ERR_INVALID, "%s is every interface: say with --advertise HOST how the other agents "
                            "reach this one", addresses[i]);
     }
+    if (daemon_address_is_local(c->listen) != daemon_address_is_local(c->data_listen))
+        return err_set(err, ERR_INVALID, "--listen %s and --data-listen %s: the one on the loopback cannot be reached "
+                       "from other hosts; give both", c->listen, c->data_listen);
     struct address coordinator;
     return address_parse(c->coordinator, &coordinator, err);
 }
@@ -243,23 +265,66 @@ static int advertise(const struct service_config *c, const char *actual, char *r
     return 0;
 }
 
+/* The device of "cuda" or "cuda:DEVICE"; NULL for other memory. */
+static const char *memory_device(const char *memory)
+{
+    size_t len = strlen("cuda");
+    if (strncmp(memory, "cuda", len) != 0 || (memory[len] != '\0' && memory[len] != ':'))
+        return NULL;
+    return memory[len] == ':' ? memory + len + 1 : "";
+}
+
+static struct transport *open_host(const char *device, int listen_fd, struct err *err)
+{
+    (void)device;
+    return transport_host_open(listen_fd, err);
+}
+
+static struct transport *open_cuda_peer(const char *device, int listen_fd, struct err *err)
+{
+    (void)listen_fd;
+    return transport_cuda_peer_open(device, err);
+}
+
+static struct transport *open_nccl(const char *device, int listen_fd, struct err *err)
+{
+    return transport_nccl_open(&(struct transport_nccl_options){.listen_fd = listen_fd, .gpu = device}, err);
+}
+
+static const struct {
+    const char *name;
+    bool on_gpu;  /* which memory it moves */
+    bool listens; /* the parties of cuda_peer meet by the group id */
+    struct transport *(*open)(const char *device, int listen_fd, struct err *err);
+} transport_table[] = {
+    {"host", false, true, open_host},
+    {"cuda_peer", true, false, open_cuda_peer},
+    {"nccl", true, true, open_nccl},
+};
+
 static int open_transport(struct service *s, struct transport **ret_transport, struct err *err)
 {
+    const char *name = s->config.transport, *device = memory_device(s->config.memory);
     char actual[ADDRESS_TEXT_MAX];
-    int fd;
-    if (strcmp(s->config.transport, "host") != 0)
-        return err_set(err, ERR_UNSUPPORTED, "transport '%s' is not in this build: use --transport host",
-                       s->config.transport);
-    int rc = address_listen(s->config.data_listen, 0600, &fd, actual, err);
-    if (rc < 0)
-        return rc;
-    rc = advertise(&s->config, actual, s->agent.data_address, err);
-    if (rc < 0) {
-        close(fd);
-        return rc;
+    int fd = -1, rc = 0;
+    size_t i = 0, n = sizeof transport_table / sizeof transport_table[0];
+    while (i < n && strcmp(transport_table[i].name, name) != 0)
+        i++;
+    if (i == n)
+        return err_set(err, ERR_INVALID, "there is no transport '%s': use host, cuda_peer or nccl", name);
+    if (transport_table[i].on_gpu != (device != NULL))
+        return err_set(err, ERR_INVALID, "transport '%s' does not reach the memory of --memory %s: use --%s", name,
+                       s->config.memory, device ? "transport cuda_peer or nccl" : "memory cuda with it");
+    if (transport_table[i].listens) {
+        rc = address_listen(s->config.data_listen, 0600, &fd, actual, err);
+        if (rc == 0)
+            rc = advertise(&s->config, actual, s->agent.data_address, err);
     }
-    *ret_transport = transport_host_open(fd, err);
-    return *ret_transport ? 0 : err->code;
+    if (rc == 0 && !(*ret_transport = transport_table[i].open(device, fd, err)))
+        rc = err->code;
+    if (rc < 0 && fd >= 0)
+        close(fd); /* owned by the transport only once it is open */
+    return rc;
 }
 
 static int open_worker(struct service *s, struct err *err)
@@ -272,6 +337,8 @@ static int open_worker(struct service *s, struct err *err)
     if (config.checkpoint) {
         struct checkpoint *checkpoint;
         int rc = checkpoint_open(config.checkpoint, &checkpoint, err);
+        if (rc == ERR_INVALID) /* what is in the files is no mistake in our options */
+            return err->code = ERR_UNSUPPORTED;
         if (rc < 0)
             return rc;
         s->agent.can_load = true;
@@ -283,11 +350,14 @@ static int open_worker(struct service *s, struct err *err)
     if (!config.memory)
         return err->code;
     int rc = open_transport(s, &config.transport, err);
-    if (rc < 0) {
-        config.memory->close(config.memory);
-        return rc;
+    if (rc == 0) {
+        rc = worker_start(&config, &s->worker, err);
+        if (rc < 0)
+            config.transport->close(config.transport);
     }
-    return worker_start(&config, &s->worker, err); /* owns both from now on */
+    if (rc < 0)
+        config.memory->close(config.memory);
+    return rc;
 }
 
 static int open_links(struct service *s, const struct rpc_identity *self, struct err *err)

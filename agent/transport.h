@@ -47,6 +47,9 @@ struct transport {
     int (*broadcast)(struct transport_group *group, const struct extent *extents, size_t n, const uint8_t *have,
                      const struct transport_call *call, uint64_t *ret_bytes, struct err *err);
     void (*destroy)(struct transport_group *group); /* takes NULL */
+    /* 0, or why this process had better be restarted: something that was given up does not end (an NCCL abort past its
+     * limit).  Never blocks.  NULL: nothing can hang. */
+    int (*health)(struct transport *self, struct err *err);
     void (*close)(struct transport *self);
 };
 

@@ -377,6 +377,8 @@ static int peer_resolve(struct mesh_peer *peer, const struct member *party, stru
     if (a.is_unix) {
         peer->un.sun_family = AF_UNIX;
         snprintf(peer->un.sun_path, sizeof peer->un.sun_path, "%.107s", a.host);
+        if (peer->un.sun_path[0] == '@') /* an abstract name, padded with zeros */
+            peer->un.sun_path[0] = '\0';
         return 0;
     }
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV};

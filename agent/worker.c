@@ -11,6 +11,7 @@
 
 #include "agent/weights.h"
 #include "agent/worker_internal.h"
+#include "common/clock.h"
 
 #define TRANSFER_TIMEOUT_MS 60000u
 
@@ -187,8 +188,12 @@ static void *worker_main(void *arg)
         struct worker_result result = {
             .id = job->work.id,
             .kind = job->kind == JOB_SEAL ? WORK_LOAD : job->work.kind,
+            .op = job->work.op,
+            .round = job->work.round,
         };
+        uint64_t began_ns = clock_now_ns();
         worker_job_run(w, job, &result);
+        result.ns = clock_now_ns() - began_ns;
         job_end(w, job, &result);
     }
     return NULL;

@@ -13,7 +13,7 @@
 struct worker;
 
 struct worker_config {
-    struct memory_backend *memory;  /* owned by the worker from now on */
+    struct memory_backend *memory;  /* the worker's, once it has started */
     struct transport *transport;    /* likewise */
     const char *checkpoint;         /* folder, or NULL; borrowed for the life of the worker */
     uint32_t slots;                 /* 0: as the map says */
@@ -31,6 +31,8 @@ struct worker_result {
     struct blob *blob;   /* GROUP_ID; owned by the receiver */
     struct model *model; /* LOAD: manifest and digests */
     bool progress;       /* not an end: bytes so far */
+    uint64_t op, ns;     /* the operation it was for; how long it took, without waiting in the queue */
+    uint32_t round;
 };
 
 int worker_start(const struct worker_config *config, struct worker **ret_worker, struct err *err) MUST_CHECK;

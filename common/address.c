@@ -15,9 +15,9 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "common/topology.h"
 
 _Static_assert(ADDRESS_TEXT_MAX == ADDRESS_MAX, "addresses are as long as in messages");
@@ -91,7 +91,8 @@ static int unix_folder_lock(const char *path, struct err *err)
     const char *folder = dirname(copy);
     int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0)
-        return err_set(err, ERR_IO, "cannot open the folder %s of a unix socket: %s", folder, strerror(errno));
+        return err_set(err, ERR_IO, "cannot open the folder of %s: %s; make it, or choose another path", path,
+                       strerror(errno));
     if (flock(fd, LOCK_EX) < 0) {
         int saved = errno;
         close(fd);
@@ -110,7 +111,7 @@ static int unix_clear(const struct address *a, const struct sockaddr_un *sun, st
         return err_set(err, ERR_IO, "cannot look at %s: %s", a->host, strerror(errno));
     }
     if (!S_ISSOCK(st.st_mode))
-        return err_set(err, ERR_CONFLICT, "%s exists and is no socket", a->host);
+        return err_set(err, ERR_CONFLICT, "%s exists and is no socket: choose another path", a->host);
     int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (probe < 0)
         return err_set(err, ERR_NOMEM, "cannot make a socket: %s", strerror(errno));
@@ -144,7 +145,7 @@ static int unix_listen(const struct address *a, unsigned mode, int *ret_fd, stru
         goto unlock;
     }
     if (bind(fd, (struct sockaddr *)&sun, sizeof sun) < 0) {
-        rc = err_set(err, ERR_IO, "cannot bind %s: %s", a->host, strerror(errno));
+        rc = err_set(err, ERR_IO, "cannot make the socket %s: %s", a->host, strerror(errno));
         goto close_fd;
     }
     if ((mode != 0 && chmod(a->host, mode) < 0) || listen(fd, BACKLOG) < 0) {
@@ -205,7 +206,7 @@ static int tcp_listen(const char *text, const struct address *a, int *ret_fd, st
             bind(fd, ai->ai_addr, ai->ai_addrlen) == 0 && listen(fd, BACKLOG) == 0)
             break;
         rc = err_set(err, errno == EADDRINUSE ? ERR_CONFLICT : ERR_IO, "cannot listen on %s: %s", text,
-                     errno == EADDRINUSE ? "it is in use" : strerror(errno));
+                     errno == EADDRINUSE ? "it is in use; port 0 picks a free one" : strerror(errno));
         if (fd >= 0)
             close(fd);
         fd = -1;
@@ -253,24 +254,16 @@ int address_listen(const char *text, unsigned unix_mode, int *ret_fd, char ret_a
 
 /* ---- blocking connect ---- */
 
-static int64_t now_ms(void)
-{
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
-
 /* One address; the descriptor, or a negative errno. */
-static int connect_one(int family, const struct sockaddr *sa, socklen_t len, int64_t until)
+static int connect_one(int family, const struct sockaddr *sa, socklen_t len, uint64_t until_ms)
 {
     int fd = socket(family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return -errno;
     int error = connect(fd, sa, len) == 0 ? 0 : errno;
     while (error == EINPROGRESS) {
-        int64_t left = until - now_ms();
         struct pollfd p = {.fd = fd, .events = POLLOUT};
-        int n = poll(&p, 1, left > 0 ? (int)left : 0);
+        int n = poll(&p, 1, clock_left_ms(until_ms));
         if (n < 0 && errno == EINTR)
             continue;
         if (n == 0) {
@@ -295,19 +288,19 @@ int address_connect(const char *text, int timeout_ms, int *ret_fd, struct err *e
     int rc = address_parse(text, &a, err);
     if (rc < 0)
         return rc;
-    int64_t until = now_ms() + timeout_ms;
+    uint64_t until_ms = clock_now_ms() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0);
     int fd = -EADDRNOTAVAIL;
     if (a.is_unix) {
         struct sockaddr_un sun;
         unix_sockaddr(&a, &sun);
-        fd = connect_one(AF_UNIX, (struct sockaddr *)&sun, sizeof sun, until);
+        fd = connect_one(AF_UNIX, (struct sockaddr *)&sun, sizeof sun, until_ms);
     } else {
         struct addrinfo *list;
         rc = tcp_resolve(text, &a, 0, &list, err);
         if (rc < 0)
             return rc;
         for (struct addrinfo *ai = list; ai && fd < 0; ai = ai->ai_next)
-            fd = connect_one(ai->ai_family, ai->ai_addr, ai->ai_addrlen, until);
+            fd = connect_one(ai->ai_family, ai->ai_addr, ai->ai_addrlen, until_ms);
         freeaddrinfo(list);
     }
     if (fd < 0)

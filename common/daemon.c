@@ -3,6 +3,7 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +12,16 @@
 #include <unistd.h>
 
 #include "common/address.h"
+
+void daemon_signals_hold(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+}
 
 void daemon_notify(const char *state)
 {
@@ -64,6 +75,18 @@ int daemon_write_addresses(const char *path, const char *const *addresses, size_
         return err_set(err, ERR_IO, "could not write the port file %s: %s", path, strerror(why));
     }
     return 0;
+}
+
+void daemon_timer_in(struct event *timer, unsigned ms)
+{
+    struct timeval t = {.tv_sec = ms / 1000, .tv_usec = (suseconds_t)(ms % 1000) * 1000};
+    event_add(timer, &t);
+}
+
+void daemon_retry_in(struct event *timer, unsigned *wait_ms, unsigned last_ms)
+{
+    daemon_timer_in(timer, *wait_ms);
+    *wait_ms = *wait_ms < last_ms / 2 ? *wait_ms * 2 : last_ms;
 }
 
 void daemon_timer_set(struct event *timer, uint64_t deadline_ns, uint64_t now_ns)

@@ -13,12 +13,19 @@
 /* "READY=1", "STATUS=...", "STOPPING=1" to $NOTIFY_SOCKET (sd_notify(3)); nothing when systemd did not start us. */
 void daemon_notify(const char *state);
 
+/* From here on SIGTERM, SIGINT and SIGHUP wait for ever: a second one must not cut the closing short. */
+void daemon_signals_hold(void);
+
 /* A unix socket, or a host that names the loopback only.  An address that cannot be parsed is not local. */
 bool daemon_address_is_local(const char *address);
 
 /* Writes one address a line, in place of the file at once (write, then rename). */
 int daemon_write_addresses(const char *path, const char *const *addresses, size_t n, struct err *err) MUST_CHECK;
 
+/* Arms the timer for ms from now. */
+void daemon_timer_in(struct event *timer, unsigned ms);
+/* The same for *wait_ms, which is doubled for the next time, up to last_ms: attempts that grow rarer. */
+void daemon_retry_in(struct event *timer, unsigned *wait_ms, unsigned last_ms);
 /* Arms the timer for a monotonic deadline (UINT64_MAX: disarms it); one that has passed fires in the next loop turn. */
 void daemon_timer_set(struct event *timer, uint64_t deadline_ns, uint64_t now_ns);
 

@@ -127,7 +127,8 @@ struct msg_engine {
     bool can_load;            /* as in HELLO, which an attached sealing engine changes */
     uint32_t layers, logical;
     char endpoint[ENDPOINT_MAX];
-    char why[128]; /* of a detach */
+    char why[128]; /* of a detach, or of a torn step */
+    uint64_t torn_epoch; /* a step of this view failed or lost its engine, which is back: 0 = none */
 };
 struct msg_stage_done {
     uint64_t op;

@@ -45,14 +45,6 @@ SAME(PB__ENGINE_AT_PROMISE__DETACHED, PROMISE_DETACHED);
 SAME(PB__ENGINE_AT_PROMISE__ENGINE_IDLE, PROMISE_IDLE);
 SAME(PB__ENGINE_AT_PROMISE__ENGINE_RUNNING, PROMISE_RUNNING);
 
-void *msg_body_new(const ProtobufCMessageDescriptor *type)
-{
-    ProtobufCMessage *body = malloc(type->sizeof_message);
-    if (body)
-        protobuf_c_message_init(type, body);
-    return body;
-}
-
 char *msg_text(const char *text, bool *ok)
 {
     char *copy = strdup(text);

@@ -9,7 +9,7 @@
 
 static Pb__Welcome *welcome_to_pb(const struct msg_welcome *m, bool *ok)
 {
-    Pb__Welcome *pb = msg_body_new(&pb__welcome__descriptor);
+    Pb__Welcome *pb = pb_new(&pb__welcome__descriptor);
     if (!pb)
         return NULL;
     pb->lease_ms = m->lease_ms;
@@ -23,7 +23,7 @@ static Pb__Welcome *welcome_to_pb(const struct msg_welcome *m, bool *ok)
 
 static Pb__OpBegin *op_begin_to_pb(const struct msg_op_begin *m, bool *ok)
 {
-    Pb__OpBegin *pb = msg_body_new(&pb__op_begin__descriptor);
+    Pb__OpBegin *pb = pb_new(&pb__op_begin__descriptor);
     if (!pb)
         return NULL;
     pb->op = m->op;
@@ -39,7 +39,7 @@ static Pb__OpBegin *op_begin_to_pb(const struct msg_op_begin *m, bool *ok)
 
 static Pb__StageStart *stage_to_pb(const struct msg_stage *m, bool *ok)
 {
-    Pb__StageStart *pb = msg_body_new(&pb__stage_start__descriptor);
+    Pb__StageStart *pb = pb_new(&pb__stage_start__descriptor);
     if (!pb)
         return NULL;
     pb->op = m->op;
@@ -58,7 +58,7 @@ static Pb__StageStart *stage_to_pb(const struct msg_stage *m, bool *ok)
 
 static Pb__OpEnd *op_end_to_pb(const struct msg_op_end *m, bool *ok)
 {
-    Pb__OpEnd *pb = msg_body_new(&pb__op_end__descriptor);
+    Pb__OpEnd *pb = pb_new(&pb__op_end__descriptor);
     if (!pb)
         return NULL;
     pb->op = m->op;
@@ -69,7 +69,7 @@ static Pb__OpEnd *op_end_to_pb(const struct msg_op_end *m, bool *ok)
 
 static Pb__Prepare *prepare_to_pb(const struct msg_prepare *m)
 {
-    Pb__Prepare *pb = msg_body_new(&pb__prepare__descriptor);
+    Pb__Prepare *pb = pb_new(&pb__prepare__descriptor);
     if (!pb)
         return NULL;
     pb->epoch = m->epoch;
@@ -81,7 +81,7 @@ static Pb__Prepare *prepare_to_pb(const struct msg_prepare *m)
 
 static Pb__Go *go_to_pb(const struct msg_go *m, bool *ok)
 {
-    Pb__Go *pb = msg_body_new(&pb__go__descriptor);
+    Pb__Go *pb = pb_new(&pb__go__descriptor);
     if (!pb)
         return NULL;
     pb->epoch = m->epoch;
@@ -96,7 +96,7 @@ static Pb__Go *go_to_pb(const struct msg_go *m, bool *ok)
 
 static Pb__MapFlip *map_to_pb(const struct msg_map *m, bool *ok)
 {
-    Pb__MapFlip *pb = msg_body_new(&pb__map_flip__descriptor);
+    Pb__MapFlip *pb = pb_new(&pb__map_flip__descriptor);
     if (!pb)
         return NULL;
     pb->epoch = m->epoch;
@@ -108,7 +108,7 @@ static Pb__MapFlip *map_to_pb(const struct msg_map *m, bool *ok)
 
 static Pb__Evicted *evicted_to_pb(const struct msg_evicted *m, bool *ok)
 {
-    Pb__Evicted *pb = msg_body_new(&pb__evicted__descriptor);
+    Pb__Evicted *pb = pb_new(&pb__evicted__descriptor);
     if (pb)
         pb->why = msg_text(m->why, ok);
     return pb;
@@ -116,7 +116,7 @@ static Pb__Evicted *evicted_to_pb(const struct msg_evicted *m, bool *ok)
 
 static Pb__Notify *notify_to_pb(const struct msg_notify *m)
 {
-    Pb__Notify *pb = msg_body_new(&pb__notify__descriptor);
+    Pb__Notify *pb = pb_new(&pb__notify__descriptor);
     if (!pb)
         return NULL;
     pb->op = m->op;
@@ -126,7 +126,7 @@ static Pb__Notify *notify_to_pb(const struct msg_notify *m)
 
 static Pb__AbortEpoch *abort_to_pb(const struct msg_abort *m)
 {
-    Pb__AbortEpoch *pb = msg_body_new(&pb__abort_epoch__descriptor);
+    Pb__AbortEpoch *pb = pb_new(&pb__abort_epoch__descriptor);
     if (pb)
         pb->epoch = m->epoch;
     return pb;
@@ -134,7 +134,7 @@ static Pb__AbortEpoch *abort_to_pb(const struct msg_abort *m)
 
 static Pb__Verify *verify_to_pb(const struct msg_verify *m)
 {
-    Pb__Verify *pb = msg_body_new(&pb__verify__descriptor);
+    Pb__Verify *pb = pb_new(&pb__verify__descriptor);
     if (pb)
         pb->request = m->request;
     return pb;
@@ -142,7 +142,7 @@ static Pb__Verify *verify_to_pb(const struct msg_verify *m)
 
 Pb__AgentDown *msg_to_down(const struct msg *msg)
 {
-    Pb__AgentDown *down = msg_body_new(&pb__agent_down__descriptor);
+    Pb__AgentDown *down = pb_new(&pb__agent_down__descriptor);
     if (!down)
         return NULL;
     bool ok = true;

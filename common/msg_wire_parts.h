@@ -13,8 +13,6 @@ Pb__AgentDown *msg_to_down(const struct msg *msg);
 int msg_from_up(const Pb__AgentUp *up, struct msg *ret_msg, struct err *err) MUST_CHECK;
 int msg_from_down(const Pb__AgentDown *down, struct msg *ret_msg, struct err *err) MUST_CHECK;
 
-/* A body of this type in malloc'ed memory, initialised; NULL when out of memory. */
-void *msg_body_new(const ProtobufCMessageDescriptor *type);
 /* strdup that remembers failure in *ok. */
 char *msg_text(const char *text, bool *ok);
 bool msg_blob_to_bytes(const struct blob *blob, protobuf_c_boolean *ret_has, ProtobufCBinaryData *ret_bytes);

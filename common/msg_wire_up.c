@@ -9,7 +9,7 @@
 
 static Pb__AgentHello *hello_to_pb(const struct msg_hello *m, bool *ok)
 {
-    Pb__AgentHello *pb = msg_body_new(&pb__agent_hello__descriptor);
+    Pb__AgentHello *pb = pb_new(&pb__agent_hello__descriptor);
     if (!pb)
         return NULL;
     pb->id = msg_text(m->id, ok);
@@ -36,7 +36,7 @@ static Pb__AgentHello *hello_to_pb(const struct msg_hello *m, bool *ok)
 
 static Pb__EngineState *engine_to_pb(const struct msg_engine *m, bool *ok)
 {
-    Pb__EngineState *pb = msg_body_new(&pb__engine_state__descriptor);
+    Pb__EngineState *pb = pb_new(&pb__engine_state__descriptor);
     if (!pb)
         return NULL;
     pb->attached = m->attached;
@@ -46,12 +46,14 @@ static Pb__EngineState *engine_to_pb(const struct msg_engine *m, bool *ok)
     pb->logical = m->logical;
     pb->endpoint = msg_text(m->endpoint, ok);
     pb->why = msg_text(m->why, ok);
+    pb->has_torn_epoch = m->torn_epoch != 0;
+    pb->torn_epoch = m->torn_epoch;
     return pb;
 }
 
 static Pb__StageDone *stage_done_to_pb(const struct msg_stage_done *m, bool *ok)
 {
-    Pb__StageDone *pb = msg_body_new(&pb__stage_done__descriptor);
+    Pb__StageDone *pb = pb_new(&pb__stage_done__descriptor);
     if (!pb)
         return NULL;
     pb->op = m->op;
@@ -71,7 +73,7 @@ static Pb__StageDone *stage_done_to_pb(const struct msg_stage_done *m, bool *ok)
 
 static Pb__Promise *promise_to_pb(const struct msg_promise *m)
 {
-    Pb__Promise *pb = msg_body_new(&pb__promise__descriptor);
+    Pb__Promise *pb = pb_new(&pb__promise__descriptor);
     if (!pb)
         return NULL;
     pb->epoch = m->epoch;
@@ -85,7 +87,7 @@ static Pb__Promise *promise_to_pb(const struct msg_promise *m)
 
 static Pb__Verified *verified_to_pb(const struct msg_verified *m, bool *ok)
 {
-    Pb__Verified *pb = msg_body_new(&pb__verified__descriptor);
+    Pb__Verified *pb = pb_new(&pb__verified__descriptor);
     if (!pb)
         return NULL;
     pb->request = m->request;
@@ -99,7 +101,7 @@ static Pb__Verified *verified_to_pb(const struct msg_verified *m, bool *ok)
 
 static Pb__Refuse *refuse_to_pb(const struct msg_refuse *m, bool *ok)
 {
-    Pb__Refuse *pb = msg_body_new(&pb__refuse__descriptor);
+    Pb__Refuse *pb = pb_new(&pb__refuse__descriptor);
     if (!pb)
         return NULL;
     pb->epoch = m->epoch;
@@ -109,7 +111,7 @@ static Pb__Refuse *refuse_to_pb(const struct msg_refuse *m, bool *ok)
 
 static Pb__Progress *progress_to_pb(const struct msg_progress *m)
 {
-    Pb__Progress *pb = msg_body_new(&pb__progress__descriptor);
+    Pb__Progress *pb = pb_new(&pb__progress__descriptor);
     if (!pb)
         return NULL;
     pb->op = m->op;
@@ -119,7 +121,7 @@ static Pb__Progress *progress_to_pb(const struct msg_progress *m)
 
 static Pb__Flipped *flipped_to_pb(const struct msg_flipped *m)
 {
-    Pb__Flipped *pb = msg_body_new(&pb__flipped__descriptor);
+    Pb__Flipped *pb = pb_new(&pb__flipped__descriptor);
     if (!pb)
         return NULL;
     pb->epoch = m->epoch;
@@ -129,7 +131,7 @@ static Pb__Flipped *flipped_to_pb(const struct msg_flipped *m)
 
 static Pb__MapAck *map_ack_to_pb(const struct msg_map_ack *m)
 {
-    Pb__MapAck *pb = msg_body_new(&pb__map_ack__descriptor);
+    Pb__MapAck *pb = pb_new(&pb__map_ack__descriptor);
     if (!pb)
         return NULL;
     pb->version = m->version;
@@ -140,7 +142,7 @@ static Pb__MapAck *map_ack_to_pb(const struct msg_map_ack *m)
 /* All bodies are pointers in one union: any of them tells whether there was memory. */
 Pb__AgentUp *msg_to_up(const struct msg *msg)
 {
-    Pb__AgentUp *up = msg_body_new(&pb__agent_up__descriptor);
+    Pb__AgentUp *up = pb_new(&pb__agent_up__descriptor);
     if (!up)
         return NULL;
     bool ok = true;
@@ -151,7 +153,7 @@ Pb__AgentUp *msg_to_up(const struct msg *msg)
         break;
     case MSG_HEARTBEAT:
         up->body_case = PB__AGENT_UP__BODY_HEARTBEAT;
-        ok = (up->heartbeat = msg_body_new(&pb__empty__descriptor)) != NULL;
+        ok = (up->heartbeat = pb_new(&pb__empty__descriptor)) != NULL;
         break;
     case MSG_ENGINE:
         up->body_case = PB__AGENT_UP__BODY_ENGINE;
@@ -187,7 +189,7 @@ Pb__AgentUp *msg_to_up(const struct msg *msg)
         break;
     case MSG_LEAVE:
         up->body_case = PB__AGENT_UP__BODY_LEAVE;
-        ok = (up->leave = msg_body_new(&pb__empty__descriptor)) != NULL;
+        ok = (up->leave = pb_new(&pb__empty__descriptor)) != NULL;
         break;
     default:
         ok = false;
@@ -239,6 +241,7 @@ static int engine_from_pb(const Pb__EngineState *pb, struct msg_engine *m, struc
     m->can_load = pb->can_load;
     m->layers = pb->layers;
     m->logical = pb->logical;
+    m->torn_epoch = pb->has_torn_epoch ? pb->torn_epoch : 0;
     int rc = pb_string(pb->endpoint, m->endpoint, sizeof m->endpoint, "endpoint", err);
     return rc < 0 ? rc : pb_string(pb->why, m->why, sizeof m->why, "reason", err);
 }

@@ -21,6 +21,7 @@
 
 #include "common.pb-c.h"
 #include "common/address.h"
+#include "common/daemon.h"
 #include "common/rpc_parts.h"
 
 #define READ_AHEAD (64u << 10) /* bytes taken from the kernel beyond the frame that is being received */
@@ -239,12 +240,6 @@ static void on_timer(evutil_socket_t fd, short what, void *arg)
                       RPC_HANDSHAKE_MS);
 }
 
-static void conn_timer(struct rpc_conn *conn, unsigned ms)
-{
-    struct timeval after = {.tv_sec = ms / 1000, .tv_usec = (suseconds_t)(ms % 1000) * 1000};
-    event_add(conn->timer, &after);
-}
-
 /* ---- making connections ---- */
 
 struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options, int fd, enum rpc_state state)
@@ -267,7 +262,7 @@ struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options
     }
     bufferevent_setcb(conn->bev, on_read, on_write, on_event, conn);
     bufferevent_setwatermark(conn->bev, EV_READ, 0, FRAME_HEADER_BYTES + READ_AHEAD);
-    conn_timer(conn, RPC_HANDSHAKE_MS);
+    daemon_timer_in(conn->timer, RPC_HANDSHAKE_MS);
     DL_APPEND(rpc->conns, conn);
     return conn;
 }
@@ -397,15 +392,16 @@ int rpc_conn_send_error(struct rpc_conn *conn, uint16_t method, uint64_t call, i
 
 void rpc_conn_finish(struct rpc_conn *conn, unsigned linger_ms)
 {
-    if (conn->state >= RPC_FINISHING)
-        return;
-    if (conn->state == RPC_CONNECTING) {
+    /* FAILING: there is nobody to send to, and the user, who lets go here, must not be told any more. */
+    if (conn->state == RPC_CONNECTING || conn->state == RPC_FAILING) {
         rpc_conn_close(conn);
         return;
     }
+    if (conn->state >= RPC_FINISHING)
+        return;
     conn->state = RPC_FINISHING;
     conn->owed_close = false;
-    conn_timer(conn, linger_ms);
+    daemon_timer_in(conn->timer, linger_ms);
     bufferevent_setwatermark(conn->bev, EV_READ, 0, READ_AHEAD);
     if (evbuffer_get_length(bufferevent_get_output(conn->bev)) == 0)
         shutdown(bufferevent_getfd(conn->bev), SHUT_WR);
@@ -416,11 +412,6 @@ void rpc_conn_finish(struct rpc_conn *conn, unsigned linger_ms)
 void rpc_conn_set_user(struct rpc_conn *conn, void *user)
 {
     conn->user = user;
-}
-
-void *rpc_conn_user(const struct rpc_conn *conn)
-{
-    return conn->user;
 }
 
 uint64_t rpc_conn_id(const struct rpc_conn *conn)

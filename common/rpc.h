@@ -81,7 +81,6 @@ int rpc_connect(struct rpc *rpc, const char *address, const struct rpc_options *
                 struct err *err) MUST_CHECK;
 
 void rpc_conn_set_user(struct rpc_conn *conn, void *user); /* replaces options.user for this connection */
-void *rpc_conn_user(const struct rpc_conn *conn);
 uint64_t rpc_conn_id(const struct rpc_conn *conn); /* unique in this struct rpc, from 1; never reused */
 const struct rpc_identity *rpc_conn_peer(const struct rpc_conn *conn); /* what the other end said; role 0 = acceptor */
 const char *rpc_conn_name(const struct rpc_conn *conn); /* "agent gpu3 127.0.0.1:4242", for logs */
@@ -109,9 +108,6 @@ size_t rpc_budget(size_t len);
 int rpc_unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data, size_t len, size_t budget,
                ProtobufCMessage **ret_msg, struct err *err) MUST_CHECK;
 void rpc_unpack_free(ProtobufCMessage *msg); /* takes NULL */
-/* The request of a CALL frame; ERR_PROTOCOL also for a method that the service does not have. */
-int rpc_unpack_call(const ProtobufCServiceDescriptor *service, const struct frame *frame, ProtobufCMessage **ret_request,
-                    struct err *err) MUST_CHECK;
 /* The error that an ERROR frame carries, set in err; returns its code (ERR_PROTOCOL when it is unreadable). */
 int rpc_error_of(const uint8_t *data, size_t len, struct err *err);
 

@@ -5,11 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 #include <utlist.h>
 
 #include "common/address.h"
+#include "common/clock.h"
 #include "common/rpc_parts.h"
 
 #define CALLS_MAX 16
@@ -41,25 +41,17 @@ struct rpc_client {
     size_t used, have, cap;
 };
 
-static int64_t now_ms(void)
+/* When a wait that starts now ends, by clock_now_ms; UINT64_MAX = never. */
+static uint64_t until_of(int timeout_ms)
 {
-    struct timespec ts;
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+    return timeout_ms < 0 ? UINT64_MAX : clock_now_ms() + (uint64_t)timeout_ms;
 }
 
-/* When a wait that starts now ends; -1 = never. */
-static int64_t until_of(int timeout_ms)
-{
-    return timeout_ms < 0 ? -1 : now_ms() + timeout_ms;
-}
-
-static int client_poll(struct rpc_client *c, short events, int64_t until, struct err *err)
+static int client_poll(struct rpc_client *c, short events, uint64_t until, struct err *err)
 {
     for (;;) {
-        int64_t left = until < 0 ? -1 : until - now_ms();
         struct pollfd p = {.fd = c->fd, .events = events};
-        int n = poll(&p, 1, until < 0 ? -1 : left > 0 ? (int)left : 0);
+        int n = poll(&p, 1, clock_left_ms(until));
         if (n > 0)
             return 0;
         if (n == 0)
@@ -77,7 +69,7 @@ static int client_break(struct rpc_client *c, int code)
 
 /* ---- output ---- */
 
-static int client_write(struct rpc_client *c, const uint8_t *data, size_t len, int64_t until, struct err *err)
+static int client_write(struct rpc_client *c, const uint8_t *data, size_t len, uint64_t until, struct err *err)
 {
     size_t done = 0;
     while (done < len) {
@@ -96,7 +88,7 @@ static int client_write(struct rpc_client *c, const uint8_t *data, size_t len, i
 }
 
 static int client_send(struct rpc_client *c, enum frame_kind kind, uint16_t method, uint64_t call,
-                       const ProtobufCMessage *msg, int64_t until, struct err *err)
+                       const ProtobufCMessage *msg, uint64_t until, struct err *err)
 {
     size_t len = protobuf_c_message_get_packed_size(msg);
     if (len > FRAME_LIMIT)
@@ -133,7 +125,7 @@ static int client_room(struct rpc_client *c, size_t size, struct err *err)
 }
 
 /* The next frame; its payload is borrowed until the next read. */
-static int client_read(struct rpc_client *c, uint32_t limit, int64_t until, struct frame *ret_frame, struct err *err)
+static int client_read(struct rpc_client *c, uint32_t limit, uint64_t until, struct frame *ret_frame, struct err *err)
 {
     if (c->broken)
         return err_set(err, c->broken, "the connection is broken");
@@ -167,7 +159,7 @@ static int client_read(struct rpc_client *c, uint32_t limit, int64_t until, stru
 
 /* ---- connecting ---- */
 
-static int client_handshake(struct rpc_client *c, const struct rpc_identity *self, int64_t until, struct err *err)
+static int client_handshake(struct rpc_client *c, const struct rpc_identity *self, uint64_t until, struct err *err)
 {
     Pb__Hello hello;
     rpc_hello_fill(&hello, self);
@@ -183,7 +175,7 @@ static int client_handshake(struct rpc_client *c, const struct rpc_identity *sel
 int rpc_client_connect(const char *address, const struct rpc_identity *self, const ProtobufCServiceDescriptor *service,
                        int timeout_ms, struct rpc_client **ret_client, struct err *err)
 {
-    int64_t until = now_ms() + timeout_ms;
+    uint64_t until = until_of(timeout_ms);
     struct rpc_client *c = calloc(1, sizeof *c);
     if (!c)
         return err_set(err, ERR_NOMEM, "no memory for a connection");
@@ -309,7 +301,7 @@ int rpc_client_start(struct rpc_client *c, unsigned method, const ProtobufCMessa
     return 0;
 }
 
-static int client_next(struct rpc_client *c, uint64_t id, int64_t until, ProtobufCMessage **ret_reply, struct err *err)
+static int client_next(struct rpc_client *c, uint64_t id, uint64_t until, ProtobufCMessage **ret_reply, struct err *err)
 {
     struct open_call *call = id ? client_call_of(c, id) : NULL;
     if (!call)
@@ -351,7 +343,7 @@ int rpc_client_next(struct rpc_client *c, uint64_t call, int timeout_ms, Protobu
 int rpc_client_call(struct rpc_client *c, unsigned method, const ProtobufCMessage *request, int timeout_ms,
                     ProtobufCMessage **ret_reply, struct err *err)
 {
-    int64_t until = until_of(timeout_ms);
+    uint64_t until = until_of(timeout_ms);
     uint64_t id;
     int rc = rpc_client_start(c, method, request, &id, err);
     if (rc < 0)

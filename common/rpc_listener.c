@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
+#include "common/daemon.h"
 #include "common/rpc_parts.h"
 
 #define MAX_CONNS_DEFAULT 4096
@@ -71,9 +72,8 @@ static void on_accept_error(struct evconnlistener *ev, void *arg)
 {
     (void)ev;
     struct rpc_listener *listener = arg;
-    struct timeval after = {.tv_usec = PAUSE_MS * 1000};
     listener_enable(listener, false);
-    event_add(listener->pause, &after);
+    daemon_timer_in(listener->pause, PAUSE_MS);
 }
 
 static int listener_open(struct rpc_listener *listener, size_t i, const char *address, struct err *err)

@@ -95,16 +95,6 @@ void rpc_unpack_free(ProtobufCMessage *msg)
         protobuf_c_message_free_unpacked(msg, NULL); /* budget_alloc is malloc */
 }
 
-int rpc_unpack_call(const ProtobufCServiceDescriptor *service, const struct frame *frame, ProtobufCMessage **ret_request,
-                    struct err *err)
-{
-    if (frame->header.kind != FRAME_CALL || frame->header.method >= service->n_methods)
-        return err_set(err, ERR_PROTOCOL, "a %s frame for method %u, which %s does not have",
-                       frame_kind_name(frame->header.kind), frame->header.method, service->short_name);
-    return rpc_unpack(service->methods[frame->header.method].input, frame->payload, frame->header.length, 0,
-                      ret_request, err);
-}
-
 int rpc_error_of(const uint8_t *data, size_t len, struct err *err)
 {
     ProtobufCMessage *msg;

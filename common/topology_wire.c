@@ -16,7 +16,7 @@
 
 /* ---- helpers ---- */
 
-static void *pb_new(const ProtobufCMessageDescriptor *type)
+void *pb_new(const ProtobufCMessageDescriptor *type)
 {
     ProtobufCMessage *message = malloc(type->sizeof_message);
     if (message)
@@ -85,7 +85,7 @@ static void words64_from_bytes(const ProtobufCBinaryData *data, uint64_t *ret_wo
 
 /* ---- members ---- */
 
-Pb__Member *member_to_pb(const struct member *member)
+static Pb__Member *member_to_pb(const struct member *member)
 {
     Pb__Member *pb = pb_new(&pb__member__descriptor);
     if (!pb)
@@ -105,7 +105,7 @@ Pb__Member *member_to_pb(const struct member *member)
     return pb;
 }
 
-int member_from_pb(const Pb__Member *pb, struct member *ret_member, struct err *err)
+static int member_from_pb(const Pb__Member *pb, struct member *ret_member, struct err *err)
 {
     struct member m = {0};
     if (!name_valid(pb->id))

@@ -8,12 +8,13 @@
 #include <string.h>
 
 #include "common/clock.h"
+#include "common/daemon.h"
 #include "common/topology_wire.h"
 #include "common/version.h"
 #include "coordinator/durable_wire.h"
 
 #define WATCH_UNSENT_MAX (256u << 10) /* a watcher with more is served later */
-#define WATCH_LATER_US 100000
+#define WATCH_LATER_MS 100
 
 /* ---- structs to messages, without copies ---- */
 
@@ -263,12 +264,15 @@ struct search {
     uint64_t op;
     struct operation_message *message;
     struct op_record copy;
+    uint64_t newest; /* that the journal has */
     bool found;
 };
 
 static bool search_record(void *user, const struct op_record *record)
 {
     struct search *search = user;
+    if (record->op > search->newest)
+        search->newest = record->op;
     if (record->op != search->op)
         return record->op > search->op; /* newest first */
     search->found = op_record_copy(&search->copy, record) == 0;
@@ -287,7 +291,7 @@ static void stream_end(struct call *call)
 }
 
 /* An operation that is neither running nor the last one: from the journal. */
-static void watch_past(struct server *s, struct call *call)
+static void watch_past(struct server *s, struct call *call, uint64_t newest)
 {
     struct err err;
     struct operation_message m;
@@ -295,6 +299,8 @@ static void watch_past(struct server *s, struct call *call)
     struct search search = {.op = call->op};
     if (journal_history(s->journal, JOURNAL_HISTORY_MAX, search_record, &search, &err) < 0) {
         call_fail(call, err.code, err.text);
+    } else if (!search.found && call->op > search.newest && call->op < newest) {
+        daemon_timer_in(s->changed, WATCH_LATER_MS); /* its end is on its way to the journal, and a repair follows */
     } else if (!search.found) {
         snprintf(text, sizeof text, "there is no operation %llu; `eepctl history` lists those that ended",
                  (unsigned long long)call->op);
@@ -312,15 +318,16 @@ static void watch_operation_serve(struct server *s, struct call *call, const str
     struct operation_message m;
     if (!call->op)
         call->op = status->op.record.op;
-    if (!call->op || status->op.record.op != call->op) {
-        watch_past(s, call);
+    bool runs = status->op_running && status->op.record.op == call->op;
+    if (!call->op || (!runs && status->last->record.op != call->op)) {
+        watch_past(s, call, status->op.record.op);
         return;
     }
-    operation_point(s, &status->op, &m);
-    if (status->op_running)
+    operation_point(s, runs ? &status->op : status->last, &m);
+    if (runs)
         m.pb.outcome = PB__OP_OUTCOME__RUNNING;
     stream_send(call, &m.pb.base);
-    if (!status->op_running)
+    if (!runs)
         stream_end(call);
 }
 
@@ -402,8 +409,6 @@ void control_serve_watchers(struct server *s)
         refreshed = true;
         watch_view_serve(s, call);
     }
-    if (later) {
-        struct timeval soon = {.tv_usec = WATCH_LATER_US};
-        event_add(s->changed, &soon);
-    }
+    if (later)
+        daemon_timer_in(s->changed, WATCH_LATER_MS);
 }

@@ -373,6 +373,28 @@ static void message(struct coordinator *c, uint64_t conn, const struct msg *m)
     }
 }
 
+/* Says once what a fault means to the service, and when it is over. */
+static void service_log(struct coordinator *c, bool was_torn, const char *was_degraded)
+{
+    if (c->torn && !was_torn)
+        c->torn_ns = c->now_ns;
+    if (c->degraded[0] && strcmp(c->degraded, was_degraded) != 0) {
+        char missing[256] = "";
+        for (uint32_t r = 0; c->view && r < c->view->n; r++) {
+            const struct member *m = &c->view->members[r];
+            uint32_t p = setup_fault(c, r) ? members_find(c, m->id) : NOBODY;
+            size_t used = strlen(missing);
+            if (p != NOBODY)
+                snprintf(missing + used, sizeof(missing) - used, "%s%s (%s)", used ? ", " : "", m->id,
+                         c->peers[p].conn && !c->peers[p].engine ? "no engine" : "lost");
+        }
+        core_log(c, CORE_ERROR, "not serving: %s; waits for %s", c->degraded, missing[0] ? missing : "its ranks");
+    }
+    if (was_torn && !c->torn)
+        core_log(c, CORE_INFO, "serving again, %llu ms after the fault was noticed",
+                 (unsigned long long)((c->now_ns - c->torn_ns) / 1000000));
+}
+
 void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coordinator_event *ev,
                       struct coordinator_actions *out)
 {
@@ -385,6 +407,9 @@ void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coord
     if (ev->wall_ms)
         c->wall_ms = ev->wall_ms;
     c->out = out;
+    bool was_torn = c->torn;
+    char was_degraded[sizeof(c->degraded)];
+    memcpy(was_degraded, c->degraded, sizeof(was_degraded));
     if (c->recovering) {
         c->recovering = false;
         operation_recover(c);
@@ -422,6 +447,7 @@ void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coord
     operation_tick(c);
     verify_check(c);
     repair_check(c);
+    service_log(c, was_torn, was_degraded);
     if (c->changed) {
         core_act(c, CA_CHANGED);
         c->changed = false;
@@ -449,6 +475,8 @@ uint64_t coordinator_deadline(const struct coordinator *c)
     }
     if (c->verify.request)
         d = earlier(d, c->verify.deadline_ns);
+    if (repair_waits(c))
+        d = earlier(d, c->retry_ns);
     return d;
 }
 
@@ -500,6 +528,7 @@ void coordinator_status(const struct coordinator *c, uint64_t now_ns, struct coo
     ret->commit_state = commit_state_name(c->commit.state);
     ret->n_agents = c->n_peers;
     ret->op_running = c->op.phase != PHASE_NONE;
+    ret->last = &c->last;
     if (ret->op_running)
         status_operation(c, &ret->op);
     else

@@ -132,6 +132,7 @@ struct coordinator_status {
     size_t n_agents;
     bool op_running;
     struct op_info op;        /* the running operation, or the last one that ended (record.op 0 = none) */
+    const struct op_info *last; /* the one that ended last (record.op 0 = none), also while the next one runs */
     char degraded[256];       /* "" or why the view does not serve everything */
 };
 void coordinator_status(const struct coordinator *core, uint64_t now_ns, struct coordinator_status *ret_status);
@@ -146,7 +147,8 @@ enum coordinator_bug {
     COORDINATOR_BUG_LEAVER_NOT_ASKED,
     COORDINATOR_BUG_INCARNATION_IGNORED,  /* a new incarnation counts on the old one's promise */
     COORDINATOR_BUG_EPOCH_REUSED,         /* the epoch is not durable before PREPARE */
-    COORDINATOR_BUG_RESET_AT_MAX,         /* S = max(L), not max(L) + 1 */
+    COORDINATOR_BUG_RESET_AT_MAX,         /* S = max(L): an engine that was not asked may be there already */
+    COORDINATOR_BUG_RESET_BARELY_AHEAD,   /* S = max(L) + 1: not enough when engines launch ahead of their peers */
     COORDINATOR_BUG_RESET_ABORTED_AFTER_RESTART,
     COORDINATOR_BUG_RETIRE_UNCOVERED,     /* retires the last live replica */
     COORDINATOR_BUG_GRACE_BY_OWN_ACK,     /* T = the holder's s_i instead of the maximum */

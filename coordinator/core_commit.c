@@ -3,8 +3,8 @@
  *
  *            epoch durable, PREPARE           all PROMISED            COMMIT durable, GO        all FLIPPED
  *   IDLE --------------------------> PREPARING -----------> DECIDING ------------------> GOING -----------> IDLE
- *                                        | deadline, REFUSE, loss       (nothing may        | deadline: the silent rank
- *                                        v                               abort here)        v is lost, RESET follows
+ *                                        | deadline, REFUSE, loss       (nothing may        | deadline: RESET; in a RESET
+ *                                        v                               abort here)        v the silent rank is lost
  *                                    ABORT, a new epoch or given up
  */
 #include <assert.h>
@@ -15,6 +15,7 @@
 #include "coordinator/core_internal.h"
 
 #define MS 1000000ULL
+#define RESET_AHEAD 65536 /* steps: more than any engine launches before it has to wait for a peer */
 
 const char *commit_state_name(enum commit_state state)
 {
@@ -138,6 +139,10 @@ void commit_epoch_durable(struct coordinator *c, uint64_t epoch)
     /* ABORT must come before any engine is held: the lead less two steps.  Steps are not known here; a quarter of the
      * lead is more than two of them whenever the lead is more than eight. */
     k->deadline_ns = c->now_ns + (k->kind == FLIP_RESET ? c->config.flipped_ms * MS : k->lead_ms * MS * 3 / 4);
+    char names[160];
+    core_names(c, &k->promised, names, sizeof(names));
+    core_log(c, CORE_INFO, "PREPARE epoch %llu: lead %u ms, attempt %u; awaits promises of %s", (unsigned long long)epoch,
+             k->lead_ms, k->attempt, names);
     for (uint32_t i = 0; i < c->durable.open.n; i++)
         if (commit_takes_part(c, i) &&
             !(c->bug == COORDINATOR_BUG_LEAVER_NOT_ASKED && !c->durable.open.stays[i]))
@@ -200,10 +205,13 @@ static void commit_decide(struct coordinator *c)
         if (k->step == UINT64_MAX)
             k->step = 0;
     }
-    if (k->kind == FLIP_RESET && c->bug != COORDINATOR_BUG_RESET_AT_MAX)
-        k->step += 1; /* an evicted but living rank may be one step ahead */
-    if (k->kind == FLIP_RESET && c->bug != COORDINATOR_BUG_RESET_AT_MAX && k->step <= d->commit.step)
-        k->step = d->commit.step + 1; /* or a joiner that began its first step long before the others get there */
+    if (k->kind == FLIP_RESET && c->bug != COORDINATOR_BUG_RESET_AT_MAX) {
+        /* Who is not asked may live, and be ahead: a joiner in its first step, which the others have not come to, or an
+         * engine that launches steps without waiting for its peers. */
+        if (k->step < d->commit.step)
+            k->step = d->commit.step;
+        k->step += c->bug == COORDINATOR_BUG_RESET_BARELY_AHEAD ? 1 : RESET_AHEAD;
+    }
     if (k->step == 0)
         k->step = 1; /* a cold start: steps count from 1, 0 is "none yet" */
     uint64_t next = k->any_old && k->min_next < k->step ? k->min_next : k->step;
@@ -224,8 +232,14 @@ static void commit_decide(struct coordinator *c)
     if (r.n_old)
         memcpy(r.old, c->view->members, r.n_old * sizeof(*r.old));
     view->epoch = k->epoch;
-    for (uint32_t i = 0; i < view->n; i++)
-        view->members[i].draining = false;
+    for (uint32_t i = 0; i < view->n; i++) {
+        struct member *m = &view->members[i];
+        uint32_t p = members_find(c, m->id);
+        m->draining = false;
+        /* Who has promised has said before which engine it has: it may have attached since the target was made. */
+        if (p != NOBODY && c->peers[p].member.incarnation == m->incarnation && c->peers[p].engine)
+            memcpy(m->endpoint, c->peers[p].member.endpoint, sizeof(m->endpoint));
+    }
     map->version = ++d->map_version;
     expert_map_unref(view->map);
     view->map = map;
@@ -257,6 +271,9 @@ void commit_promise(struct coordinator *c, uint32_t peer, const struct msg_promi
                 incarnation = k->promised.v[i].incarnation;
     if (arrivals_add(&k->promised, peer, incarnation, promise->limit) != ARRIVAL_COUNTED)
         return;
+    core_log(c, CORE_INFO, "agent %s promises for epoch %llu to begin no step from %llu on (its next is %llu)",
+             c->peers[peer].member.id, (unsigned long long)k->epoch, (unsigned long long)promise->limit,
+             (unsigned long long)promise->next);
     if (promise->engine != PROMISE_JOINER) {
         k->any_old = true;
         k->any_running |= promise->engine == PROMISE_RUNNING;
@@ -278,7 +295,7 @@ void commit_refuse(struct coordinator *c, uint32_t peer, const struct msg_refuse
     core_log(c, CORE_WARN, "agent %s refuses epoch %llu: %s", c->peers[peer].member.id,
              (unsigned long long)k->epoch, refuse->why);
     if (k->kind == FLIP_RESET) {
-        members_evict(c, peer, "it cannot take part in the repair");
+        c->peers[peer].silent = true; /* the repair starts anew, without it if it can */
         members_lost(c, peer, refuse->why);
         return;
     }
@@ -335,7 +352,8 @@ static void commit_enter_going(struct coordinator *c)
 {
     struct commit *k = &c->commit;
     k->state = COMMIT_GOING;
-    k->deadline_ns = c->now_ns + c->config.flipped_ms * MS;
+    /* S lies a lead ahead by the fastest steps of late; the ones to come may be slower. */
+    k->deadline_ns = c->now_ns + c->config.flipped_ms * MS + (k->kind != FLIP_RESET ? 4 * k->lead_ms * MS : 0);
     arrivals_reset(&k->flipped);
     for (uint32_t i = 0; i < c->durable.open.n; i++) {
         uint32_t p = c->op.peer[i];
@@ -378,6 +396,9 @@ void commit_flipped(struct coordinator *c, uint32_t peer, const struct msg_flipp
     if (arrivals_add(&k->flipped, peer, c->peers[peer].member.incarnation, flipped->hold_ns) == ARRIVAL_COUNTED) {
         c->peers[peer].applied_epoch = flipped->epoch;
         c->changed = true;
+        core_log(c, CORE_INFO, "agent %s has flipped to epoch %llu; its engine was held %llu us",
+                 c->peers[peer].member.id, (unsigned long long)flipped->epoch,
+                 (unsigned long long)(flipped->hold_ns / 1000));
     }
     commit_check_flipped(c);
 }
@@ -416,11 +437,15 @@ void commit_hello_decided(struct coordinator *c, uint32_t peer, const struct msg
     if (promised && !(open && promised == k->epoch)) {
         bool repaired = c->durable.open.kind == OP_REPAIR && c->op.phase != PHASE_NONE && !c->op.decided &&
                         operation_party(c, peer) >= 0;
-        if (concerned && promised == r->epoch)
+        bool given_up = c->durable.ended.kind == OP_REPAIR && c->durable.ended.epoch == promised;
+        /* Whatever it has promised: the view has gone on without it. */
+        bool left_out = concerned && r->kind == FLIP_RESET && hello->engine != PROMISE_JOINER &&
+                        hello->applied_epoch < r->epoch && members_rank(c, peer) < 0;
+        if (concerned && (promised == r->epoch || left_out))
             commit_send_go(c, peer);
-        else if (!repaired) /* a repair supersedes the promise; the end of what it overtakes may not be durable yet */
+        else if (!repaired && !given_up) /* a repair supersedes the promise; the last one's end may not be durable */
             commit_send_abort(c, peer, promised);
-    } else if (!promised && concerned && hello->applied_epoch < r->epoch) {
+    } else if (!promised && concerned && hello->applied_epoch < r->epoch && hello->engine != PROMISE_JOINER) {
         commit_send_go(c, peer);
     }
 }
@@ -493,12 +518,20 @@ void commit_tick(struct coordinator *c)
     snprintf(text, sizeof(text), "no %s for epoch %llu within %u ms", going ? "FLIPPED" : "PROMISE",
              (unsigned long long)k->epoch, c->config.flipped_ms);
     k->deadline_ns = c->now_ns + c->config.flipped_ms * MS;
+    if (going && k->kind != FLIP_RESET) {
+        /* Who hangs in a step below S, and who only waits there for another, is not known here.  A RESET takes everybody
+         * out, and an engine that does not come out of its step is found by its own agent. */
+        core_names(c, set, names, sizeof(names));
+        core_log(c, CORE_ERROR, "%s: %s", names, text);
+        c->torn = true;
+        return;
+    }
     uint32_t silent[RANKS_MAX], n = 0;
     for (size_t i = 0; i < set->n && n < RANKS_MAX; i++)
         if (!set->v[i].arrived && !c->peers[set->v[i].id].gone)
             silent[n++] = set->v[i].id;
-    for (uint32_t i = 0; i < n; i++) {
-        members_evict(c, silent[i], text);
+    for (uint32_t i = 0; i < n; i++) { /* evicted by the next repair, unless they hold the only copy of an expert */
+        c->peers[silent[i]].silent = true;
         members_lost(c, silent[i], text);
     }
 }

@@ -11,6 +11,8 @@ struct peer {
     uint64_t conn;              /* 0 = not connected */
     uint64_t heard_ns;          /* connected: last message; else: when it went away */
     bool gone;                  /* its lease ended, or a newer incarnation came: nothing is expected of it */
+    bool holds;                 /* its HELLO named a view, and it has not let go since */
+    bool silent;                /* it took no part in a repair: the next one does without it, if it can */
     bool evicted;               /* this incarnation was put out of a view: it may only come back as another */
     bool engine;                /* an engine is attached */
     bool can_load;
@@ -111,6 +113,9 @@ struct coordinator {
     uint64_t commit_ns;         /* how long commits take here: the slowest of late, from PREPARE to GO; 0 = none yet */
     uint64_t grace_step;        /* no slot that was ever retired is read by a step >= this: max of all s_i and S */
     bool torn;                  /* a rank of the view or its engine died: only a RESET gets the others out of their step */
+    uint64_t torn_epoch;        /* the view in which a step failed last, or was left by an engine that is back */
+    uint64_t retried_ns, retry_ns; /* when a torn step was retried last; when the next may be */
+    uint32_t retries;           /* in a row */
     bool recovering;            /* the first step settles what the journal left open */
     uint64_t seq;
     struct pending_write *writes, **writes_end;
@@ -120,6 +125,7 @@ struct coordinator {
     uint64_t last_verify;
     uint64_t now_ns, wall_ms;
     char degraded[256];
+    uint64_t torn_ns;           /* when `torn` became true, for the log */
     bool changed;
     enum coordinator_bug bug;
     struct coordinator_actions *out; /* during a step */
@@ -221,6 +227,9 @@ void rounds_flipped(struct coordinator *c);   /* a FLIP_MAP has settled */
 
 /* core_repair.c: what a death does */
 void repair_check(struct coordinator *c);
+void repair_torn(struct coordinator *c, uint32_t peer, const struct msg_engine *engine); /* a step failed there */
+bool repair_waits(const struct coordinator *c); /* for retry_ns */
 void repair_resume(struct coordinator *c);
+void repair_committed(struct coordinator *c); /* those who are not in the view any more are put out */
 
 #endif

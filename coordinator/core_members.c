@@ -165,7 +165,10 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
         commit_peer_gone(c, peer, "connected again");
         operation_peer_gone(c, peer, "connected again");
     }
-    bool evicted = known && (p->evicted || (p->gone && members_rank(c, peer) >= 0));
+    /* Its lease may have ended while the view had to wait for it: then it is a rank as before, weights and all. */
+    bool put_out = c->commit.state == COMMIT_DECIDING && c->commit.kind == FLIP_RESET && members_rank(c, peer) >= 0 &&
+                   operation_party(c, peer) < 0; /* but not while a view without it is being written */
+    bool evicted = known && (p->evicted || put_out);
     if (!known)
         memset(p, 0, sizeof(*p));
     snprintf(p->member.id, sizeof(p->member.id), "%s", hello->id);
@@ -177,6 +180,7 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     p->conn = conn;
     p->heard_ns = c->now_ns;
     p->gone = evicted;
+    p->holds = hello->engine != PROMISE_JOINER;
     p->engine = hello->dispatch != DISPATCH_NONE;
     p->dispatch = hello->dispatch;
     p->slots = hello->slots;
@@ -188,7 +192,7 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     c->changed = true;
     if (evicted || members_stranger(c, peer, hello)) {
         p->evicted = false;
-        members_evict(c, peer, evicted ? "its lease ended and the view went on without it"
+        members_evict(c, peer, evicted ? "the view went on without it"
                                        : "it serves a view that this cluster does not know");
         p->gone = true;
         return;
@@ -214,6 +218,8 @@ void members_engine(struct coordinator *c, uint32_t peer, const struct msg_engin
     p->logical = engine->logical;
     c->changed = true;
     int rank = members_rank(c, peer);
+    if (engine->torn_epoch)
+        repair_torn(c, peer, engine);
     if (engine->attached) {
         snprintf(p->member.endpoint, sizeof(p->member.endpoint), "%s", engine->endpoint);
         core_log(c, CORE_INFO, "agent %s: engine attached", p->member.id);

@@ -160,6 +160,10 @@ void operation_scale(struct coordinator *c, uint64_t request, const struct scale
                    (unsigned long long)r->op, op_kind_name(r->kind), r->target, op_phase_name(c->op.phase));
         return;
     }
+    if (s->target == 0 && n == 0 && s->n_remove) {
+        core_reply(c, request, ERR_NOTFOUND, 0, 0, NULL, "no view is committed yet, so there is no rank to take away");
+        return;
+    }
     if (s->target == 0) {
         core_reply(c, request, ERR_INVALID, 0, 0, NULL, "0 ranks cannot serve: scale to 1 or more");
         return;
@@ -250,7 +254,12 @@ void operation_end(struct coordinator *c, enum op_outcome outcome, const char *w
         c->op.bytes_done += c->op.progress[i];
         c->op.progress[i] = 0;
     }
-    operation_phase(c, PHASE_FINISH, outcome == OUTCOME_DONE ? "done" : text);
+    char how[512];
+    snprintf(how, sizeof(how), "%s%s%s; %llu ms, moved %llu of %llu bytes, longest hold %llu us",
+             outcome == OUTCOME_DONE ? "done" : outcome == OUTCOME_ABORTED ? "aborted" : "failed", text[0] ? ": " : "", text,
+             (unsigned long long)((c->now_ns - c->op.started_ns) / 1000000), (unsigned long long)c->op.bytes_done,
+             (unsigned long long)c->op.bytes_planned, (unsigned long long)(d->open.hold_ns_max / 1000));
+    operation_phase(c, PHASE_FINISH, how);
     snprintf(d->open.why, sizeof(d->open.why), "%s", text);
     d->open.outcome = outcome;
     d->open.ended_ms = c->wall_ms;

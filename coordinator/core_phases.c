@@ -1,5 +1,6 @@
 /* From phase to phase: how an operation begins, which stage follows which, and what its commit means to it.
  * Part of the coordinator's core; pure.  The order of the phases is in core_operation.c. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -110,7 +111,7 @@ void operation_opened(struct coordinator *c, uint64_t op)
     if (c->op.accept)
         core_reply(c, c->op.accept, 0, op, OUTCOME_RUNNING, NULL, "operation %llu is accepted", (unsigned long long)op);
     c->op.accept = 0;
-    operation_phase(c, PHASE_PENDING, c->op.waits_for_agents ? "waits for agents" : "");
+    operation_phase(c, PHASE_PENDING, c->op.waits_for_agents ? "waits for agents" : "the journal has it");
     operation_peer_ready(c);
 }
 
@@ -197,7 +198,10 @@ void operation_rounds_done(struct coordinator *c)
         operation_end(c, OUTCOME_DONE, c->op.why);
         return;
     }
-    operation_phase(c, PHASE_DRAIN, "the experts have moved");
+    char names[160], why[256];
+    core_names(c, &c->op.drained, names, sizeof(names));
+    snprintf(why, sizeof(why), "the experts have moved: %s%s", names[0] ? "awaits " : "every leaver is drained", names);
+    operation_phase(c, PHASE_DRAIN, why);
     c->op.deadline_ns = c->now_ns + (c->config.drain_ms + c->config.stage_ms) * MS;
     if (arrivals_complete(&c->op.drained))
         operation_next(c);
@@ -207,6 +211,10 @@ void operation_committed(struct coordinator *c)
 {
     c->op.decided = true;
     operation_phase(c, PHASE_GO, "decided");
+    for (uint32_t i = 0; i < c->durable.open.n; i++)
+        c->peers[c->op.peer[i]].silent = false; /* everybody has promised, or was not asked */
+    if (c->durable.open.kind == OP_REPAIR)
+        repair_committed(c);
 }
 
 void operation_settled(struct coordinator *c)
@@ -216,7 +224,7 @@ void operation_settled(struct coordinator *c)
     arrivals_reset(&c->map_acks);
     c->map_announced = 0;
     if (c->durable.open.kind == OP_REPAIR)
-        c->torn = false;
+        c->torn = c->torn_epoch >= c->view->epoch; /* failed again already */
     if (c->op.phase != PHASE_GO)
         return;
     if (c->durable.open.kind == OP_SCALE_DOWN)

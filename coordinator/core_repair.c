@@ -2,11 +2,16 @@
  *
  * A rank of the view that is gone, or whose engine is gone, leaves the others inside a step that never ends.  The
  * survivors are pulled out (RESET) and go on in a view without it, if every expert still has a copy on them.  Otherwise
- * the view waits for the lost rank: its agent may come back with the weights, its engine may attach again. */
+ * the view waits for the lost rank: its agent may come back with the weights, its engine may attach again.  A step can
+ * also be torn without a loss, when engines cannot reach one another: then all of them retry it in a new view. */
 #include <stdio.h>
 #include <string.h>
 
 #include "coordinator/core_internal.h"
+
+#define REPAIR_RETRY_NS 100000000ULL      /* between two retries with the same ranks; doubled each time ... */
+#define REPAIR_RETRY_MAX_NS 10000000000ULL /* ... up to this */
+#define REPAIR_CALM_NS 60000000000ULL     /* a view that worked for so long counts as sound again */
 
 /* Ranks that can serve; *ret_whole tells that they hold every expert. */
 static uint32_t repair_survivors(struct coordinator *c, uint32_t *ret_peers, bool *ret_whole)
@@ -56,6 +61,20 @@ static bool repair_fits(const struct coordinator *c, const uint32_t *peers, uint
     return true;
 }
 
+/* Its view is torn before everybody had flipped: if it had, it may go; otherwise it may be in a step that never ends. */
+static void repair_leaver(struct coordinator *c, uint32_t peer)
+{
+    if (!arrivals_has(&c->commit.flipped, peer)) {
+        members_evict(c, peer, "its view was torn before it had left");
+        return;
+    }
+    struct msg *m = core_send(c, peer, MSG_DISMISS);
+    if (m) {
+        m->op_end.op = c->durable.open.op;
+        m->op_end.epoch = c->commit.epoch;
+    }
+}
+
 /* Whatever runs gives way.  False when it cannot yet. */
 static bool repair_clear_way(struct coordinator *c)
 {
@@ -65,9 +84,9 @@ static bool repair_clear_way(struct coordinator *c)
         operation_abort(c, ERR_ABORTED, "a rank was lost");
         return c->op.phase == PHASE_NONE;
     }
-    for (uint32_t i = 0; i < c->durable.open.n; i++)
-        if (c->commit.state == COMMIT_GOING && !c->durable.open.stays[i] && !arrivals_has(&c->commit.flipped, c->op.peer[i]))
-            members_evict(c, c->op.peer[i], "its view was torn before it had left");
+    for (uint32_t i = 0; i < c->durable.open.n && c->commit.state == COMMIT_GOING; i++)
+        if (!c->durable.open.stays[i])
+            repair_leaver(c, c->op.peer[i]);
     commit_done(&c->commit); /* a RESET is overtaken, never aborted */
     operation_end(c, c->op.decided ? OUTCOME_DONE : OUTCOME_FAILED,
                   c->op.decided ? "committed; a rank was lost before everything had settled" : "another rank was lost");
@@ -89,14 +108,82 @@ static bool repair_leaver_lost(const struct coordinator *c)
     return false;
 }
 
+/* Everybody lives, but the communicators of the view are broken: the step is retried in a new one by the same ranks. */
+void repair_torn(struct coordinator *c, uint32_t peer, const struct msg_engine *engine)
+{
+    const struct commit *k = &c->commit;
+    if (!c->view)
+        return;
+    /* Before its switch a rank reports the view that it is in; after a RESET nobody is in an older one. */
+    bool before = k->state == COMMIT_GOING && k->kind != FLIP_RESET && operation_party(c, peer) >= 0 &&
+                  !arrivals_has(&k->flipped, peer) && engine->torn_epoch < c->view->epoch;
+    bool now = engine->torn_epoch == c->view->epoch && (members_rank(c, peer) >= 0 || k->state == COMMIT_GOING);
+    if (!before && !now)
+        return;
+    core_log(c, CORE_ERROR, "agent %s: %s", c->peers[peer].member.id, engine->why);
+    c->torn = true;
+    c->torn_epoch = c->view->epoch;
+}
+
+/* A pair of engines that cannot talk to each other would otherwise be repaired in a loop. */
+bool repair_waits(const struct coordinator *c)
+{
+    return c->torn && c->now_ns < c->retry_ns;
+}
+
+static void repair_pace(struct coordinator *c)
+{
+    c->retries = c->retried_ns && c->now_ns < c->retried_ns + REPAIR_CALM_NS ? c->retries + 1 : 0;
+    c->retried_ns = c->now_ns;
+    uint64_t wait = c->retries < 7 ? REPAIR_RETRY_NS << c->retries : REPAIR_RETRY_MAX_NS;
+    c->retry_ns = c->now_ns + wait;
+}
+
+/* Only now: until the decision it may turn out that the view cannot do without it, or its engine may come back. */
+void repair_committed(struct coordinator *c)
+{
+    const struct commit_record *r = &c->durable.commit;
+    for (uint32_t k = 0; k < c->n_peers; k++) {
+        struct peer *p = &c->peers[k];
+        bool old = false;
+        for (uint32_t i = 0; i < r->n_old && !old; i++)
+            old = strcmp(r->old[i].id, p->member.id) == 0 && r->old[i].incarnation == p->member.incarnation;
+        bool leaver = p->conn && p->holds; /* of an earlier view: nobody is in those steps with it any more */
+        if (members_rank(c, k) >= 0 || (!old && !leaver))
+            continue;
+        members_evict(c, k, "the view goes on without it");
+        p->gone = true;
+    }
+}
+
+static uint32_t repair_faults(const struct coordinator *c)
+{
+    uint32_t faults = 0;
+    for (uint32_t r = 0; r < c->view->n; r++)
+        faults += setup_fault(c, r);
+    return faults;
+}
+
+/* Without those who were silent it does not go: they are asked again.  False when there are none. */
+static bool repair_ask_silent(struct coordinator *c)
+{
+    bool any = false;
+    for (uint32_t r = 0; r < c->view->n; r++) {
+        uint32_t p = members_find(c, c->view->members[r].id);
+        any |= p != NOBODY && c->peers[p].silent;
+        if (p != NOBODY)
+            c->peers[p].silent = false;
+    }
+    return any;
+}
+
 void repair_check(struct coordinator *c)
 {
-    uint32_t peers[RANKS_MAX], faults = 0, n;
+    uint32_t peers[RANKS_MAX], faults, n;
     bool whole;
     if (!c->view || c->commit.state == COMMIT_DECIDING)
         return;
-    for (uint32_t r = 0; r < c->view->n; r++)
-        faults += setup_fault(c, r);
+    faults = repair_faults(c);
     if (faults || repair_leaver_lost(c))
         c->torn = true;
     if (!c->torn) {
@@ -104,10 +191,20 @@ void repair_check(struct coordinator *c)
         return;
     }
     n = repair_survivors(c, peers, &whole);
+    if (!whole && repair_ask_silent(c)) {
+        n = repair_survivors(c, peers, &whole);
+        faults = repair_faults(c);
+    }
+    bool again = n == c->view->n && whole;
     if (c->durable.open.kind == OP_REPAIR && c->op.phase != PHASE_NONE && repair_fits(c, peers, n))
         return;
     if (c->durable.open.kind == OP_REPAIR && c->op.decided && !faults)
         return;
+    if (again && repair_waits(c)) {
+        snprintf(c->degraded, sizeof(c->degraded), "a step failed on %u ranks that are all there; it is retried soon",
+                 n);
+        return;
+    }
     if (!repair_clear_way(c))
         return;
     if (!whole) {
@@ -118,14 +215,9 @@ void repair_check(struct coordinator *c)
     if (faults)
         core_log(c, CORE_WARN, "repair: the view goes on with %u of %u ranks", n, c->view->n);
     else
-        core_log(c, CORE_WARN, "repair: every rank is back, the torn step is retried");
-    for (uint32_t r = 0; r < c->view->n; r++) {
-        uint32_t p = members_find(c, c->view->members[r].id);
-        if (setup_fault(c, r) && c->peers[p].member.incarnation == c->view->members[r].incarnation) {
-            members_evict(c, p, "the view goes on without it");
-            c->peers[p].gone = true;
-        }
-    }
+        core_log(c, CORE_WARN, "repair: every rank is there, the torn step is retried");
+    if (again)
+        repair_pace(c);
     c->degraded[0] = '\0';
     if (setup_repair(c, peers, n) < 0)
         return;

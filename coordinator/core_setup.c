@@ -9,7 +9,8 @@ bool setup_fault(const struct coordinator *c, uint32_t rank)
 {
     const struct member *m = &c->view->members[rank];
     uint32_t p = members_find(c, m->id);
-    return p == NOBODY || c->peers[p].gone || !c->peers[p].engine || c->peers[p].member.incarnation != m->incarnation;
+    return p == NOBODY || c->peers[p].gone || !c->peers[p].engine || c->peers[p].silent ||
+           c->peers[p].member.incarnation != m->incarnation;
 }
 
 static int setup_parties(struct coordinator *c, const uint32_t *peers, const uint8_t *stays, uint32_t n,
@@ -62,6 +63,8 @@ static int setup_members_ready(const struct coordinator *c, struct err *err)
             return err_set(err, ERR_UNREACHABLE, "rank %u (agent %s) is not connected: try again when it is", r,
                            c->view->members[r].id);
     }
+    if (c->torn)
+        return err_set(err, ERR_CONFLICT, "a step of the view has failed and is being repaired: try again later");
     return 0;
 }
 

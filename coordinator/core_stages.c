@@ -76,11 +76,39 @@ void operation_ask(struct coordinator *c, enum op_stage stage, uint32_t i)
     }
 }
 
+/* What a stage is, in the words of the log. */
+static const char *stage_purpose(enum op_stage stage)
+{
+    switch (stage) {
+    case STAGE_ALLOCATE: return "memory for the weights";
+    case STAGE_GROUP_ID: return "an id for the standby group";
+    case STAGE_GROUP: return "the standby group";
+    case STAGE_MAPPING: return "map and plan are checked";
+    case STAGE_WEIGHTS: return "weights move to the new ranks";
+    case STAGE_KV: return "bytes for the KV cache";
+    case STAGE_GRACE: return "the last steps that read the retired slots";
+    case STAGE_FILL: return "experts move";
+    case STAGE_DRAIN: return "requests end or are handed back";
+    case STAGE_ENGINE_PREPARE: return "engines prepare the next view";
+    case STAGE_LET_GO: return "leavers let go of weights and communicators";
+    case STAGE_MAX: break;
+    }
+    return "?";
+}
+
 /* Asks everybody whom the stage concerns; operation_next follows when all have answered. */
 void operation_stage(struct coordinator *c, enum op_phase phase, enum op_stage stage)
 {
     struct operation *op = &c->op;
-    operation_phase(c, phase, "");
+    char names[160], why[256];
+    arrivals_reset(&op->stage);
+    for (uint32_t i = 0; i < c->durable.open.n; i++)
+        if (operation_concerns(c, stage, i) &&
+            arrivals_expect(&op->stage, op->peer[i], c->durable.open.parties[i].incarnation) < 0)
+            abort();
+    core_names(c, &op->stage, names, sizeof(names));
+    snprintf(why, sizeof(why), "%s: %s%s", stage_purpose(stage), names[0] ? "awaits " : "nobody is concerned", names);
+    operation_phase(c, phase, why);
     op->stage_kind = stage;
     op->stage_attempt++;
     bool moves = stage == STAGE_WEIGHTS || stage == STAGE_FILL || stage == STAGE_ALLOCATE;
@@ -89,11 +117,6 @@ void operation_stage(struct coordinator *c, enum op_phase phase, enum op_stage s
         op->bytes_done += op->progress[i];
         op->progress[i] = 0;
     }
-    arrivals_reset(&op->stage);
-    for (uint32_t i = 0; i < c->durable.open.n; i++)
-        if (operation_concerns(c, stage, i) &&
-            arrivals_expect(&op->stage, op->peer[i], c->durable.open.parties[i].incarnation) < 0)
-            abort();
     for (uint32_t i = 0; i < c->durable.open.n && stage != STAGE_LET_GO; i++)
         if (operation_concerns(c, stage, i))
             operation_ask(c, stage, i);
@@ -118,6 +141,8 @@ void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg
     struct operation *op = &c->op;
     struct op_record *r = &c->durable.open;
     int party = operation_party(c, peer);
+    if (d->stage == STAGE_LET_GO && d->code == 0)
+        c->peers[peer].holds = false;
     if (party < 0 || d->op != r->op)
         return;
     const char *id = c->peers[peer].member.id;

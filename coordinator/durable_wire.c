@@ -12,17 +12,9 @@ SAME(PB__OP_OUTCOME__DONE, OUTCOME_DONE);
 SAME(PB__OP_OUTCOME__ABORTED, OUTCOME_ABORTED);
 SAME(PB__OP_OUTCOME__FAILED, OUTCOME_FAILED);
 
-static void *record_new(const ProtobufCMessageDescriptor *type)
-{
-    ProtobufCMessage *pb = malloc(type->sizeof_message);
-    if (pb)
-        protobuf_c_message_init(type, pb);
-    return pb;
-}
-
 Pb__OpRecord *op_record_to_pb(const struct op_record *record)
 {
-    Pb__OpRecord *pb = record_new(&pb__op_record__descriptor);
+    Pb__OpRecord *pb = pb_new(&pb__op_record__descriptor);
     if (!pb)
         return NULL;
     pb->op = record->op;
@@ -89,7 +81,7 @@ int op_record_from_pb(const Pb__OpRecord *pb, struct op_record *ret_record, stru
 
 Pb__JournalCommit *commit_record_to_pb(const struct commit_record *record)
 {
-    Pb__JournalCommit *pb = record_new(&pb__journal_commit__descriptor);
+    Pb__JournalCommit *pb = pb_new(&pb__journal_commit__descriptor);
     if (!pb)
         return NULL;
     pb->epoch = record->epoch;

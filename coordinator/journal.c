@@ -122,7 +122,8 @@ static int folder_sync(const char *path, struct err *err)
 static int folder_make(const char *dir, struct err *err)
 {
     if (mkdir(dir, 0700) < 0)
-        return errno == EEXIST ? 0 : err_set(err, ERR_IO, "cannot make the state folder %s: %s", dir, strerror(errno));
+        return errno == EEXIST ? 0 : err_set(err, ERR_IO, "cannot make the state folder %s: %s; --state names another one",
+                                                     dir, strerror(errno));
     char copy[PATH_BYTES];
     snprintf(copy, sizeof copy, "%s", dir);
     return folder_sync(dirname(copy), err);
@@ -134,7 +135,8 @@ static int journal_lock(struct journal *j, const char *dir, struct err *err)
     snprintf(path, sizeof path, "%s/journal.lock", dir);
     j->lock_fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (j->lock_fd < 0)
-        return err_set(err, ERR_IO, "cannot open %s: %s", path, strerror(errno));
+        return err_set(err, ERR_IO, "cannot write in the state folder, %s: %s; --state names another one", path,
+                       strerror(errno));
     if (flock(j->lock_fd, LOCK_EX | LOCK_NB) < 0)
         return errno == EWOULDBLOCK
                    ? err_set(err, ERR_CONFLICT, "the state folder %s is in use by another coordinator", dir)

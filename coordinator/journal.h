@@ -35,7 +35,7 @@ int journal_load(struct journal *j, struct durable *ret_durable, bool *ret_found
 int journal_write(struct journal *j, const struct durable *durable, unsigned parts, struct err *err) MUST_CHECK;
 
 /* Newest first, at most max.  The record is borrowed during the callback; false from it stops.  May be called while
- * writes are queued. */
+ * writes are queued; waits for the one that is being synced, and so sees it. */
 int journal_history(struct journal *j, unsigned max, bool (*each)(void *user, const struct op_record *record),
                     void *user, struct err *err) MUST_CHECK;
 

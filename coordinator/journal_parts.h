@@ -20,7 +20,7 @@ struct journal_batch {
 int journal_put(MDB_txn *txn, MDB_dbi dbi, const struct journal_batch *batch, size_t n);
 int journal_put_cluster(MDB_txn *txn, MDB_dbi dbi, const char *cluster);
 
-/* *ret_cluster: RPC_NAME_MAX bytes; ERR_NOTFOUND in a journal that is new. */
+/* *ret_cluster: `size` bytes; ERR_NOTFOUND in a journal that is new. */
 int journal_get_cluster(MDB_txn *txn, MDB_dbi dbi, char *ret_cluster, size_t size, struct err *err) MUST_CHECK;
 int journal_get(MDB_txn *txn, MDB_dbi dbi, struct durable *ret_durable, bool *ret_found, struct err *err) MUST_CHECK;
 int journal_get_history(MDB_txn *txn, MDB_dbi dbi, unsigned max,

@@ -87,10 +87,9 @@ static int record_remove(MDB_txn *txn, MDB_dbi dbi, const char *key)
 
 static Pb__JournalMeta *meta_to_pb(const struct durable *d)
 {
-    Pb__JournalMeta *pb = malloc(sizeof *pb);
+    Pb__JournalMeta *pb = pb_new(&pb__journal_meta__descriptor);
     if (!pb)
         return NULL;
-    pb__journal_meta__init(pb);
     pb->epoch = d->epoch;
     pb->map_version = d->map_version;
     pb->op = d->op;
@@ -99,10 +98,9 @@ static Pb__JournalMeta *meta_to_pb(const struct durable *d)
 
 int journal_put_cluster(MDB_txn *txn, MDB_dbi dbi, const char *cluster)
 {
-    Pb__JournalCluster *pb = malloc(sizeof *pb);
+    Pb__JournalCluster *pb = pb_new(&pb__journal_cluster__descriptor);
     if (!pb)
         return ENOMEM;
-    pb__journal_cluster__init(pb);
     pb->name = strdup(cluster);
     if (!pb->name) {
         pb_free(pb);

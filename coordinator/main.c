@@ -1,6 +1,5 @@
 /* eep-coordinator: options, signals, systemd.  What it does is in server.c and core.c. */
 #include <argp.h>
-#include <errno.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdlib.h>
@@ -8,6 +7,7 @@
 #include <unistd.h>
 
 #include "common/daemon.h"
+#include "common/options.h"
 #include "common/version.h"
 #include "coordinator/server.h"
 
@@ -22,7 +22,7 @@ struct options {
     struct coordinator_config core;
 };
 
-enum { KEY_USAGE = 0x7fff, KEY_HELP = 'h', KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
+enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_FOREGROUND, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
@@ -53,7 +53,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "at most %d addresses to listen on", LISTEN_MAX);
         o->listen[o->n_listen++] = arg;
         return 0;
-    case KEY_STATE: o->state = arg; return 0;
+    case KEY_STATE:
+        if (!*arg)
+            argp_error(state, "--state needs the name of a folder");
+        o->state = arg;
+        return 0;
     case KEY_CLUSTER: o->cluster = arg; return 0;
     case KEY_INSECURE: o->insecure = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
@@ -62,13 +66,6 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (log_level_parse(arg, &o->level) < 0)
             argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
         return 0;
-    case KEY_HELP:
-        argp_state_help(state, stdout,
-                        ARGP_HELP_SHORT_USAGE | ARGP_HELP_LONG | ARGP_HELP_DOC | ARGP_HELP_EXIT_OK);
-        return 0;
-    case KEY_USAGE:
-        argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
-        return 0;
     case ARGP_KEY_ARG:
         argp_error(state, "unexpected argument '%s'", arg);
         return 0;
@@ -76,14 +73,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         break;
     }
     if (key < KEY_NUMBER || key >= KEY_NUMBER + (int)N_NUMBERS)
-        return ARGP_ERR_UNKNOWN;
+        return options_help(key, state);
     const struct number *n = &numbers[key - KEY_NUMBER];
-    char *end;
-    errno = 0;
-    unsigned long value = strtoul(arg, &end, 10);
-    if (errno || end == arg || *end || strchr(arg, '-') || value < n->min || value > n->max)
-        argp_error(state, "--%s must be a whole number from %u to %u, not '%s'", n->name, n->min, n->max, arg);
-    *(uint32_t *)((char *)&o->core + n->offset) = (uint32_t)value;
+    char what[32];
+    snprintf(what, sizeof what, "--%s", n->name);
+    *(uint32_t *)((char *)&o->core + n->offset) = (uint32_t)options_number(state, what, arg, n->min, n->max);
     return 0;
 }
 
@@ -99,8 +93,7 @@ static void parse_options(int argc, char **argv, struct options *o)
         {"cluster", KEY_CLUSTER, "NAME", 0, "only agents of this cluster are taken (default eep)", 0},
         {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 0},
         {"foreground", KEY_FOREGROUND, 0, 0, "stay in the foreground (always so)", 0},
-        {"help", KEY_HELP, 0, 0, "show this help", -1},
-        {"usage", KEY_USAGE, 0, OPTION_HIDDEN, "", -1},
+        OPTIONS_HELP(-1),
     };
     const size_t n_fixed = sizeof fixed / sizeof fixed[0];
     struct argp_option all[sizeof fixed / sizeof fixed[0] + N_NUMBERS + 2] = {0};
@@ -199,6 +192,7 @@ static int serve(struct process *p, const struct options *o, struct err *err)
         if (event_base_dispatch(p->base) < 0)
             rc = err_set(err, ERR_IO, "the event loop failed");
     }
+    daemon_signals_hold(); /* libevent gives them their default back */
     for (size_t i = 0; i < n; i++) {
         if (events[i])
             event_free(events[i]);
@@ -224,8 +218,11 @@ int main(int argc, char **argv)
     struct process p = {.base = event_base_new(), .log = log_new("eep-coordinator", o.cluster, o.level, -1)};
     int rc = p.base && p.log ? serve(&p, &o, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     if (rc < 0) {
-        log_event(p.log, LOG_LEVEL_ERROR, "failed", "code=%s why=%s", err_code_name(err.code), err.text);
-        fprintf(stderr, "eep-coordinator: %s\n", err.text);
+        /* once: a sentence for a person, an event for a collector of logs */
+        if (isatty(2))
+            fprintf(stderr, "eep-coordinator: %s\n", err.text);
+        else
+            log_event(p.log, LOG_LEVEL_ERROR, "failed", "code=%s why=%s", err_code_name(err.code), err.text);
     }
     server_close(p.server);
     if (rc == 0)

@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/address.h"
 #include "common/clock.h"
 #include "common/daemon.h"
 #include "common/topology_wire.h"
@@ -69,8 +70,8 @@ static void perform(struct server *s, struct coordinator_action *a)
         log_phase(s, a);
         break;
     case CA_LOG:
-        log_event(s->log, (enum log_level)a->level, "note", "epoch=%llu what=%s", (unsigned long long)a->epoch,
-                  a->text);
+        log_event(s->log, (enum log_level)a->level, "note", "epoch=%llu op=%llu what=%s",
+                  (unsigned long long)a->epoch, (unsigned long long)a->op, a->text);
         break;
     }
 }
@@ -122,14 +123,29 @@ static void on_journal(evutil_socket_t fd, short what, void *user)
 
 /* ---- connections ---- */
 
+/* Two agents that were given one id must not push each other out for ever: the first one stays, and the other is told.
+ * A restarted agent finds its former connection closed; one whose host vanished, after its lease. */
+static int check_agent_alone(const struct server *s, const struct rpc_identity *peer, struct err *err)
+{
+    const struct session *session, *next;
+    HASH_ITER(hh, s->sessions, session, next) {
+        const struct rpc_identity *other = rpc_conn_peer(session->conn);
+        if (session->role == RPC_ROLE_AGENT && strcmp(other->agent, peer->agent) == 0 &&
+            other->incarnation != peer->incarnation)
+            return err_set(err, ERR_CONFLICT, "an %s is connected already: every agent needs an --id of its own",
+                           rpc_conn_name(session->conn));
+    }
+    return 0;
+}
+
 static int on_hello(void *user, struct rpc_conn *conn, const struct rpc_identity *peer, struct err *err)
 {
-    (void)user, (void)conn;
+    (void)conn;
     switch (peer->role) {
     case RPC_ROLE_AGENT:
         if (!name_valid(peer->agent) || !peer->incarnation)
             return err_set(err, ERR_INVALID, "an agent needs an id of [A-Za-z0-9._-] and an incarnation");
-        return 0;
+        return check_agent_alone(user, peer, err);
     case RPC_ROLE_OPERATOR:
     case RPC_ROLE_READER:
         return 0;
@@ -153,7 +169,7 @@ static void on_ready(void *user, struct rpc_conn *conn)
     session->role = rpc_conn_peer(conn)->role;
     HASH_ADD(hh, s->sessions, id, sizeof session->id, session);
     rpc_conn_set_user(conn, session);
-    log_event(s->log, session->role == RPC_ROLE_AGENT ? LOG_LEVEL_INFO : LOG_LEVEL_DEBUG, "connected",
+    log_event(s->log, LOG_LEVEL_DEBUG, "connected", /* an agent's HELLO is what counts: the core logs it */
               "conn=%llu peer=%s software=%s", (unsigned long long)session->id, rpc_conn_name(conn),
               rpc_conn_peer(conn)->software);
 }
@@ -210,6 +226,10 @@ static int check_listen(const struct server_config *config, struct err *err)
     if (!config->n_listen)
         return err_set(err, ERR_INVALID, "no address to listen on");
     for (size_t i = 0; i < config->n_listen; i++) {
+        struct address address;
+        int rc = address_parse(config->listen[i], &address, err);
+        if (rc < 0)
+            return rc;
         if (!config->insecure && !daemon_address_is_local(config->listen[i]))
             return err_set(err, ERR_DENIED,
                            "will not listen on %s: connections are neither encrypted nor authenticated; "

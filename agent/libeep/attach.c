@@ -13,10 +13,11 @@
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "agent/libeep/internal.h"
+#include "common/clock.h"
+#include "common/rpc.h"
 
 #define ATTACH_TIMEOUT_MS 5000
 #define DEFAULT_MAX_RANKS 64u
@@ -179,23 +180,16 @@ static int attach_send(struct eep *eep, const struct eep_options *options, struc
     return link_send(eep, &up, err);
 }
 
-static int64_t now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
-
 static int frame_wait(struct eep *eep, struct engine_frame *ret_frame, struct err *err)
 {
-    int64_t deadline = now_ms() + ATTACH_TIMEOUT_MS;
+    uint64_t deadline_ms = clock_now_ms() + ATTACH_TIMEOUT_MS;
     for (;;) {
         int rc = engine_reader_next(&eep->reader, ENGINE_FRAME_DOWN, ret_frame, err);
         if (rc != 0)
             return rc < 0 ? rc : 0;
-        int64_t left = deadline - now_ms();
+        int left = clock_left_ms(deadline_ms);
         struct pollfd p = {.fd = eep->sock, .events = POLLIN};
-        int n = left > 0 ? poll(&p, 1, (int)left) : 0;
+        int n = left > 0 ? poll(&p, 1, left) : 0;
         if (n == 0)
             return err_set(err, ERR_TIMEOUT, "the agent did not answer within %d ms", ATTACH_TIMEOUT_MS);
         if (n < 0 && errno != EINTR)
@@ -246,7 +240,7 @@ static int handshake(struct eep *eep, const struct eep_options *options, struct 
     Eep__Engine__EngineDown *down =
         (Eep__Engine__EngineDown *)engine_frame_unpack(&eep__engine__engine_down__descriptor, &frame);
     rc = attached_take(eep, down, &frame, err);
-    engine_frame_free(down ? &down->base : NULL);
+    rpc_unpack_free(down ? &down->base : NULL);
     engine_frame_done(&frame);
     return rc;
 }

@@ -31,9 +31,9 @@ struct eep;
 enum eep_dispatch { EEP_DISPATCH_SOURCE_ROUTED = 1, EEP_DISPATCH_REPLICATED = 2 };
 
 enum eep_event_kind {
-    EEP_EVENT_REGIONS = 1, /* the weights are allocated and mapped: eep_tensor / eep_regions work from now on; contents
-                              are valid only in slots that the maps of a committed view name */
-    EEP_EVENT_LOAD,        /* cold start of an engine that seals its own layout: allocate, fill `map`'s slots, eep_seal */
+    EEP_EVENT_REGIONS = 1, /* the weights are allocated and mapped: eep_model_get, eep_tensor_get, eep_maps_get work
+                              from now on; contents are valid only in slots that the maps of a committed view name */
+    EEP_EVENT_LOAD,        /* cold start of an engine that seals its own layout: allocate, fill load_map's slots, eep_seal */
     EEP_EVENT_PREPARE,     /* build communicators for `view` in the background; answer eep_prepared(op, attempt) */
     EEP_EVENT_ABORT,       /* drop what was prepared for `op` */
     EEP_EVENT_DRAIN,       /* finish or hand back requests within deadline_ms; answer eep_drained */
@@ -109,7 +109,8 @@ struct eep_tensor {
 /* By name; an expert part is "layers.<moe layer>.experts.<part>". */
 EEP_API int eep_tensor_get(struct eep *eep, const char *name, struct eep_tensor *ret_tensor);
 
-/* Producing a layout (between EEP_EVENT_LOAD and eep_seal).  Regions are memory of the agent. */
+/* Producing a layout (between EEP_EVENT_LOAD and eep_seal).  Regions are memory of the agent.  eep_region_alloc and
+ * eep_seal block until the agent has answered, one call at a time; not from the event callback. */
 struct eep_region_spec {
     const char *name;
     bool expert;
@@ -122,11 +123,11 @@ struct eep_region_spec {
 EEP_API int eep_region_alloc(struct eep *eep, const struct eep_region_spec *spec, void **ret_data);
 EEP_API int eep_tensor_add(struct eep *eep, const char *region, const char *name, uint64_t offset, const char *dtype,
                            uint32_t dims, const uint64_t *shape);
-/* All regions are filled: the agent takes digests.  A layout whose transform of one expert depends on other experts must
- * not be sealed.  config may be NULL. */
+/* All regions are filled: the agent takes digests of all of it, which takes as long as reading it once.  A layout whose
+ * transform of one expert depends on other experts must not be sealed.  config may be NULL. */
 EEP_API int eep_seal(struct eep *eep, const char *config);
 
-/* ---- answers to events ---- */
+/* ---- answers to events; they block only while the agent does not read (at most 5 s) ---- */
 EEP_API int eep_prepared(struct eep *eep, uint64_t op, uint64_t attempt, int code, const char *why); /* code 0 = yes */
 EEP_API int eep_drained(struct eep *eep);
 EEP_API int eep_released(struct eep *eep); /* unmaps the regions */

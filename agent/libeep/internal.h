@@ -148,7 +148,7 @@ void *receive_main(void *eep);
 void wake_stepping(struct eep *eep);
 /* Tells the agent that no step of the revoked view runs any more, if nobody has told it yet. */
 bool left_step_claim(struct eep *eep);
-void left_step_send(struct eep *eep, uint64_t step);
+void left_step_send(struct eep *eep, uint64_t step, uint64_t failed_view); /* 0: it did not fail by itself */
 
 /* ---- view.c; under lock ---- */
 void commit_add(struct eep *eep, struct commit *commit);

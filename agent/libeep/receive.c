@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "agent/libeep/internal.h"
+#include "common/rpc.h"
 
 void wake_stepping(struct eep *eep)
 {
@@ -30,10 +31,12 @@ bool left_step_claim(struct eep *eep)
     return atomic_load(&eep->left_owed) && atomic_exchange(&eep->left_owed, false);
 }
 
-void left_step_send(struct eep *eep, uint64_t step)
+void left_step_send(struct eep *eep, uint64_t step, uint64_t failed_view)
 {
     Eep__Engine__LeftStep body = EEP__ENGINE__LEFT_STEP__INIT;
     body.step = step;
+    body.has_failed_view = failed_view != 0;
+    body.failed_view = failed_view;
     Eep__Engine__EngineUp up = EEP__ENGINE__ENGINE_UP__INIT;
     up.body_case = EEP__ENGINE__ENGINE_UP__BODY_LEFT_STEP;
     up.left_step = &body;
@@ -59,7 +62,7 @@ static void on_revoke(struct eep *eep, const Eep__Engine__Revoke *m)
     pthread_mutex_unlock(&eep->lock);
     atomic_store(&eep->left_owed, true);
     if (!atomic_load(&eep->in_step) && left_step_claim(eep))
-        left_step_send(eep, atomic_load(&eep->page->intent));
+        left_step_send(eep, atomic_load(&eep->page->intent), 0);
     wake_stepping(eep);
     if (current)
         say(eep, (struct eep_event){.kind = EEP_EVENT_REVOKE, .epoch = m->epoch, .text = m->why});
@@ -284,7 +287,7 @@ static int drain_socket(struct eep *eep, struct err *err)
         Eep__Engine__EngineDown *down =
             (Eep__Engine__EngineDown *)engine_frame_unpack(&eep__engine__engine_down__descriptor, &frame);
         rc = down ? dispatch(eep, down, &frame, err) : err_set(err, ERR_PROTOCOL, "a malformed message from the agent");
-        engine_frame_free(down ? &down->base : NULL);
+        rpc_unpack_free(down ? &down->base : NULL);
         engine_frame_done(&frame);
         if (rc)
             return rc;

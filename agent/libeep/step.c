@@ -15,17 +15,10 @@
 #include <limits.h>
 #include <poll.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "agent/libeep/internal.h"
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
+#include "common/clock.h"
 
 /* This thread is the only writer of these. */
 static void add(_Atomic uint64_t *word, uint64_t n)
@@ -234,7 +227,7 @@ static void wait_for_wake(struct eep *eep, int timeout_ms)
 static void hold_begin(struct eep *eep)
 {
     if (!eep->step.hold_since_ns)
-        eep->step.hold_since_ns = now_ns();
+        eep->step.hold_since_ns = clock_now_ns();
     state_show(eep, PAGE_ENGINE_HELD);
 }
 
@@ -262,7 +255,7 @@ static int idle_left(int timeout_ms, uint64_t *deadline_ns)
 {
     if (timeout_ms <= 0)
         return timeout_ms;
-    uint64_t now = now_ns();
+    uint64_t now = clock_now_ns();
     if (!*deadline_ns)
         *deadline_ns = now + (uint64_t)timeout_ms * 1000000u;
     uint64_t left = *deadline_ns > now ? (*deadline_ns - now + 999999u) / 1000000u : 0;
@@ -292,7 +285,7 @@ static bool flip_take(struct eep *eep)
     boundary_lock(eep);
     while (!(view = commit_take(eep, eep->step.gate.view)) && !atomic_load(&eep->dead)) {
         if (!eep->step.hold_since_ns)
-            eep->step.hold_since_ns = now_ns();
+            eep->step.hold_since_ns = clock_now_ns();
         boundary_wait(eep);
     }
     pthread_mutex_unlock(&eep->lock);
@@ -312,7 +305,7 @@ static int begun(struct eep *eep, bool flip, bool wave_start, struct eep_step *r
         return eep_fail_dead(eep);
     }
     s->state = PAGE_ENGINE_RUNNING;
-    s->began_ns = now_ns();
+    s->began_ns = clock_now_ns();
     uint64_t held = hold_end(eep, s->began_ns);
     if (flip) {
         atomic_store(&eep->page->last_hold_ns, held);
@@ -338,14 +331,14 @@ static enum gate_verdict gate_pass(struct eep *eep, bool has_work, bool *ret_fli
     enum gate_verdict verdict = gate_announce(eep->page, &s->gate, has_work);
     if (verdict == GATE_RUN) {
         if (flip_due(eep)) /* whoever sees the new view in the page shall find its hold there */
-            atomic_store(&eep->page->last_hold_ns, s->hold_since_ns ? now_ns() - s->hold_since_ns : 0);
+            atomic_store(&eep->page->last_hold_ns, s->hold_since_ns ? clock_now_ns() - s->hold_since_ns : 0);
         verdict = gate_check(eep->page, &s->gate, ret_flip, ret_wave_start);
     }
     if (verdict != GATE_RUN) {
         atomic_store(&eep->in_step, false);
         if (left_step_claim(eep)) {
             count_syscall(eep);
-            left_step_send(eep, atomic_load(&eep->page->intent));
+            left_step_send(eep, atomic_load(&eep->page->intent), 0);
         }
     }
     return verdict;
@@ -400,19 +393,19 @@ int eep_step_begin(struct eep *eep, void *stream, bool has_work, int timeout_ms,
 
 /* ---- end ---- */
 
-static void step_left(struct eep *eep, uint64_t step, bool always)
+static void step_left(struct eep *eep, uint64_t step, uint64_t failed_view)
 {
     atomic_store(&eep->in_step, false);
-    if (left_step_claim(eep) || always) {
+    if (left_step_claim(eep) || failed_view) {
         count_syscall(eep);
-        left_step_send(eep, step);
+        left_step_send(eep, step, failed_view);
     }
 }
 
 static void duration_add(struct eep *eep)
 {
     struct stepping *s = &eep->step;
-    s->recent[s->n_recent++ % STEP_RECENT] = now_ns() - s->began_ns;
+    s->recent[s->n_recent++ % STEP_RECENT] = clock_now_ns() - s->began_ns;
     unsigned n = s->n_recent < STEP_RECENT ? s->n_recent : STEP_RECENT;
     uint64_t least = s->recent[0];
     for (unsigned i = 1; i < n; i++)
@@ -441,7 +434,7 @@ int eep_step_end(struct eep *eep, void *stream, bool any_work)
     gate_complete(eep->page, &eep->step.gate, any_work);
     add(&eep->steps, 1);
     notify_if_done(eep, step);
-    step_left(eep, step, false);
+    step_left(eep, step, 0);
     return 0;
 }
 
@@ -453,6 +446,6 @@ int eep_step_failed(struct eep *eep)
     eep->step.broken_view = eep->step.gate.view;
     gate_fail(eep->page, &eep->step.gate);
     notify_if_done(eep, step);
-    step_left(eep, step, true);
+    step_left(eep, step, eep->step.broken_view); /* the agent knows whether it was revoked */
     return 0;
 }

@@ -1,18 +1,17 @@
 /* eepctl's options: the global ones, and the glue that gives every command -h and them. */
+#include "common/options.h"
 #include "coordinator/eepctl/ctl.h"
 
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { KEY_HELP = 'h', KEY_COORDINATOR = 'c', KEY_OUTPUT = 'o', KEY_USAGE = 0x7fff };
+enum { KEY_COORDINATOR = 'c', KEY_OUTPUT = 'o' };
 
 static const struct argp_option global_options[] = {
     {"coordinator", KEY_COORDINATOR, "ADDR", 0,
      "unix:/path or host:port (default $EEP_COORDINATOR, else unix:/run/eep/coordinator.sock)", 0},
     {"output", KEY_OUTPUT, "FORMAT", 0, "table (default) or json", 0},
-    {"help", KEY_HELP, 0, 0, "show this help", 0},
-    {"usage", KEY_USAGE, 0, OPTION_HIDDEN, "", 0},
+    OPTIONS_HELP(0),
     {0},
 };
 
@@ -31,15 +30,8 @@ static error_t global_parse(int key, char *arg, struct argp_state *state)
         else
             argp_error(state, "unknown output format '%s': use table or json", arg);
         return 0;
-    case KEY_HELP:
-        argp_state_help(state, stdout,
-                        ARGP_HELP_SHORT_USAGE | ARGP_HELP_LONG | ARGP_HELP_DOC | ARGP_HELP_EXIT_OK);
-        return 0;
-    case KEY_USAGE:
-        argp_state_help(state, stdout, ARGP_HELP_USAGE | ARGP_HELP_EXIT_OK);
-        return 0;
     default:
-        return ARGP_ERR_UNKNOWN;
+        return options_help(key, state);
     }
 }
 
@@ -87,25 +79,14 @@ void ctl_parse(struct ctl *ctl, const struct argp *argp, int argc, char **argv, 
         exit(CTL_USAGE);
 }
 
-static uint64_t parse_number(struct argp_state *state, const char *what, const char *text, uint64_t min, uint64_t max)
-{
-    char *end;
-    errno = 0;
-    unsigned long long value = strtoull(text, &end, 10);
-    if (errno || end == text || *end || strchr(text, '-') || value < min || value > max)
-        argp_error(state, "%s must be a whole number from %llu to %llu, not '%s'", what, (unsigned long long)min,
-                   (unsigned long long)max, text);
-    return value;
-}
-
 uint32_t ctl_parse_u32(struct argp_state *state, const char *what, const char *text, uint32_t min, uint32_t max)
 {
-    return (uint32_t)parse_number(state, what, text, min, max);
+    return (uint32_t)options_number(state, what, text, min, max);
 }
 
 uint64_t ctl_parse_u64(struct argp_state *state, const char *what, const char *text)
 {
-    return parse_number(state, what, text, 1, UINT64_MAX);
+    return options_number(state, what, text, 1, UINT64_MAX);
 }
 
 uint32_t ctl_parse_seconds_ms(struct argp_state *state, const char *what, const char *text)

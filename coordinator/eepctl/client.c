@@ -13,7 +13,7 @@ int client_connect(struct ctl *ctl, struct err *err)
     snprintf(self.software, sizeof self.software, "eepctl %s", EEP_SOFTWARE);
     int rc = rpc_client_connect(ctl->coordinator, &self, &pb__control__descriptor, CLIENT_CONNECT_MS, &ctl->client,
                                 err);
-    if (rc == ERR_UNREACHABLE || rc == ERR_TIMEOUT) {
+    if (rc == ERR_UNREACHABLE || rc == ERR_TIMEOUT || rc == ERR_NOTFOUND) { /* not found: the host's name */
         struct err why = *err;
         return err_set(err, ERR_UNREACHABLE,
                        "the coordinator cannot be reached at %s: %s; is eep-coordinator running there? "

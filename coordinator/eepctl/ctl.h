@@ -66,7 +66,6 @@ uint32_t ctl_parse_seconds_ms(struct argp_state *state, const char *what, const 
 /* ---- errors (output.c) ---- */
 /* "eepctl: <sentence>" to stderr; returns the exit code that goes with it. */
 int ctl_fail(const struct err *err);
-int ctl_exit_code(int code);
 
 /* ---- output (output.c) ---- */
 void ctl_print_json(json_t *value);                 /* takes the reference */
@@ -88,7 +87,6 @@ int ctl_follow(struct ctl *ctl, uint64_t op, uint32_t timeout_ms);
 #define CTL_LOST_MS 60000
 #define CTL_RETRY_MS 250
 void ctl_sleep_ms(unsigned ms);
-uint64_t ctl_now_ms(void); /* monotonic */
 
 /* ---- scaling (scale.c), for scale and drain ---- */
 struct scale_options {

@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "coordinator/eepctl/client.h"
 
 struct follow {
@@ -22,13 +23,6 @@ struct follow {
     char shown[512];      /* what was written last, when it is not */
     uint64_t received_ms; /* when the last state came */
 };
-
-uint64_t ctl_now_ms(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
-}
 
 void ctl_sleep_ms(unsigned ms)
 {
@@ -52,10 +46,10 @@ static void progress_note(struct follow *f, const char *text)
 
 static void progress_show(struct follow *f, const Pb__Operation *op)
 {
-    char done[32], planned[32], age[32];
+    char done[32], planned[32], age[32], left[32];
     char *line = NULL;
     size_t size = 0;
-    uint64_t age_ms = op->phase_age_ms + (ctl_now_ms() - f->received_ms);
+    uint64_t waited_ms = clock_now_ms() - f->received_ms, age_ms = op->phase_age_ms + waited_ms;
     FILE *out = open_memstream(&line, &size);
     if (!out)
         return;
@@ -69,8 +63,15 @@ static void progress_show(struct follow *f, const Pb__Operation *op)
                     ctl_bytes(op->bytes_planned, planned, sizeof planned));
         fprintf(out, ", %s", ctl_duration(age_ms * 1000000, age, sizeof age));
     }
-    if (*op->awaited && (f->live || age_ms >= AWAITED_LATE_MS))
+    if (*op->awaited && (f->live || age_ms >= AWAITED_LATE_MS)) {
         fprintf(out, ", awaiting %s", op->awaited);
+        if (op->has_deadline_in_ms && f->live)
+            fprintf(out, " for at most %s",
+                    ctl_duration((op->deadline_in_ms > waited_ms ? op->deadline_in_ms - waited_ms : 0) * 1000000, left, sizeof left));
+        else if (op->has_deadline_in_ms) /* a line that stays: no number that runs */
+            fprintf(out, " until its deadline, %s after the phase began",
+                    ctl_duration((op->phase_age_ms + op->deadline_in_ms + 50) / 100 * 100000000, left, sizeof left));
+    }
     fclose(out);
     if (f->live) {
         fprintf(stderr, "\r\033[K%.120s", line);
@@ -89,6 +90,10 @@ static int follow_ended(struct follow *f, const Pb__Operation *op)
         ctl_print_json(ctl_json(&op->base));
     else
         ctl_print_operation(op, stdout);
+    if (op->outcome == PB__OP_OUTCOME__ABORTED)
+        fprintf(stderr, "eepctl: operation %llu was aborted and rolled back: %s\n", (unsigned long long)op->op, op->why);
+    else if (op->outcome != PB__OP_OUTCOME__DONE)
+        fprintf(stderr, "eepctl: operation %llu failed: %s\n", (unsigned long long)op->op, op->why);
     switch (op->outcome) {
     case PB__OP_OUTCOME__DONE: return CTL_OK;
     case PB__OP_OUTCOME__ABORTED: return CTL_ABORTED;
@@ -106,7 +111,7 @@ static void say_how_to_go_on(const struct follow *f)
 /* Waits for a frame, a signal or the deadline.  0 to go on, otherwise an exit code. */
 static int follow_wait(struct follow *f, int fd, unsigned at_most_ms)
 {
-    uint64_t now = ctl_now_ms();
+    uint64_t now = clock_now_ms();
     int wait = (int)at_most_ms;
     if (f->deadline_ms != UINT64_MAX) {
         uint64_t left = f->deadline_ms > now ? f->deadline_ms - now : 0;
@@ -120,7 +125,7 @@ static int follow_wait(struct follow *f, int fd, unsigned at_most_ms)
         say_how_to_go_on(f);
         return CTL_STILL_RUNNING;
     }
-    if (ctl_now_ms() >= f->deadline_ms) {
+    if (clock_now_ms() >= f->deadline_ms) {
         progress_clear(f);
         fputs("eepctl: stopped waiting: the time given by --timeout is over\n", stderr);
         say_how_to_go_on(f);
@@ -157,7 +162,7 @@ static int follow_stream(struct follow *f, struct err *err)
         if (rc == 1) {
             rpc_unpack_free(last ? &last->base : NULL);
             last = op;
-            f->received_ms = ctl_now_ms();
+            f->received_ms = clock_now_ms();
             f->op = op->op;
             if (f->lost_ms)
                 progress_note(f, "eepctl: the coordinator is back");
@@ -186,7 +191,7 @@ int ctl_follow(struct ctl *ctl, uint64_t op, uint32_t timeout_ms)
     struct follow f = {.ctl = ctl, .op = op, .deadline_ms = UINT64_MAX};
     f.live = isatty(STDERR_FILENO) && term && strcmp(term, "dumb") != 0;
     if (timeout_ms)
-        f.deadline_ms = ctl_now_ms() + timeout_ms;
+        f.deadline_ms = clock_now_ms() + timeout_ms;
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, SIGINT);
@@ -199,7 +204,7 @@ int ctl_follow(struct ctl *ctl, uint64_t op, uint32_t timeout_ms)
     bool had = ctl->client != NULL;
     while ((status = follow_stream(&f, &err)) < 0) {
         client_drop(ctl);
-        uint64_t now = ctl_now_ms();
+        uint64_t now = clock_now_ms();
         if (!had && !f.op) { /* never had a connection: nothing to wait for */
             status = ctl_fail(&err);
             break;

@@ -5,7 +5,7 @@
 
 #include "coordinator/eepctl/ctl.h"
 
-int ctl_exit_code(int code)
+static int exit_code(int code)
 {
     switch (code) {
     case ERR_OK: return CTL_OK;
@@ -21,7 +21,7 @@ int ctl_exit_code(int code)
 int ctl_fail(const struct err *err)
 {
     fprintf(stderr, "eepctl: %s\n", err->text);
-    return ctl_exit_code(err->code);
+    return exit_code(err->code);
 }
 
 void ctl_print_json(json_t *value)
@@ -253,8 +253,12 @@ void ctl_print_operation(const Pb__Operation *op, FILE *out)
             fprintf(out, "%s %s %s", i ? "," : "", op->phases[i]->phase, ctl_duration(op->phases[i]->ns, a, sizeof a));
         fputc('\n', out);
     }
-    if (*op->awaited)
-        fprintf(out, "  awaited: %s\n", op->awaited);
+    if (*op->awaited && op->outcome == PB__OP_OUTCOME__RUNNING) {
+        fprintf(out, "  awaited: %s, since %s ago", op->awaited, ctl_duration(op->phase_age_ms * 1000000, a, sizeof a));
+        if (op->has_deadline_in_ms)
+            fprintf(out, ", for at most %s more", ctl_duration(op->deadline_in_ms * 1000000, a, sizeof a));
+        fputc('\n', out);
+    }
 }
 
 void ctl_print_plan(const Pb__PlanSummary *plan, FILE *out)

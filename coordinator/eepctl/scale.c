@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/clock.h"
 #include "common/rand.h"
 #include "common/topology_wire.h"
 #include "coordinator/eepctl/client.h"
@@ -94,8 +95,8 @@ static int scale_call(struct ctl *ctl, const Pb__ScaleRequest *request, Pb__Scal
             return rc;
         client_drop(ctl);
         if (!lost)
-            lost = ctl_now_ms();
-        else if (ctl_now_ms() - lost >= CTL_LOST_MS)
+            lost = clock_now_ms();
+        else if (clock_now_ms() - lost >= CTL_LOST_MS)
             return rc;
         ctl_sleep_ms(CTL_RETRY_MS); /* the key makes a second sending harmless */
     }

@@ -34,8 +34,10 @@ static void print_members(const Pb__ViewStatus *view, const Pb__AgentsReply *age
         const Pb__Agent *a = agent_find(agents, m->id);
         table_cell(&table, "%zu", r);
         table_cell(&table, "%s", m->id);
-        table_cell(&table, "%s%s", a ? state_name(a->state) : "unknown",
-                   m->draining ? ", draining" : a && !a->connected ? ", disconnected" : "");
+        if (a && !a->connected && a->state != PB__AGENT_STATE__LOST)
+            table_cell(&table, "%s, away: lost in %.1f s", state_name(a->state), (double)a->lease_left_ms / 1e3);
+        else
+            table_cell(&table, "%s%s", a ? state_name(a->state) : "unknown", m->draining ? ", draining" : "");
         table_cell(&table, "%s", a && a->engine ? "attached" : "none");
         table_cell(&table, "%s", m->endpoint);
         table_cell(&table, "%llu", (unsigned long long)(a ? a->applied_epoch : 0));
@@ -119,7 +121,7 @@ int cmd_agents(struct ctl *ctl, int argc, char **argv)
         ctl_print_json(ctl_json(&agents->base));
     } else {
         struct table table;
-        table_init(&table, (const char *const[]){"AGENT", "STATE", "RANK", "CONNECTED", "ENGINE", "NODE", "ADDRESS",
+        table_init(&table, (const char *const[]){"AGENT", "STATE", "RANK", "CONNECTED", "LEASE", "ENGINE", "NODE", "ADDRESS",
                                                  "EPOCH", "INCARNATION", NULL});
         for (size_t i = 0; i < agents->n_agents; i++) {
             const Pb__Agent *a = agents->agents[i];
@@ -129,10 +131,11 @@ int cmd_agents(struct ctl *ctl, int argc, char **argv)
                 table_cell(&table, "%d", a->rank);
             else
                 table_cell(&table, "-");
-            if (a->connected)
-                table_cell(&table, "yes");
+            table_cell(&table, "%s", a->connected ? "yes" : "no");
+            if (a->state == PB__AGENT_STATE__LOST)
+                table_cell(&table, "ended");
             else
-                table_cell(&table, "no, lease %llu ms", (unsigned long long)a->lease_left_ms);
+                table_cell(&table, "%.1f s", (double)a->lease_left_ms / 1e3);
             table_cell(&table, "%s", a->engine ? "attached" : "none");
             table_cell(&table, "%u", a->member->node);
             table_cell(&table, "%s", a->member->address);

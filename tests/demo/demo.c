@@ -4,9 +4,11 @@
  * happens, and ends with a report.  Exit 0 only if every request completed with exactly the reference's tokens, every
  * scale operation succeeded, every slot verified, and every process ended cleanly. */
 #include <argp.h>
+#include <errno.h>
 #include <jansson.h>
 #include <math.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +25,7 @@
 
 struct demo {
     struct cluster cluster;
+    char bin[256]; /* folder of the programs */
     const char *model, *layout, *dispatch;
     int step_ms, concurrency, settle_ms;
     bool keep, tty;
@@ -82,6 +85,29 @@ static const char *megabytes(uint64_t bytes, char *text, size_t size)
 
 /* ---- the live view ---- */
 
+static size_t demo_width(const struct demo *d)
+{
+    struct winsize size = {0};
+    if (!d->tty || ioctl(1, TIOCGWINSZ, &size) < 0 || size.ws_col == 0)
+        return 100;
+    return size.ws_col;
+}
+
+/* A line of the view.  On a terminal it is cut, not wrapped: what is drawn again goes up by lines of the screen. */
+static void __attribute__((format(printf, 2, 3))) demo_line(struct demo *d, const char *fmt, ...)
+{
+    char text[512];
+    va_list ap;
+    va_start(ap, fmt);
+    vsnprintf(text, sizeof(text), fmt, ap);
+    va_end(ap);
+    size_t width = demo_width(d);
+    if (d->tty && width < sizeof(text))
+        text[width - 1] = '\0';
+    printf("%s\n", text);
+    d->lines++;
+}
+
 static void demo_clear(struct demo *d)
 {
     for (; d->tty && d->lines > 0; d->lines--)
@@ -104,16 +130,15 @@ static void demo_show(struct demo *d, const char *title)
                  s->view->members[i]->draining ? "(leaving)" : "");
     const Pb__Operation *op = s && s->op_running ? s->op : NULL;
     if (op)
-        printf("  %-34s %-15s %s of %s%s%s\n", title, op->phase, megabytes(op->bytes_done, a, sizeof(a)),
-               megabytes(op->bytes_planned, b, sizeof(b)), op->awaited[0] ? "  awaits " : "", op->awaited);
+        demo_line(d, "  %-26s %-15s %s of %s%s%s", title, op->phase, megabytes(op->bytes_done, a, sizeof(a)),
+                  megabytes(op->bytes_planned, b, sizeof(b)), op->awaited[0] ? "  awaits " : "", op->awaited);
     else
-        printf("  %-34s serving\n", title);
-    printf("  epoch %-3llu map %-4llu ranks:%s\n", s ? (unsigned long long)s->view->epoch : 0ULL,
-           s ? (unsigned long long)s->view->map_version : 0ULL, ranks);
-    printf("  requests: %.0f issued, %.0f completed, %.0f wrong; longest gap between two tokens %.1f ms\n",
-           number(feeder, "issued"), number(feeder, "completed"), number(feeder, "wrong"),
-           number(feeder, "longest_gap_ms"));
-    d->lines = 3;
+        demo_line(d, "  %-26s serving", title);
+    demo_line(d, "  epoch %-3llu map %-4llu ranks:%s", s ? (unsigned long long)s->view->epoch : 0ULL,
+              s ? (unsigned long long)s->view->map_version : 0ULL, ranks);
+    demo_line(d, "  requests: %.0f issued, %.0f done, %.0f wrong; longest gap between tokens %.1f ms",
+              number(feeder, "issued"), number(feeder, "completed"), number(feeder, "wrong"),
+              number(feeder, "longest_gap_ms"));
     fflush(stdout);
 out:
     json_decref(feeder);
@@ -158,7 +183,7 @@ static int demo_scale(struct demo *d, const char *title, const char *to, const c
     r->seconds = (double)(cluster_now_ms() - begin) / 1000;
     r->exit_code = code;
     r->status = demo_status(d);
-    printf("  %-34s %s in %.2f s\n", title, code == 0 ? "done" : "FAILED", r->seconds);
+    printf("  %-26s %s in %.2f s\n", title, code == 0 ? "done" : "FAILED", r->seconds);
     fflush(stdout);
     if (code != 0) {
         char *text = cluster_read(&d->cluster, "scale.log");
@@ -184,6 +209,8 @@ static int demo_verify(struct demo *d)
 {
     char out[1024];
     int code = cluster_ctl(&d->cluster, out, sizeof(out), "verify", NULL);
+    if (interrupted)
+        return -1;
     printf("  eepctl verify: %s%s", out, strchr(out, '\n') ? "" : "\n");
     return code;
 }
@@ -191,26 +218,34 @@ static int demo_verify(struct demo *d)
 static int demo_run(struct demo *d, json_t **ret_base, json_t **ret_report, int *ret_feeder)
 {
     struct cluster *c = &d->cluster;
-    struct cluster_options o = {.model = d->model,
+    struct cluster_options o = {.bin = d->bin,
+                                .model = d->model,
                                 .agents = 4,
                                 .loaders = 2,
                                 .layout = d->layout,
                                 .dispatch = d->dispatch,
                                 .step_ms = d->step_ms,
+                                .interrupted = &interrupted,
                                 .coordinator_args = {"--slots", "8", NULL}};
     if (cluster_start(c, &o) < 0 || cluster_all_start(c) < 0)
         return -1;
     if (cluster_wait_agents(c, 4, 15000) < 0) {
-        fprintf(stderr, "the agents and engines did not come up within 15 s; see %s (run with --keep)\n", c->dir);
+        if (!interrupted) {
+            fprintf(stderr, "the agents and engines did not come up within 15 s; the last line of each log:\n");
+            cluster_logs_show(c);
+        }
         return -1;
     }
-    printf("started: a coordinator, 4 agents and their engines; only gpu0 and gpu1 can read the checkpoint\n");
+    printf("started: a coordinator, 4 agents, 4 engines; only gpu0 and gpu1 read the model\n");
     if (demo_scale(d, "cold start on 2 ranks", "2", NULL) < 0)
         return -1;
     if (demo_feed(d, (const char *[]){"--duration", "4", NULL}) < 0 || demo_pause(d, "unscaled run, to compare", 4200) < 0)
         return -1;
     if (cluster_feeder_wait(c, 30000) != 0) {
-        fprintf(stderr, "the unscaled run failed; see feeder.log (run with --keep)\n");
+        if (!interrupted) {
+            fprintf(stderr, "the unscaled run failed; the last line of each log:\n");
+            cluster_logs_show(c);
+        }
         return -1;
     }
     *ret_base = demo_json(d, "report.json");
@@ -219,7 +254,7 @@ static int demo_run(struct demo *d, json_t **ret_base, json_t **ret_report, int 
     static const struct {
         const char *title, *to, *remove;
     } steps[] = {{"scale --to 4", "4", NULL},
-                 {"scale --to 3 (rank 1 leaves)", "3", "gpu1"},
+                 {"scale --to 3 (gpu1 leaves)", "3", "gpu1"},
                  {"scale --to 2", "2", NULL},
                  {"scale --to 4 again", "4", NULL}};
     for (size_t i = 0; i < sizeof(steps) / sizeof(steps[0]); i++)
@@ -239,11 +274,34 @@ static int by_value(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
+/* Each operation's phases, on as many lines as the terminal's width needs. */
+static void report_phases(const struct demo *d)
+{
+    size_t width = demo_width(d);
+    printf("\n  time of each phase, ms\n");
+    for (int i = 0; i < d->n_results; i++) {
+        const Pb__Operation *op = d->results[i].status ? d->results[i].status->op : NULL;
+        size_t column = (size_t)printf("  %-26s", d->results[i].title);
+        for (size_t k = 0; op && k < op->n_phases; k++) {
+            char text[64];
+            size_t len = (size_t)snprintf(text, sizeof(text), " %s %.1f", op->phases[k]->phase,
+                                          (double)op->phases[k]->ns / 1e6);
+            if (op->phases[k]->ns < 100000)
+                continue;
+            if (column + len > width)
+                column = (size_t)printf("\n%28s", "") - 1;
+            printf("%s", text);
+            column += len;
+        }
+        printf("\n");
+    }
+}
+
 static void report_operations(struct demo *d)
 {
     double holds[STEPS_MAX];
     int n = 0;
-    printf("\n  operation                           total   moved      bound      arrivals (bound)   longest pause\n");
+    printf("\n  %-26s %-6s %-9s %-9s %-13s %s\n", "operation", " total", "moved", "bound", "arrivals", "pause");
     for (int i = 0; i < d->n_results; i++) {
         const Pb__StatusReply *s = d->results[i].status;
         const Pb__Operation *op = s ? s->op : NULL;
@@ -261,24 +319,17 @@ static void report_operations(struct demo *d)
                      (unsigned long long)(p->arrivals_before + p->arrivals_after), up ? "fill" : "hard",
                      (unsigned long long)least);
         }
-        printf("  %-34s %5.2f s  %-10s %-10s %-18s %.3f ms\n", d->results[i].title, d->results[i].seconds,
+        printf("  %-26s %4.2f s %-9s %-9s %-13s %.3f ms\n", d->results[i].title, d->results[i].seconds,
                megabytes(op->bytes_done, moved, sizeof(moved)), bound, arrivals, (double)op->hold_ns_max / 1e6);
         if (i > 0)
             holds[n++] = (double)op->hold_ns_max / 1e6;
     }
     qsort(holds, (size_t)n, sizeof(holds[0]), by_value);
     if (n)
-        printf("\n  pause of an engine (held between two steps), over %d scale operations: longest %.3f ms, median %.3f ms\n",
+        printf("\n  pause of an engine (held between two steps), over %d scale operations:\n"
+               "            longest %.3f ms, median %.3f ms\n",
                n, holds[n - 1], holds[n / 2]);
-    printf("\n  time of each phase, ms\n");
-    for (int i = 0; i < d->n_results; i++) {
-        const Pb__Operation *op = d->results[i].status ? d->results[i].status->op : NULL;
-        printf("  %-34s", d->results[i].title);
-        for (size_t k = 0; op && k < op->n_phases; k++)
-            if (op->phases[k]->ns >= 100000)
-                printf(" %s %.1f", op->phases[k]->phase, (double)op->phases[k]->ns / 1e6);
-        printf("\n");
-    }
+    report_phases(d);
 }
 
 static bool demo_report(struct demo *d, const json_t *base, const json_t *report, int feeder)
@@ -286,11 +337,11 @@ static bool demo_report(struct demo *d, const json_t *base, const json_t *report
     double issued = number(report, "issued"), completed = number(report, "completed"), wrong = number(report, "wrong");
     bool good = feeder == 0 && issued > 0 && completed == issued && wrong == 0;
     printf("\nreport\n");
-    printf("  requests: %.0f issued, %.0f completed, %.0f token for token equal to the reference; %.0f moved to "
-           "another rank\n",
+    printf("  requests: %.0f issued, %.0f completed, %.0f token for token equal to the reference;\n"
+           "            %.0f moved to another rank\n",
            issued, completed, completed - wrong, number(report, "handed_back") + number(report, "refused") + number(report, "lost"));
-    printf("  longest gap between two tokens of one request: %.1f ms while scaling, %.1f ms unscaled; median %.1f and "
-           "%.1f ms\n",
+    printf("  longest gap between two tokens of one request: %.1f ms while scaling,\n"
+           "            %.1f ms unscaled; median %.1f and %.1f ms\n",
            number(report, "longest_gap_ms"), number(base, "longest_gap_ms"), number(report, "median_gap_ms"),
            number(base, "median_gap_ms"));
     report_operations(d);
@@ -312,6 +363,24 @@ static const struct argp_option options[] = {
     {0},
 };
 
+static int number_option(struct argp_state *state, const char *name, const char *text, int min, int max)
+{
+    char *end;
+    errno = 0;
+    long value = strtol(text, &end, 10);
+    if (errno || end == text || *end || value < min || value > max)
+        argp_error(state, "--%s must be a whole number from %d to %d, not '%s'", name, min, max, text);
+    return (int)value;
+}
+
+static const char *word_option(struct argp_state *state, const char *name, const char *text, const char *one,
+                               const char *other)
+{
+    if (strcmp(text, one) != 0 && strcmp(text, other) != 0)
+        argp_error(state, "--%s must be %s or %s, not '%s'", name, one, other, text);
+    return text;
+}
+
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct demo *d = state->input;
@@ -320,27 +389,65 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         d->model = arg;
         break;
     case 'l':
-        d->layout = arg;
+        d->layout = word_option(state, "layout", arg, "loader", "fused");
         break;
     case 'd':
-        d->dispatch = arg;
+        d->dispatch = word_option(state, "dispatch", arg, "source", "replicated");
         break;
     case 's':
-        d->step_ms = atoi(arg);
+        d->step_ms = number_option(state, "step-ms", arg, 0, 10000);
         break;
     case 'c':
-        d->concurrency = atoi(arg);
+        d->concurrency = number_option(state, "concurrency", arg, 1, 1000);
         break;
     case 't':
-        d->settle_ms = atoi(arg);
+        d->settle_ms = number_option(state, "settle-ms", arg, 0, 3600000);
         break;
     case 'k':
         d->keep = true;
+        break;
+    case ARGP_KEY_ARG:
+        argp_error(state, "unexpected argument '%s'", arg);
         break;
     default:
         return ARGP_ERR_UNKNOWN;
     }
     return 0;
+}
+
+/* Before anything is started: a sentence now instead of a time-out later. */
+static int demo_check(struct demo *d)
+{
+    static const char *const files[] = {"config.json", "reference.safetensors"};
+    char path[4096];
+    for (size_t i = 0; i < sizeof(files) / sizeof(files[0]); i++) {
+        if (snprintf(path, sizeof(path), "%s/%s", d->model, files[i]) < (int)sizeof(path) && access(path, R_OK) == 0)
+            continue;
+        fprintf(stderr, "eep-demo: cannot read %s/%s: %s; --model names a checkpoint folder with its reference (run "
+                        "from the root of the source tree for the default)\n", d->model, files[i], strerror(errno));
+        return -1;
+    }
+    if (snprintf(path, sizeof(path), "%s/eep-coordinator", d->bin) >= (int)sizeof(path) || access(path, X_OK) != 0) {
+        fprintf(stderr, "eep-demo: cannot run %s/eep-coordinator: %s; run `make`, or set EEP_BIN to the folder of the "
+                        "programs\n", d->bin, strerror(errno));
+        return -1;
+    }
+    return 0;
+}
+
+/* $EEP_BIN, or where this program was built: <bin>/tests/eep-demo. */
+static void demo_find_bin(struct demo *d)
+{
+    const char *env = getenv("EEP_BIN");
+    ssize_t n = env ? snprintf(d->bin, sizeof(d->bin), "%s", env) : readlink("/proc/self/exe", d->bin, sizeof(d->bin) - 1);
+    if (env || n <= 0)
+        return;
+    d->bin[n] = '\0';
+    for (int i = 0; i < 2; i++) {
+        char *slash = strrchr(d->bin, '/');
+        if (slash)
+            *slash = '\0';
+    }
 }
 
 int main(int argc, char **argv)
@@ -355,6 +462,9 @@ int main(int argc, char **argv)
                      .tty = isatty(1) && getenv("TERM") && strcmp(getenv("TERM"), "dumb") != 0};
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &d);
+    demo_find_bin(&d);
+    if (demo_check(&d) < 0)
+        return 2;
     struct sigaction sa = {.sa_handler = on_signal};
     sigaction(SIGINT, &sa, NULL);
     sigaction(SIGTERM, &sa, NULL);
@@ -382,7 +492,7 @@ int main(int argc, char **argv)
     if (interrupted)
         return 128 + (int)interrupted;
     good = good && bad == 0;
-    printf("\n%s\n", good ? "good: every request completed with exactly the reference's tokens, and nothing is left behind"
+    printf("\n%s\n", good ? "good: all requests have exactly the reference's tokens; nothing is left behind"
                           : "NOT GOOD");
     return good ? 0 : 1;
 }

@@ -5,6 +5,7 @@
  *
  * A step that fails because its view was revoked costs nothing but time: nothing of it was kept.  Any other failure of
  * a step ends the process with a sentence; the agent sees the engine go, and the others are told. */
+#include "common/clock.h"
 #include "tests/engine/engine.h"
 
 #include <errno.h>
@@ -62,7 +63,7 @@ static int engine_bind(struct engine *e, struct err *err)
 
 static int engine_load(struct engine *e, const int32_t *map, uint32_t layers, uint32_t slots, struct err *err)
 {
-    uint64_t began = mesh_now_ms();
+    uint64_t began = clock_now_ms();
     int rc = e->source.config ? layout_seal(e->eep, &e->source, map, layers, slots, err)
                               : err_set(err, ERR_UNSUPPORTED, "asked to load, but no checkpoint was given");
     if (rc == ERR_ABORTED) {
@@ -71,7 +72,7 @@ static int engine_load(struct engine *e, const int32_t *map, uint32_t layers, ui
     }
     if (rc)
         return rc;
-    log_event(e->log, LOG_LEVEL_INFO, "sealed", "layers=%u slots=%u ms=%" PRIu64, layers, slots, mesh_now_ms() - began);
+    log_event(e->log, LOG_LEVEL_INFO, "sealed", "layers=%u slots=%u ms=%" PRIu64, layers, slots, clock_now_ms() - began);
     return engine_bind(e, err);
 }
 
@@ -112,7 +113,7 @@ static void engine_drain(struct engine *e, const struct noted *n)
 {
     if (e->drained_said)
         return;
-    if (e->batch.n > 0 && mesh_now_ms() < n->drain_until_ms)
+    if (e->batch.n > 0 && clock_now_ms() < n->drain_until_ms)
         return;
     log_event(e->log, LOG_LEVEL_INFO, "drained", "handed_back=%u", e->batch.n);
     batch_hand_back(&e->batch, "draining");
@@ -283,7 +284,7 @@ static int engine_attach(struct engine *e, struct err *err)
         o.moe_layers = e->source.shape.layers;
         o.logical_experts = e->source.shape.experts;
     }
-    uint64_t deadline_ms = mesh_now_ms() + e->options.attach_ms;
+    uint64_t deadline_ms = clock_now_ms() + e->options.attach_ms;
     for (;;) {
         /* Straight into place: events may come before this returns. */
         int rc = eep_attach(&o, &e->eep);
@@ -292,7 +293,7 @@ static int engine_attach(struct engine *e, struct err *err)
         pthread_mutex_lock(&e->lock);
         bool stop = e->stop;
         pthread_mutex_unlock(&e->lock);
-        if (stop || mesh_now_ms() >= deadline_ms)
+        if (stop || clock_now_ms() >= deadline_ms)
             return err_set(err, stop ? ERR_ABORTED : rc, "cannot attach: %s", eep_last_error());
         nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
     }

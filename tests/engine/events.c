@@ -4,6 +4,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "tests/engine/engine.h"
 #include "tests/engine/mesh_private.h"
 
@@ -38,7 +39,7 @@ static void note(struct engine *e, const struct eep_event *event)
         break;
     case EEP_EVENT_DRAIN:
         e->draining = e->drain_new = true;
-        e->drain_until_ms = mesh_now_ms() + event->deadline_ms;
+        e->drain_until_ms = clock_now_ms() + event->deadline_ms;
         break;
     case EEP_EVENT_RELEASE:
         e->release = true;

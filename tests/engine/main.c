@@ -1,11 +1,11 @@
 /* eep-engine: the reference engine for the host.  A test instrument: it serves a small mixture-of-experts model over
  * libeep, slowly and exactly.  This file: options. */
 #include <argp.h>
-#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/options.h"
 #include "tests/engine/engine.h"
 
 enum {
@@ -45,17 +45,6 @@ static const struct argp_option option_table[] = {
     {0},
 };
 
-static uint64_t number(struct argp_state *state, const char *text, uint64_t min, uint64_t max)
-{
-    char *end;
-    errno = 0;
-    unsigned long long v = strtoull(text, &end, 10);
-    if (errno || end == text || *end || text[0] == '-' || v < min || v > max)
-        argp_error(state, "'%s' is not a number from %llu to %llu", text, (unsigned long long)min,
-                   (unsigned long long)max);
-    return v;
-}
-
 /* Which of two words. */
 static int word(struct argp_state *state, const char *text, const char *zero, const char *one)
 {
@@ -87,22 +76,22 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         o->dispatch = word(state, arg, "source", "replicated") ? EEP_DISPATCH_REPLICATED : EEP_DISPATCH_SOURCE_ROUTED;
         return 0;
     case KEY_STEP:
-        o->step_ms = (uint32_t)number(state, arg, 0, 60000);
+        o->step_ms = (uint32_t)options_number(state, "--step-ms", arg, 0, 60000);
         return 0;
     case KEY_STALL:
-        o->stall_ms = (uint32_t)number(state, arg, 100, 3600000);
+        o->stall_ms = (uint32_t)options_number(state, "--stall-ms", arg, 100, 3600000);
         return 0;
     case KEY_ATTACH:
-        o->attach_ms = (uint32_t)number(state, arg, 0, 3600000);
+        o->attach_ms = (uint32_t)options_number(state, "--attach-ms", arg, 0, 3600000);
         return 0;
     case KEY_BATCH:
-        o->max_batch = (uint32_t)number(state, arg, 1, BATCH_MAX);
+        o->max_batch = (uint32_t)options_number(state, "--max-batch", arg, 1, BATCH_MAX);
         return 0;
     case KEY_PREFILL:
-        o->prefill = (uint32_t)number(state, arg, 1, 4096);
+        o->prefill = (uint32_t)options_number(state, "--prefill", arg, 1, 4096);
         return 0;
     case KEY_KV:
-        o->kv_bytes = number(state, arg, 1, UINT64_MAX - 1);
+        o->kv_bytes = options_number(state, "--kv-bytes", arg, 1, UINT64_MAX - 1);
         return 0;
     case KEY_LOG:
         if (log_level_parse(arg, &o->log_level))

@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include "common/clock.h"
 #include "tests/engine/mesh_private.h"
 
 #define MESH_MAGIC     0x4853454du /* "MESH" */
@@ -190,7 +191,7 @@ static int exchange_loop(struct exchange *x, struct pollfd *polls, struct err *e
         int rc = exchange_turn(x, polls, &open, err);
         if (rc || open == 0)
             return rc;
-        uint64_t now = mesh_now_ms();
+        uint64_t now = clock_now_ms();
         if (now >= x->deadline_ms)
             return exchange_timeout(x, err);
         polls[n] = (struct pollfd){.fd = x->wait->revoke_fd, .events = POLLIN};
@@ -210,7 +211,7 @@ int mesh_exchange(struct mesh *mesh, const struct mesh_stamp *stamp, const struc
                   struct mesh_bytes *out, struct mesh_bytes *in, struct err *err)
 {
     struct pollfd polls[mesh->n + 2];
-    struct exchange x = {mesh, stamp, wait, out, in, mesh_now_ms() + wait->limit_ms, false};
+    struct exchange x = {mesh, stamp, wait, out, in, clock_now_ms() + wait->limit_ms, false};
     for (uint32_t r = 0; r < mesh->n; r++) {
         struct mesh_link *l = &mesh->link[r];
         memset(&l->tx, 0, sizeof l->tx);

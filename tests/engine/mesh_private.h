@@ -22,6 +22,5 @@ struct mesh {
     struct mesh_link *link;  /* [n] */
     struct mesh_peer *peers; /* [n] */
 };
-uint64_t mesh_now_ms(void);
 
 #endif

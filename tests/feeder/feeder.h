@@ -84,8 +84,6 @@ struct feeder {
     uint64_t status_ms;
     int exit_code;
 };
-uint64_t now_ns(void);
-uint64_t now_ms(void);
 
 /* watch.c */
 int watch_open(struct feeder *f, struct err *err) MUST_CHECK;

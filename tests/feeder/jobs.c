@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/clock.h"
 #include "tests/feeder/feeder.h"
 
 #define REFUSED_BACK_OFF_MS 20
@@ -98,7 +99,7 @@ void jobs_pump(struct feeder *f)
                 continue;
             *job = (struct job){.number = f->figures.issued,
                                 .prompt = (uint32_t)(f->figures.issued % f->prompts),
-                                .issued_ns = now_ns()};
+                                .issued_ns = clock_now_ns()};
             if (!job_send(f, job))
                 return;
             job->active = true;
@@ -133,7 +134,7 @@ static void job_retry(struct job *job, uint64_t *counter)
 static void job_token(struct feeder *f, struct job *job, const json_t *o)
 {
     const json_t *token = json_object_get(o, "token"), *index = json_object_get(o, "index");
-    uint64_t now = now_ns();
+    uint64_t now = clock_now_ns();
     char why[128];
     int32_t want = job->got < f->options.max_tokens ? f->greedy[(size_t)job->prompt * f->greedy_tokens + job->got] : -1;
     if (!json_is_integer(token) || json_integer_value(token) != want || !json_is_integer(index) ||

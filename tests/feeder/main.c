@@ -5,25 +5,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "tests/feeder/feeder.h"
 
 #define TICK_MS   20
 #define STATUS_MS 200
-
-uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-uint64_t now_ms(void)
-{
-    return now_ns() / 1000000;
-}
 
 enum {
     KEY_COORDINATOR = 256,
@@ -119,7 +107,7 @@ static void stop_issuing(struct feeder *f, uint64_t now)
 static void on_signal(evutil_socket_t fd, short what, void *user)
 {
     (void)fd, (void)what;
-    stop_issuing(user, now_ns());
+    stop_issuing(user, clock_now_ns());
 }
 
 static void on_tick(evutil_socket_t fd, short what, void *user)
@@ -127,14 +115,14 @@ static void on_tick(evutil_socket_t fd, short what, void *user)
     (void)fd, (void)what;
     struct feeder *f = user;
     const struct feeder_options *o = &f->options;
-    uint64_t now = now_ns();
+    uint64_t now = clock_now_ns();
     if ((o->duration_ms && now - f->began_ns >= o->duration_ms * 1000000) ||
         (o->requests && f->figures.issued >= o->requests) || (o->until_file && access(o->until_file, F_OK) == 0))
         stop_issuing(f, now);
     watch_tick(f);
     jobs_pump(f);
-    if (now_ms() >= f->status_ms) {
-        f->status_ms = now_ms() + STATUS_MS;
+    if (clock_now_ms() >= f->status_ms) {
+        f->status_ms = clock_now_ms() + STATUS_MS;
         status_write(f);
     }
     /* a signal may have come after `now` was read */
@@ -191,7 +179,7 @@ int main(int argc, char **argv)
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &f.options);
     signal(SIGPIPE, SIG_IGN);
-    f.began_ns = now_ns();
+    f.began_ns = clock_now_ns();
     int rc = feeder_open(&f, &err);
     if (rc == 0) {
         event_base_dispatch(f.base);

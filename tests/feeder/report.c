@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "common/clock.h"
 #include "tests/feeder/feeder.h"
 
 static void samples_add(struct samples *s, uint64_t ns)
@@ -84,7 +85,7 @@ static json_t *counts(const struct feeder *f)
                      "failed", (json_int_t)g->failed, "in_flight", (json_int_t)jobs_active(f), "tokens",
                      (json_int_t)g->tokens, "handed_back", (json_int_t)g->handed_back, "refused",
                      (json_int_t)g->refused, "lost", (json_int_t)g->lost, "longest_gap_ms", ms(g->longest_ns),
-                     "elapsed_s", (double)(now_ns() - f->began_ns) / 1e9, "epoch", (json_int_t)f->epoch, "ranks",
+                     "elapsed_s", (double)(clock_now_ns() - f->began_ns) / 1e9, "epoch", (json_int_t)f->epoch, "ranks",
                      (json_int_t)f->ranks, "views", (json_int_t)g->views);
 }
 
@@ -108,7 +109,7 @@ int report_write(struct feeder *f, struct err *err)
                   samples_quantile(&g->gaps, 0.5), "p99_gap_ms", samples_quantile(&g->gaps, 0.99),
                   "median_request_longest_gap_ms", samples_quantile(&g->request_gaps, 0.5), "longest_first_token_ms",
                   ms(g->longest_first_ns), "longest_gap_request", (json_int_t)g->longest_request, "tokens_per_s",
-                  (double)g->tokens * 1e9 / (double)(now_ns() - f->began_ns + 1), "watch_losses",
+                  (double)g->tokens * 1e9 / (double)(clock_now_ns() - f->began_ns + 1), "watch_losses",
                   (json_int_t)g->watch_losses, "first_error", g->first_error);
     if (o && more)
         json_object_update(o, more);

@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 
 #include "common/address.h"
+#include "common/clock.h"
 #include "tests/feeder/feeder.h"
 
 #define LINE_MAX_BYTES   (1u << 20)
@@ -136,7 +137,7 @@ void targets_update(struct feeder *f, const char *const *endpoints, const bool *
 struct target *target_pick(struct feeder *f)
 {
     struct target *best = NULL;
-    uint64_t now = now_ms();
+    uint64_t now = clock_now_ms();
     for (uint32_t i = 0; i < f->n_targets; i++) {
         struct target *t = f->targets[i];
         if (!t->in_view || !t->serving || t->draining || now < t->not_before_ms)
@@ -161,7 +162,7 @@ int target_send(struct target *t, const char *line)
 
 void target_back_off(struct target *t, uint64_t ms)
 {
-    t->not_before_ms = now_ms() + ms;
+    t->not_before_ms = clock_now_ms() + ms;
 }
 
 void targets_free(struct feeder *f)

@@ -6,6 +6,7 @@
 #include "common/control_methods.h"
 #include "common/version.h"
 #include "control.pb-c.h"
+#include "common/clock.h"
 #include "tests/feeder/feeder.h"
 
 #define RECONNECT_MS 200
@@ -42,7 +43,7 @@ static void watch_drop(struct feeder *f)
         rpc_conn_close(f->conn);
     f->conn = NULL;
     f->watching = false;
-    f->reconnect_ms = now_ms() + RECONNECT_MS;
+    f->reconnect_ms = clock_now_ms() + RECONNECT_MS;
 }
 
 static void on_frame(void *user, struct rpc_conn *conn, const struct frame *frame)
@@ -70,7 +71,7 @@ static void on_close(void *user, struct rpc_conn *conn, int code, const char *re
     }
     f->conn = NULL;
     f->watching = false;
-    f->reconnect_ms = now_ms() + RECONNECT_MS;
+    f->reconnect_ms = clock_now_ms() + RECONNECT_MS;
 }
 
 static int watch_connect(struct feeder *f, struct err *err)
@@ -92,8 +93,8 @@ int watch_open(struct feeder *f, struct err *err)
 void watch_tick(struct feeder *f)
 {
     struct err err;
-    if (!f->conn && now_ms() >= f->reconnect_ms && watch_connect(f, &err)) {
-        f->reconnect_ms = now_ms() + RECONNECT_MS;
+    if (!f->conn && clock_now_ms() >= f->reconnect_ms && watch_connect(f, &err)) {
+        f->reconnect_ms = clock_now_ms() + RECONNECT_MS;
         fprintf(stderr, "eep-feeder: %s\n", err.text);
     }
 }

@@ -93,6 +93,22 @@ int cluster_wait(pid_t *pid, int timeout_ms)
     }
 }
 
+static bool cluster_interrupted(const struct cluster *c)
+{
+    return c->options.interrupted && *c->options.interrupted;
+}
+
+/* cluster_wait, given up when the caller was interrupted. */
+static int cluster_wait_or_interrupted(const struct cluster *c, pid_t *pid, int timeout_ms)
+{
+    int status = -1;
+    uint64_t end = cluster_now_ms() + (uint64_t)timeout_ms;
+    do
+        status = cluster_wait(pid, 20);
+    while (*pid > 0 && cluster_now_ms() < end && !cluster_interrupted(c));
+    return status;
+}
+
 void cluster_signal(pid_t *pid, int signal)
 {
     if (*pid <= 0)
@@ -108,11 +124,14 @@ static int cluster_wait_listening(struct cluster *c)
     struct sockaddr_un a = {.sun_family = AF_UNIX};
     snprintf(a.sun_path, sizeof(a.sun_path), "%.100s", c->address + strlen("unix:"));
     for (uint64_t end = cluster_now_ms() + 10000; cluster_now_ms() < end; cluster_sleep_ms(10)) {
+        if (cluster_interrupted(c))
+            return -1;
         int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
         int rc = fd < 0 ? -1 : connect(fd, (struct sockaddr *)&a, sizeof(a));
         if (fd >= 0)
             close(fd);
-        if (rc == 0 || kill(c->coordinator, 0) < 0)
+        siginfo_t ended = {0};
+        if (rc == 0 || waitid(P_PID, (id_t)c->coordinator, &ended, WEXITED | WNOHANG | WNOWAIT) < 0 || ended.si_pid)
             return 0;
     }
     fprintf(stderr, "the coordinator does not listen at %s; see %s/coordinator.log\n", c->address, c->dir);
@@ -139,9 +158,12 @@ int cluster_start(struct cluster *c, const struct cluster_options *options)
     const char *bin = options->bin ? options->bin : getenv("EEP_BIN");
     snprintf(c->bin, sizeof(c->bin), "%s", bin ? bin : "build");
     const char *tmp = getenv("TMPDIR");
-    snprintf(c->dir, sizeof(c->dir), "%s/eep.XXXXXX", tmp && strlen(tmp) < 60 ? tmp : "/tmp");
+    bool fits = tmp && tmp[0] && strlen(tmp) < 60; /* the path of a unix socket has at most 107 characters */
+    snprintf(c->dir, sizeof(c->dir), "%s/eep.XXXXXX", fits ? tmp : "/tmp");
     if (!mkdtemp(c->dir)) {
-        fprintf(stderr, "cannot create %s: %s\n", c->dir, strerror(errno));
+        fprintf(stderr, "cannot create a folder in %s: %s; set TMPDIR to a folder that exists and can be written\n",
+                fits ? tmp : "/tmp", strerror(errno));
+        c->dir[0] = '\0';
         return -1;
     }
     snprintf(c->address, sizeof(c->address), "unix:%s/coordinator.sock", c->dir);
@@ -218,13 +240,13 @@ int cluster_feeder_start(struct cluster *c, const char *const *extra)
 
 int cluster_feeder_wait(struct cluster *c, int timeout_ms)
 {
-    return cluster_wait(&c->feeder, timeout_ms);
+    return cluster_wait_or_interrupted(c, &c->feeder, timeout_ms);
 }
 
 int cluster_feeder_stop(struct cluster *c, int timeout_ms)
 {
     cluster_signal(&c->feeder, SIGTERM);
-    return cluster_wait(&c->feeder, timeout_ms);
+    return cluster_wait_or_interrupted(c, &c->feeder, timeout_ms);
 }
 
 pid_t cluster_ctl_start(struct cluster *c, const char *name, const char *const *args)
@@ -280,7 +302,7 @@ int cluster_ctl(struct cluster *c, char *out, size_t size, ...)
     args[n] = NULL;
     snprintf(name, sizeof(name), "ctl-%u", count++);
     pid_t pid = cluster_ctl_start(c, name, args);
-    int status = cluster_wait(&pid, 120000);
+    int status = cluster_wait_or_interrupted(c, &pid, 120000);
     if (pid > 0)
         cluster_signal(&pid, SIGKILL);
     if (size)
@@ -301,12 +323,32 @@ int cluster_ctl(struct cluster *c, char *out, size_t size, ...)
     return status;
 }
 
+void cluster_logs_show(const struct cluster *c)
+{
+    DIR *d = opendir(c->dir);
+    const struct dirent *e;
+    while (d && (e = readdir(d))) {
+        const char *dot = strrchr(e->d_name, '.');
+        char *text = dot && strcmp(dot, ".log") == 0 ? cluster_read(c, e->d_name) : NULL;
+        size_t len = text ? strlen(text) : 0;
+        while (len > 0 && text[len - 1] == '\n')
+            text[--len] = '\0';
+        if (len > 0) {
+            const char *line = strrchr(text, '\n');
+            fprintf(stderr, "  %.*s: %s\n", (int)(dot - e->d_name), e->d_name, line ? line + 1 : text);
+        }
+        free(text);
+    }
+    if (d)
+        closedir(d);
+}
+
 int cluster_wait_agents(struct cluster *c, int n, int timeout_ms)
 {
     uint64_t end = cluster_now_ms() + (uint64_t)timeout_ms;
     char *out = malloc(65536);
     int there = 0;
-    while (out && there < n && cluster_now_ms() < end) {
+    while (out && there < n && cluster_now_ms() < end && !cluster_interrupted(c)) {
         there = 0;
         if (cluster_ctl(c, out, 65536, "-o", "json", "agents", NULL) == 0) {
             json_t *root = json_loads(out, JSON_DISABLE_EOF_CHECK, NULL);

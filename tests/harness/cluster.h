@@ -6,6 +6,7 @@
 #ifndef EEP_TESTS_HARNESS_CLUSTER_H
 #define EEP_TESTS_HARNESS_CLUSTER_H
 
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -21,6 +22,7 @@ struct cluster_options {
     const char *dispatch;     /* "source" (default) or "replicated" */
     int step_ms;              /* minimum duration of an engine step */
     const char *coordinator_args[16]; /* NULL terminated */
+    const volatile sig_atomic_t *interrupted; /* or NULL: once it is not 0, every wait but cluster_stop's gives up */
 };
 
 enum cluster_role { CLUSTER_COORDINATOR, CLUSTER_AGENT, CLUSTER_ENGINE, CLUSTER_FEEDER };
@@ -60,6 +62,8 @@ pid_t cluster_ctl_start(struct cluster *c, const char *name, const char *const *
 int cluster_wait_agents(struct cluster *c, int n, int timeout_ms);
 /* Reads a file of the folder; caller frees.  NULL when it is not there. */
 char *cluster_read(const struct cluster *c, const char *name);
+/* The last line of every log, to stderr. */
+void cluster_logs_show(const struct cluster *c);
 /* Ends everything; keep: leaves the folder (to look at the logs).  Exit statuses other than 0 of daemons that had to
  * stop by SIGTERM are counted and returned: 0 = all clean. */
 int cluster_stop(struct cluster *c, bool keep);

@@ -24,11 +24,11 @@ static void reschedule(struct sim *s, struct sim_agent *a)
     uint64_t at = agent_core_deadline(a->core);
 
     a->ticks++;
-    a->spins = at <= s->now ? a->spins + 1 : 0;
+    a->spins = at <= sim_clock(s, a) ? a->spins + 1 : 0;
     if (a->spins > 100)
         sim_fail(s, "a%02u wants AE_TICK at %" PRIu64 " ns again and again: it would spin", a->index, at);
     if (at != UINT64_MAX)
-        sim_push(s, at > s->now ? at - s->now : 1, SE_AGENT_TICK, a->index, a->life)->x = a->ticks;
+        sim_push(s, sim_clock_delay(s, a, at), SE_AGENT_TICK, a->index, a->life)->x = a->ticks;
 }
 
 static void peer_wave(struct sim *s, struct sim_agent *a, const struct agent_action *action)
@@ -116,7 +116,7 @@ static void perform(struct sim *s, struct sim_agent *a, struct agent_action *act
     case AA_RECONNECT:
         sim_note(s, "a%02u drops its connection: %s", a->index, action->text);
         drop_connection(s, a);
-        sim_push(s, 50 * MS, SE_CONNECT, a->index, a->life);
+        sim_push(s, sim_between(s, MS, 50 * MS), SE_CONNECT, a->index, a->life);
         return;
     case AA_EXIT:
         sim_note(s, "a%02u exits with %" PRIu64 " %s", a->index, action->value, action->text);
@@ -138,7 +138,7 @@ void agent_event(struct sim *s, struct sim_agent *a, struct agent_event *event)
     }
     a->depth++;
     page_read(&a->page, &event->page);
-    agent_core_step(a->core, s->now, event, actions);
+    agent_core_step(a->core, sim_clock(s, a), event, actions);
     for (size_t i = 0; i < actions->n && !s->failed; i++)
         perform(s, a, &actions->v[i]);
     agent_actions_clear(actions);
@@ -241,6 +241,7 @@ void agent_start(struct sim *s, struct sim_agent *a)
     a->promised = a->limit = a->left_at = a->acked_map = a->acked_step = a->last_begun = 0;
     a->promised_reset = a->has_left = false;
     a->corrupt = a->fail = 0;
+    a->paused_until = 0;
     a->dense = false;
     engine_forget(a);
     a->engine.said = false;
@@ -249,7 +250,9 @@ void agent_start(struct sim *s, struct sim_agent *a)
         a->content = calloc(n, sizeof *a->content);
     for (size_t i = 0; a->content && i < n; i++)
         a->content[i] = -1;
-    a->core = agent_core_new(&config, s->now);
+    a->clock_offset = s->drift ? sim_between(s, 0, 1000000 * MS) : 0;
+    a->clock_ppm = s->drift ? (int64_t)sim_between(s, 0, 100000) - 50000 : 0;
+    a->core = agent_core_new(&config, sim_clock(s, a));
     if (!a->core || !a->content) {
         sim_fail(s, "agent_core_new failed");
         return;
@@ -271,6 +274,7 @@ void agent_crash(struct sim *s, struct sim_agent *a, uint64_t restart_in)
     agent_core_free(a->core);
     a->core = NULL;
     a->up = false;
+    a->paused_until = 0;
     a->life++;
     /* Its engine finds out a little later; until then it runs on. */
     if (a->engine.pc != ENGINE_NONE && sim_chance(s, s->p_zombie))

@@ -29,7 +29,7 @@ const struct sim_commit *check_commit(const struct sim *s, uint64_t epoch)
 
 struct sim_step *check_step(struct sim *s, uint64_t step)
 {
-    return &s->steps[step % SIM_STEPS];
+    return &s->steps[((step >> 16) & 3) * (SIM_STEPS / 4) + step % (SIM_STEPS / 4)]; /* a repair jumps by 65536 */
 }
 
 static int rank_in(const struct view *view, const struct sim_agent *a)
@@ -68,7 +68,13 @@ static void check_prepare(struct sim *s, const struct msg_prepare *p)
     for (uint32_t i = 0; i < 64; i++)
         if (s->aborted[i] == p->epoch)
             sim_fail(s, "promise 2: PREPARE of e%" PRIu64 ", which was aborted", p->epoch);
-    s->resets += p->kind == FLIP_RESET && p->epoch > s->max_prepared;
+    if (p->kind == FLIP_RESET && p->epoch > s->max_prepared) {
+        uint64_t *before = &s->reset_times[s->resets++ % SIM_RESETS];
+        if (*before && s->now - *before < SIM_RESETS_NS)
+            sim_fail(s, "promise 3: %d repairs in %" PRIu64 " ms: they go round in circles", SIM_RESETS,
+                     (s->now - *before) / MS);
+        *before = s->now;
+    }
     if (p->kind == FLIP_RESET && !s->faulty && s->fault_at == 0)
         sim_fail(s, "promise 6: a repair (e%" PRIu64 ") though nothing has failed", p->epoch);
     s->max_prepared = p->epoch;
@@ -121,6 +127,9 @@ void check_coordinator_sends(struct sim *s, uint64_t conn, const struct msg *msg
     case MSG_ABORT: check_abort(s, &s->agents[s->conns[conn - 1].agent], msg->abort.epoch); return;
     case MSG_MAP: check_map(s, msg->map.map); return;
     case MSG_EVICTED:
+        if (check_last_copy(s, &s->agents[s->conns[conn - 1].agent], false))
+            sim_fail(s, "promise 5: a%02u is evicted with the last copy of an expert: %s", s->conns[conn - 1].agent,
+                     msg->evicted.why);
         if (!s->faulty)
             sim_fail(s, "promise 3: a%02u is evicted though nothing has failed: %s", s->conns[conn - 1].agent,
                      msg->evicted.why);
@@ -203,6 +212,9 @@ void check_durable(struct sim *s, unsigned parts)
 
     if ((parts & DURABLE_COMMIT) && disk->commit.epoch && !check_commit(s, disk->commit.epoch))
         commit_append(s, &disk->commit);
+    if ((parts & DURABLE_HISTORY) && disk->ended.kind == OP_REPAIR && disk->ended.outcome == OUTCOME_ABORTED)
+        sim_fail(s, "promise 3: the repair e%" PRIu64 " is aborted: nobody gets the others out of their step",
+                 disk->ended.epoch);
     if (parts & DURABLE_VIEW)
         check_coverage(s);
 }
@@ -260,11 +272,13 @@ void check_agent_receives(struct sim *s, struct sim_agent *a, const struct msg *
 
     if (msg->type == MSG_ABORT && a->promised == msg->abort.epoch && !a->promised_reset)
         a->promised = 0;
-    if (msg->type == MSG_EVICTED)
-        a->promised = 0;
+    if (msg->type == MSG_EVICTED || (msg->type == MSG_DISMISS && msg->op_end.epoch > a->promised))
+        a->promised = 0; /* what it holds is void: it lets go */
     if (msg->type != MSG_GO)
         return;
     commit = check_commit(s, msg->go.epoch);
+    if (commit && commit->kind == FLIP_RESET && msg->go.epoch > a->promised && rank_in(commit->view, a) < 0)
+        a->promised = 0; /* a repair that did not ask it */
     if (!commit || a->promised != msg->go.epoch)
         return;
     if (a->limit > 0 && a->last_begun >= msg->go.step)
@@ -418,6 +432,39 @@ void check_destroy(struct sim *s, struct sim_agent *a, uint32_t layer, uint32_t 
     }
 }
 
+/* ---- who may go ---- */
+
+static bool has_other_holder(struct sim *s, const struct sim_agent *a, uint32_t layer, int32_t expert, bool careful)
+{
+    const struct view *view = s->coordinator.disk.view;
+
+    for (uint32_t r = 0; r < view->n; r++) {
+        struct sim_agent *b = agent_of(s, &view->members[r]);
+        if (b == a || !agent_is(b, &view->members[r]) || (careful && b->stopping))
+            continue;
+        for (uint32_t slot = 0; slot < s->slots; slot++)
+            if (view->map->held[expert_map_at(view->map, layer, r, slot)] == expert)
+                return true;
+    }
+    return false;
+}
+
+bool check_last_copy(struct sim *s, const struct sim_agent *a, bool careful)
+{
+    const struct view *view = s->coordinator.disk.view;
+    int rank = view && a->up ? rank_in(view, a) : -1;
+
+    if (rank < 0)
+        return false;
+    for (uint32_t l = 0; l < s->layers; l++)
+        for (uint32_t slot = 0; slot < s->slots; slot++) {
+            int32_t expert = view->map->held[expert_map_at(view->map, l, (uint32_t)rank, slot)];
+            if (expert >= 0 && !has_other_holder(s, a, l, expert, careful))
+                return true;
+        }
+    return false;
+}
+
 /* ---- at rest ---- */
 
 static bool is_quiet_agent(const struct view *view, struct sim_agent *a, char *why, size_t size)
@@ -461,11 +508,15 @@ bool check_is_quiet(struct sim *s, char *why, size_t size)
 {
     struct coordinator_status status;
 
-    if (!s->coordinator.up) {
+    if (!s->coordinator.up || s->coordinator.paused_until > s->now) {
         snprintf(why, size, "the coordinator is not back");
         return false;
     }
     coordinator_status(s->coordinator.core, s->now, &status);
+    if (status.degraded[0]) {
+        snprintf(why, size, "the view is degraded: %s", status.degraded);
+        return false;
+    }
     if (status.op_running || strcmp(status.commit_state, "IDLE") != 0) {
         snprintf(why, size, "the coordinator is %s, operation %" PRIu64 " in %s awaits %s", status.commit_state,
                  status.op.record.op, status.op.phase ? status.op.phase : "-", status.op.awaited);
@@ -475,6 +526,11 @@ bool check_is_quiet(struct sim *s, char *why, size_t size)
         if (!agent_is(agent_of(s, &status.view->members[i]), &status.view->members[i])) {
             snprintf(why, size, "the view e%" PRIu64 " names %s, whose incarnation is gone", status.view->epoch,
                      status.view->members[i].id);
+            return false;
+        }
+    for (uint32_t i = 0; i < s->n; i++)
+        if (s->agents[i].paused_until > s->now) {
+            snprintf(why, size, "a%02u is stopped", i);
             return false;
         }
     for (uint32_t i = 0; i < s->n; i++)

@@ -49,8 +49,8 @@ void engine_forget(struct sim_agent *a)
     e->map = e->pending = NULL;
     e->pc = ENGINE_NONE;
     e->life++;
-    e->requests = e->revoked = e->step = e->device_at = 0;
-    e->draining = e->wake = e->release_asked = false;
+    e->requests = e->revoked = e->step = e->device_at = e->broken = e->busy_until = 0;
+    e->draining = e->wake = e->release_asked = e->launching = false;
     memset(&e->local, 0, sizeof e->local);
 }
 
@@ -142,14 +142,66 @@ static uint32_t serving(const struct view *view)
     return n;
 }
 
+static void device_ends(struct sim *s, struct sim_agent *a, uint64_t step, uint64_t takes)
+{
+    struct sim_engine *e = &a->engine;
+    uint64_t at = s->now + takes;
+
+    if (at < e->device_at)
+        at = e->device_at;
+    e->device_at = at;
+    sim_push(s, at - s->now, SE_DEVICE_DONE, a->index, e->life)->x = step;
+}
+
+/* Steps that this engine has launched and that some peer has not come to. */
+static uint32_t unmet(struct sim *s, const struct sim_engine *e)
+{
+    uint32_t n = 0;
+
+    for (uint32_t k = 0; k < e->n_begun; k++)
+        n += e->begun[k].launched && check_step(s, e->begun[k].step)->step == e->begun[k].step &&
+             !check_step(s, e->begun[k].step)->met;
+    return n;
+}
+
+static void met_behind(struct sim *s, struct sim_agent *a, const struct sim_step *step)
+{
+    for (uint32_t k = 0; k < a->engine.n_begun; k++)
+        if (a->engine.begun[k].launched && a->engine.begun[k].step == step->step &&
+            a->engine.begun[k].view == step->view)
+            device_ends(s, a, step->step, s->step_ns);
+}
+
+/* Two engines that cannot talk to each other: the step fails on both. */
+static bool pair_fails(struct sim *s, const struct view *view)
+{
+    uint32_t found = 0;
+
+    if (s->calm || !sim_chance(s, s->p_pair))
+        return false;
+    for (uint32_t i = 0; i < view->n; i++) {
+        struct sim_agent *b = agent_of(s, &view->members[i]);
+        found += b && (b->index == s->pair[0] || b->index == s->pair[1]) && b->engine.pc == ENGINE_IN_STEP;
+    }
+    if (found < 2)
+        return false;
+    for (uint32_t i = 0; i < 2; i++)
+        engine_fails(s, &s->agents[s->pair[i]]);
+    return true;
+}
+
 /* All have come: the step runs and ends on each rank in its own time. */
 static void meet(struct sim *s, const struct view *view, struct sim_step *step)
 {
+    if (pair_fails(s, view))
+        return;
     step->met = true;
     for (uint32_t i = 0; i < view->n; i++) {
         struct sim_agent *b = agent_of(s, &view->members[i]);
         struct sim_event *e;
-        if (!b || b->engine.pc != ENGINE_IN_STEP || b->engine.step != step->step)
+        if (b)
+            met_behind(s, b, step);
+        if (!b || b->engine.pc != ENGINE_IN_STEP || b->engine.step != step->step || b->engine.launching)
             continue;
         e = sim_push(s, s->step_ns + sim_between(s, 0, s->step_ns / 4), SE_STEP_END, b->index, b->engine.life);
         e->x = step->step;
@@ -181,7 +233,8 @@ static void begin(struct sim *s, struct sim_agent *a)
         e->map = expert_map_ref(view->map);
     if (e->n_begun == SIM_BEGUN)
         forget_step(e, 0);
-    e->begun[e->n_begun++] = (struct sim_begun){e->step, e->local.view, expert_map_ref(e->map)};
+    e->begun[e->n_begun++] =
+        (struct sim_begun){.step = e->step, .view = e->local.view, .map = expert_map_ref(e->map)};
     check_begin(s, a);
     if (s->failed)
         return;
@@ -191,6 +244,10 @@ static void begin(struct sim *s, struct sim_agent *a)
     step = check_step(s, e->step);
     step->begun++;
     step->any_work |= e->requests > 1;
+    /* More work to come, whatever the peers have: the next step need not wait for what they say. */
+    e->launching = e->requests > 1 && unmet(s, e) < s->ahead;
+    if (e->launching)
+        sim_push(s, sim_between(s, US, 100 * US), SE_STEP_END, a->index, e->life)->x = e->step;
     if (step->begun == serving(view))
         meet(s, view, step);
     if (e->local.view <= e->revoked) /* told while it was on its way in */
@@ -202,6 +259,14 @@ static bool bug(const struct sim *s, enum sim_bug which)
     return s->options->sim_bug == which;
 }
 
+static bool flip_due(struct sim_agent *a)
+{
+    uint64_t next = a->engine.local.next, at_least = atomic_load(&a->page.next_step);
+
+    return atomic_load(&a->page.flip_view) > a->engine.local.view &&
+           (next > at_least ? next : at_least) >= atomic_load(&a->page.flip_step);
+}
+
 static void boundary(struct sim *s, struct sim_agent *a)
 {
     struct sim_engine *e = &a->engine;
@@ -209,6 +274,16 @@ static void boundary(struct sim *s, struct sim_agent *a)
     bool can_work = e->local.view && view_known(e, e->local.view) && e->map;
 
     e->pc = ENGINE_BOUNDARY;
+    if (e->release_asked && atomic_load(&a->page.done) >= atomic_load(&a->page.launched)) {
+        e->release_asked = false;
+        tell(s, a, sim_between(s, 10 * US, MS), AE_ENGINE_RELEASED);
+    }
+    if (e->broken && e->broken == e->local.view && !flip_due(a)) {
+        bool wants = e->requests > 0 || e->local.running || e->local.next < atomic_load(&a->page.run_to);
+        atomic_store(&a->page.engine_state, wants ? PAGE_ENGINE_HELD : PAGE_ENGINE_IDLE);
+        sleep_now(s, a);
+        return;
+    }
     if (gate_map_pending(&a->page, &e->local, &version) && e->pending && e->pending->version >= version) {
         expert_map_unref(e->map);
         e->map = expert_map_ref(e->pending);
@@ -216,10 +291,6 @@ static void boundary(struct sim *s, struct sim_agent *a)
         sim_note(s, "a%02u engine applies map %" PRIu64 " from step %" PRIu64, a->index, e->map->version,
                  e->local.next);
         agent_ring(s, a);
-    }
-    if (e->release_asked && atomic_load(&a->page.done) + 1 >= e->local.next) {
-        e->release_asked = false;
-        tell(s, a, sim_between(s, 10 * US, MS), AE_ENGINE_RELEASED);
     }
     if (bug(s, SIM_BUG_FIRST_STEP_NOT_FORCED) && atomic_load(&a->page.flip_view) > e->local.view && !e->requests &&
         !e->local.running) { /* waits for work in the new view */
@@ -246,6 +317,10 @@ void engine_turn(struct sim *s, struct sim_agent *a)
     enum gate_verdict verdict;
     bool bypass;
 
+    if (s->now < e->busy_until && !s->calm) {
+        plan_turn(s, a, MS);
+        return;
+    }
     e->turn++; /* a planned one is void now */
     if (e->pc == ENGINE_SLEEPING)
         e->wake = false;
@@ -311,27 +386,57 @@ static void step_end(struct sim *s, struct sim_agent *a, uint64_t number)
         return;
     if (e->requests > 0 && --e->requests == 0)
         drained(s, a);
-    gate_launched(&a->page, &e->local, step->any_work);
+    gate_launched(&a->page, &e->local, e->launching || step->any_work);
     e->pc = ENGINE_BOUNDARY;
-    if (s->run_ahead) {
-        uint64_t at = s->now + sim_between(s, 0, s->step_ns);
-        if (at < e->device_at)
-            at = e->device_at;
-        e->device_at = at;
-        sim_push(s, at - s->now, SE_DEVICE_DONE, a->index, e->life)->x = number;
+    e->begun[e->n_begun - 1].launched = e->launching;
+    if (e->launching) {
+        e->launching = false;
+        if (step->step == number && step->met)
+            device_ends(s, a, number, s->step_ns);
+    } else if (s->run_ahead) {
+        device_ends(s, a, number, sim_between(s, 0, s->step_ns));
     } else {
         device_done(s, a, number);
     }
     plan_turn(s, a, sim_between(s, 0, 20 * US));
 }
 
-/* A rank that leaves a step before all have come takes its part back. */
-static void leave_step(struct sim *s, struct sim_agent *a)
+/* A rank that leaves its steps before all have come takes its part back. */
+static void leave_steps(struct sim *s, struct sim_agent *a)
 {
-    struct sim_step *step = check_step(s, a->engine.step);
+    struct sim_engine *e = &a->engine;
 
-    if (step->step == a->engine.step && step->view == a->engine.local.view && !step->met)
-        step->begun--;
+    for (uint32_t k = 0; k < e->n_begun; k++) {
+        struct sim_step *step = check_step(s, e->begun[k].step);
+        if (step->step == e->begun[k].step && step->view == e->begun[k].view && !step->met)
+            step->begun--;
+    }
+    while (e->n_begun > 0)
+        forget_step(e, 0);
+}
+
+/* Out of everything that is launched, and not by an order of the agent. */
+bool engine_fails(struct sim *s, struct sim_agent *a)
+{
+    struct sim_engine *e = &a->engine;
+    struct sim_event *told;
+
+    if (e->pc != ENGINE_IN_STEP)
+        return false;
+    sim_note(s, "a%02u engine's step %" PRIu64 " FAILS", a->index, e->step);
+    s->fault_at = s->now;
+    leave_steps(s, a);
+    gate_fail(&a->page, &e->local);
+    e->launching = false;
+    e->pc = ENGINE_BOUNDARY;
+    e->broken = e->local.view;
+    plan_turn(s, a, sim_between(s, 0, 50 * US));
+    if (!a->up)
+        return true;
+    told = tell(s, a, sim_between(s, 10 * US, 500 * US), AE_ENGINE_LEFT_STEP);
+    told->x = e->step;
+    told->epoch = e->local.view;
+    return true;
 }
 
 static void revoke(struct sim *s, struct sim_agent *a)
@@ -346,12 +451,16 @@ static void revoke(struct sim *s, struct sim_agent *a)
         return;
     if (e->pc == ENGINE_IN_STEP && e->local.view <= e->revoked) {
         sim_note(s, "a%02u engine leaves step %" PRIu64, a->index, e->step);
-        leave_step(s, a);
-        while (e->n_begun > 0)
-            forget_step(e, 0);
+        leave_steps(s, a);
+        e->launching = false;
         gate_fail(&a->page, &e->local);
         e->pc = ENGINE_BOUNDARY;
         plan_turn(s, a, sim_between(s, 0, 50 * US));
+    }
+    if (e->pc != ENGINE_IN_STEP && e->local.view <= e->revoked && e->n_begun > 0) {
+        leave_steps(s, a); /* launched, and waiting for peers that will not come */
+        if (e->local.next > 0)
+            gate_done(&a->page, e->local.next - 1);
     }
     if (e->pc != ENGINE_IN_STEP)
         tell(s, a, sim_between(s, 10 * US, 500 * US), AE_ENGINE_LEFT_STEP)->x = e->local.next - 1;
@@ -364,8 +473,7 @@ void engine_death(struct sim *s, struct sim_agent *a, const char *why, bool tell
     sim_note(s, "a%02u engine DIES%s: %s", a->index, e->pc == ENGINE_IN_STEP ? " in its step" : "", why);
     s->losses++;
     s->fault_at = s->now;
-    if (e->pc == ENGINE_IN_STEP)
-        leave_step(s, a);
+    leave_steps(s, a);
     hand_back(s, a);
     if (tell_agent && a->up)
         tell(s, a, sim_between(s, 10 * US, 2 * MS), AE_ENGINE_DETACHED);
@@ -458,6 +566,10 @@ void engine_event(struct sim *s, const struct sim_event *ev)
     case SE_ENGINE_DEATH:
         if (a->up || ev->y)
             engine_death(s, a, "as simulated", true);
+        return;
+    case SE_ENGINE_FAILS:
+        if (!s->calm)
+            engine_fails(s, a);
         return;
     case SE_DRAIN_DEADLINE:
         if (e->draining) {

@@ -2,6 +2,8 @@
  * what was under way is lost and the two sides notice at different times.  Single thread. */
 #include "tests/sim/sim.h"
 
+#include "common/msg_wire.h"
+
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,12 +54,26 @@ void network_break(struct sim *s, uint64_t conn, bool half_open)
         sim_push(s, sim_between(s, 0, slow), SE_CUT_COORDINATOR, c->agent, 0)->x = conn;
 }
 
-static struct msg *message_copy(const struct msg *msg)
+/* In some seeds as a struct, in others through its bytes. */
+static struct msg *message_copy(struct sim *s, const struct msg *msg)
 {
     struct msg *copy = calloc(1, sizeof *copy);
+    struct err err = {0};
+    uint8_t *data = NULL;
+    size_t len = 0;
 
-    if (copy)
-        msg_copy(copy, msg);
+    if (!copy || !s->wire) {
+        if (copy)
+            msg_copy(copy, msg);
+        return copy;
+    }
+    int rc = msg_pack(msg, &data, &len, &err);
+    if (rc == 0)
+        rc = msg->type < MSG_WELCOME && msg->type != MSG_VERIFY ? msg_unpack_up(data, len, 0, copy, &err)
+                                                                : msg_unpack_down(data, len, 0, copy, &err);
+    if (rc < 0)
+        sim_fail(s, "%s does not survive its way over the wire: %s", msg_type_name(msg->type), err.text);
+    free(data);
     return copy;
 }
 
@@ -72,7 +88,29 @@ static void deliver(struct sim *s, uint64_t *last, enum sim_event_kind kind, uin
     *last = at;
     e = sim_push(s, at - s->now, kind, agent, 0);
     e->x = conn;
-    e->msg = message_copy(msg);
+    e->msg = message_copy(s, msg);
+}
+
+/* The protocol must stand repetition of what it is made of: late, and not in order. */
+static bool repeatable(enum msg_type type)
+{
+    switch (type) {
+    case MSG_PROMISE:
+    case MSG_REFUSE:
+    case MSG_FLIPPED:
+    case MSG_STAGE_DONE:
+    case MSG_MAP_ACK:
+    case MSG_PREPARE:
+    case MSG_GO:
+    case MSG_ABORT:
+    case MSG_DISMISS:
+    case MSG_MAP:
+    case MSG_OP_BEGIN:
+    case MSG_OP_END:
+    case MSG_OP_ABORT:
+    case MSG_STAGE: return true;
+    default: return false;
+    }
 }
 
 void network_to_agent(struct sim *s, uint64_t conn, const struct msg *msg)
@@ -82,8 +120,7 @@ void network_to_agent(struct sim *s, uint64_t conn, const struct msg *msg)
     if (!c->at_coordinator)
         return;
     deliver(s, &c->to_agent_at, SE_TO_AGENT, c->agent, conn, msg, 0);
-    /* The protocol must stand repetition of what it is made of. */
-    if ((msg->type == MSG_GO || msg->type == MSG_PREPARE || msg->type == MSG_ABORT) && sim_chance(s, s->p_duplicate)) {
+    if (repeatable(msg->type) && sim_chance(s, s->p_duplicate)) {
         uint64_t fifo = c->to_agent_at;
         deliver(s, &fifo, SE_TO_AGENT, c->agent, conn, msg, sim_between(s, 0, 400 * MS));
     }
@@ -97,7 +134,7 @@ void network_to_coordinator(struct sim *s, struct sim_agent *a, const struct msg
         return;
     c = &s->conns[a->conn - 1];
     deliver(s, &c->to_coordinator_at, SE_TO_COORDINATOR, a->index, a->conn, msg, 0);
-    if ((msg->type == MSG_PROMISE || msg->type == MSG_FLIPPED) && sim_chance(s, s->p_duplicate)) {
+    if (repeatable(msg->type) && sim_chance(s, s->p_duplicate)) {
         uint64_t fifo = c->to_coordinator_at;
         deliver(s, &fifo, SE_TO_COORDINATOR, a->index, a->conn, msg, sim_between(s, 0, 400 * MS));
     }
@@ -204,7 +241,7 @@ void network_arrived(struct sim *s, struct sim_event *e)
             struct agent_event event = {.type = AE_LINK_DOWN};
             a->conn = 0;
             sim_note(s, "a%02u loses connection %" PRIu64, e->agent, e->x);
-            sim_push(s, 50 * MS, SE_CONNECT, a->index, a->life);
+            sim_push(s, sim_between(s, MS, 50 * MS), SE_CONNECT, a->index, a->life);
             agent_event(s, a, &event);
         }
         return;

@@ -191,6 +191,7 @@ void process_crash(struct sim *s, uint64_t restart_in)
              survives ? ", the write in flight survives" : p->n_writes ? ", writes are lost" : "");
     s->fault_at = s->now;
     p->up = false;
+    p->paused_until = 0;
     p->life++;
     if (survives)
         first_write_durable(s);

@@ -33,6 +33,8 @@ static void size_world(struct sim *s)
     s->layers = (uint32_t)sim_between(s, 1, s->n > 8 ? 2 : 3);
     s->logical = (uint32_t)sim_between(s, 4, s->n > 8 || sim_chance(s, 300) ? 32 : 12);
     s->slots = (s->logical + min - 1) / min + (uint32_t)sim_between(s, 0, 2);
+    if (sim_chance(s, 500)) /* room for a second copy of everything */
+        s->slots += (s->logical + min - 1) / min;
     s->first_ranks = (uint32_t)sim_between(s, min, s->n);
     coordinator_config_default(&s->config);
     s->config.min_ranks = min;
@@ -53,6 +55,9 @@ static void time_world(struct sim *s)
     s->dispatch = sim_chance(s, 250) ? DISPATCH_REPLICATED : DISPATCH_SOURCE_ROUTED;
     s->quick_attach = sim_chance(s, 500) ? 5 * MS : 300 * MS;
     s->p_interleave = sim_chance(s, 700) ? 200 : 20;
+    s->ahead = sim_chance(s, 400) ? (uint32_t)sim_between(s, 1, 4) : 0;
+    s->wire = sim_chance(s, 200);
+    s->drift = sim_chance(s, 300);
     s->config.lead_ms = leads[sim_between(s, 0, 3)];
     s->config.lease_ms = sim_chance(s, 500) ? 300 : 3000;
     s->config.heartbeat_ms = s->config.lease_ms / 6;
@@ -72,6 +77,10 @@ void scenario_start(struct sim *s)
         s->p_duplicate = sim_chance(s, 300) ? 200 : 0;
         s->p_target = sim_chance(s, 600) ? 60 : 0;
         s->p_zombie = 500;
+        s->careless = sim_chance(s, 150);
+        s->pair[0] = (uint32_t)sim_between(s, 0, s->n - 1);
+        s->pair[1] = (s->pair[0] + 1) % s->n;
+        s->p_pair = sim_chance(s, 900) ? 0 : sim_chance(s, 500) ? 1000 : 50;
     }
     s->ops_left = (uint32_t)sim_between(s, 2, s->n > 8 ? 3 : 7);
     s->agents = calloc(s->n, sizeof *s->agents);
@@ -82,10 +91,10 @@ void scenario_start(struct sim *s)
         return;
     }
     sim_note(s, "seed %" PRIu64 ": %u agents, %u layers, %u experts, %u slots, first %u ranks, step %" PRIu64
-             " us, lead %u ms, lease %u ms, %s%s, %s", s->seed, s->n, s->layers, s->logical, s->slots, s->first_ranks,
-             s->step_ns / US, s->config.lead_ms, s->config.lease_ms,
+             " us, lead %u ms, lease %u ms, %s%s, ahead %u, %s%s", s->seed, s->n, s->layers, s->logical, s->slots,
+             s->first_ranks, s->step_ns / US, s->config.lead_ms, s->config.lease_ms,
              s->dispatch == DISPATCH_REPLICATED ? "replicated" : "source-routed", s->run_ahead ? ", runs ahead" : "",
-             s->faulty ? "faults" : "no faults");
+             s->ahead, s->p_pair ? "a broken pair, " : "", s->faulty ? "faults" : "no faults");
     process_start(s);
     for (uint32_t i = 0; i < s->n; i++) {
         s->agents[i].index = i;
@@ -238,10 +247,54 @@ static uint64_t outage(struct sim *s)
                                                               : sim_between(s, 1000 * MS, 6000 * MS);
 }
 
+/* The weights of this agent may go: most seeds are careful with the last copy of an expert, so that the view lives on
+ * and is seen to come to rest. */
+static bool expendable(struct sim *s, const struct sim_agent *a)
+{
+    return s->careless || !check_last_copy(s, a, true);
+}
+
+static void pause_process(struct sim *s, struct sim_agent *a)
+{
+    uint64_t lease = s->config.lease_ms * MS;
+    uint64_t until = s->now + (sim_chance(s, 500) ? sim_between(s, MS, 100 * MS) : sim_between(s, lease / 2, 3 * lease));
+
+    if (sim_chance(s, 250)) {
+        sim_note(s, "COORDINATOR is stopped for %" PRIu64 " ms", (until - s->now) / MS);
+        if (s->coordinator.paused_until < until)
+            s->coordinator.paused_until = until;
+    } else if (a->up && a->paused_until < until) {
+        sim_note(s, "a%02u is stopped for %" PRIu64 " ms", a->index, (until - s->now) / MS);
+        a->paused_until = until;
+        s->losses++;
+    }
+}
+
+static void fault_of_an_engine(struct sim *s, struct sim_agent *a)
+{
+    if (a->engine.pc == ENGINE_NONE)
+        return;
+    if (sim_chance(s, 500)) {
+        engine_death(s, a, "as simulated", true);
+        return;
+    }
+    if (sim_chance(s, 200)) {
+        a->engine.busy_until = s->now + sim_between(s, 10 * MS, 3 * s->config.flipped_ms * MS);
+        sim_note(s, "a%02u engine's stepping thread is busy for %" PRIu64 " ms", a->index,
+                 (a->engine.busy_until - s->now) / MS);
+        s->losses++;
+        return;
+    }
+    engine_fails(s, a);
+    for (uint32_t i = 0; i < s->n; i++) /* the others notice it, or do not */
+        if (sim_chance(s, 300))
+            engine_fails(s, &s->agents[i]);
+}
+
 static void fault(struct sim *s)
 {
     struct sim_agent *a = &s->agents[sim_random(s) % s->n];
-    uint64_t kind = sim_between(s, 0, 99);
+    uint64_t kind = sim_between(s, 0, 114);
 
     s->fault_at = s->now;
     if (kind < 25) {
@@ -259,16 +312,17 @@ static void fault(struct sim *s)
         if (a->conn)
             network_break(s, a->conn, sim_chance(s, 300));
     } else if (kind < 58) {
-        if (a->up)
+        if (a->up && expendable(s, a))
             agent_crash(s, a, outage(s));
-    } else if (kind < 74) {
-        if (a->engine.pc != ENGINE_NONE)
-            engine_death(s, a, "as simulated", true);
-    } else if (kind < 85) {
+    } else if (kind < 80) {
+        fault_of_an_engine(s, a);
+    } else if (kind < 89) {
+        pause_process(s, a);
+    } else if (kind < 99) {
         a->corrupt = 1;
-    } else if (kind < 94) {
+    } else if (kind < 107) {
         a->fail = 1;
-    } else if (a->up && !a->stopping) {
+    } else if (a->up && !a->stopping && expendable(s, a)) {
         sim_push(s, 0, SE_AGENT_CALL, a->index, a->life)->call = AE_STOP;
         a->stopping = true;
     }
@@ -287,12 +341,16 @@ void scenario_target(struct sim *s, const struct msg *msg)
         return;
     soon = sim_between(s, US, sim_chance(s, 500) ? MS : 12 * MS);
     a = &s->agents[sim_random(s) % s->n];
-    switch (sim_between(s, 0, 5)) {
+    switch (sim_between(s, 0, 7)) {
     case 0:
     case 1:
     case 2: sim_push(s, soon, SE_COORDINATOR_CRASH, 0, 0)->x = outage(s); return;
     case 3: sim_push(s, soon, SE_AGENT_CRASH, a->index, a->life)->x = outage(s); return;
     case 4: sim_push(s, soon, SE_ENGINE_DEATH, a->index, a->engine.life); return;
+    case 5: sim_push(s, soon, SE_ENGINE_FAILS, a->index, a->engine.life); return;
+    case 6:
+        pause_process(s, a);
+        return;
     default:
         if (a->conn)
             network_break(s, a->conn, false);

@@ -140,12 +140,59 @@ void sim_print_story(const struct sim *s)
         printf("    %s\n", s->ring[i % RING]);
 }
 
+/* ---- the agents' clocks ---- */
+
+uint64_t sim_clock(const struct sim *s, const struct sim_agent *a)
+{
+    return a->clock_offset + (uint64_t)((int64_t)s->now + (int64_t)s->now * a->clock_ppm / 1000000);
+}
+
+uint64_t sim_clock_delay(const struct sim *s, const struct sim_agent *a, uint64_t at)
+{
+    uint64_t now = sim_clock(s, a);
+
+    return at > now ? (at - now) * 1000000 / (uint64_t)(1000000 + a->clock_ppm) + 1 : 1;
+}
+
 /* ---- one run ---- */
+
+/* A stopped process does nothing; what comes for it waits, in order. */
+static uint64_t paused_until(const struct sim *s, const struct sim_event *e)
+{
+    switch (e->kind) {
+    case SE_TO_COORDINATOR:
+    case SE_CUT_COORDINATOR:
+    case SE_COORDINATOR_TICK:
+    case SE_DURABLE:
+    case SE_OPERATOR: return s->coordinator.paused_until;
+    case SE_TO_AGENT:
+    case SE_CUT_AGENT:
+    case SE_CONNECT:
+    case SE_AGENT_TICK:
+    case SE_AGENT_CALL:
+    case SE_PEER_WAVE:
+    case SE_BELL:
+    case SE_WORK_END:
+    case SE_MOVE_BEGIN:
+    case SE_MOVE_END: return s->agents[e->agent].paused_until;
+    default: return 0;
+    }
+}
 
 static void dispatch(struct sim *s, struct sim_event *e)
 {
     struct sim_agent *a = &s->agents[e->agent];
+    uint64_t until = paused_until(s, e);
 
+    if (until > s->now) {
+        struct sim_event *later = sim_push(s, until - s->now, e->kind, e->agent, e->life);
+        uint64_t at = later->at, seq = later->seq;
+        *later = *e;
+        later->at = at;
+        later->seq = seq;
+        e->msg = NULL;
+        return;
+    }
     switch (e->kind) {
     case SE_TO_COORDINATOR:
     case SE_TO_AGENT:
@@ -174,7 +221,7 @@ static void dispatch(struct sim *s, struct sim_event *e)
             agent_start(s, a);
         return;
     case SE_AGENT_CRASH:
-        if (a->up && a->life == e->life && !s->calm)
+        if (a->up && a->life == e->life && !s->calm && (s->careless || !check_last_copy(s, a, true)))
             agent_crash(s, a, e->x);
         return;
     case SE_WORK_END:
@@ -185,6 +232,7 @@ static void dispatch(struct sim *s, struct sim_event *e)
     case SE_DEVICE_DONE:
     case SE_REVOKE:
     case SE_ENGINE_DEATH:
+    case SE_ENGINE_FAILS:
     case SE_ATTACH:
     case SE_DRAIN_DEADLINE: engine_event(s, e); return;
     case SE_OPERATOR:

@@ -19,8 +19,10 @@
 
 #define SIM_AGENTS_MAX 64
 #define SIM_BEGUN 8      /* steps that an engine remembers having begun */
-#define SIM_STEPS 4096   /* ring of steps, by number */
+#define SIM_STEPS 32768  /* ring of steps, by number: four repairs, and the longest lead of each */
 #define SIM_KEYS 16
+#define SIM_RESETS 40    /* so many repairs in SIM_RESETS_NS are a loop */
+#define SIM_RESETS_NS (2000 * MS)
 #define SIM_GARBAGE (-2) /* a slot that is being written, or was left half written */
 #define US ((uint64_t)1000)
 #define MS ((uint64_t)1000000)
@@ -30,7 +32,7 @@ enum sim_event_kind {
     SE_COORDINATOR_TICK, SE_DURABLE, SE_COORDINATOR_CRASH, SE_COORDINATOR_RESTART,
     SE_AGENT_TICK, SE_AGENT_CALL, SE_BELL, SE_PEER_WAVE, SE_AGENT_RESTART, SE_AGENT_CRASH,
     SE_WORK_END, SE_MOVE_BEGIN, SE_MOVE_END,
-    SE_ENGINE, SE_STEP_END, SE_DEVICE_DONE, SE_REVOKE, SE_ENGINE_DEATH, SE_ATTACH, SE_DRAIN_DEADLINE,
+    SE_ENGINE, SE_STEP_END, SE_DEVICE_DONE, SE_REVOKE, SE_ENGINE_DEATH, SE_ENGINE_FAILS, SE_ATTACH, SE_DRAIN_DEADLINE,
     SE_OPERATOR, SE_FAULT, SE_REQUEST, SE_PROBE,
 };
 
@@ -78,7 +80,7 @@ struct sim_write { /* one journal write that is not durable yet */
 
 struct sim_process { /* the coordinator's */
     bool up;
-    uint64_t life, ticks, spins;
+    uint64_t life, ticks, spins, paused_until;
     struct coordinator *core;
     struct coordinator_actions actions;
     struct durable disk;
@@ -92,6 +94,7 @@ enum engine_pc { ENGINE_NONE = 0, ENGINE_BOUNDARY, ENGINE_SLEEPING, ENGINE_ANNOU
 
 struct sim_begun { /* a step that an engine has begun: what it reads, and where */
     uint64_t step, view;
+    bool launched; /* the processor has gone on, the device is still at it (or waits for the peers) */
     struct expert_map *map;
 };
 
@@ -105,6 +108,9 @@ struct sim_engine {
     bool flip, wave_start;
     uint64_t step;          /* in or announced */
     uint64_t revoked;       /* told to leave views up to this one */
+    uint64_t broken;        /* a step of this view failed: the next one is awaited */
+    uint64_t busy_until;    /* its stepping thread is elsewhere: no boundary before this */
+    bool launching;         /* in a step that it launches without waiting for its peers */
     uint64_t device_at;     /* when the last step leaves the device: in order */
     struct view *views[3];  /* AA_ENGINE_COMMIT, newest first */
     struct expert_map *map, *pending;
@@ -118,8 +124,11 @@ struct sim_agent {
     bool up;                /* false: the process is dead; its engine may still be running for a moment */
     uint64_t life, ticks, spins, incarnation, conn;
     uint64_t blocked_until; /* partition: no connection before this */
+    uint64_t paused_until;  /* SIGSTOP: nothing of the process happens before this; its engine runs on */
+    uint64_t clock_offset;  /* its clock is that of the simulation, shifted ... */
+    int64_t clock_ppm;      /* ... and fast or slow by this */
     struct agent_core *core;
-    struct agent_actions actions[4];
+    struct agent_actions actions[8];
     uint32_t depth;
     struct control_page page;
     bool bell, stopping, exits;
@@ -170,7 +179,10 @@ struct sim {
     uint32_t n, layers, logical, slots, first_ranks;
     uint64_t delay_min, delay_max, disk_max, step_ns, transfer_max;
     uint32_t p_interleave, p_duplicate, p_target, p_zombie, dispatch; /* p_: in 1000 */
-    bool run_ahead, calm, final_done;
+    bool run_ahead, calm, final_done, wire, careless, drift;
+    uint32_t ahead;          /* steps that an engine launches before the peers have come to the first of them */
+    uint32_t pair[2];        /* engines that cannot talk to each other (until the calm), if p_pair */
+    uint32_t p_pair;
     uint64_t quick_attach;
     struct coordinator_config config;
     uint32_t ops_left;
@@ -183,7 +195,7 @@ struct sim {
     struct sim_key keys[SIM_KEYS];
     struct { uint64_t request; int key; } asked[32];
     uint32_t n_keys, n_asked;
-    uint64_t ops_done, ops_aborted, ops_refused, flips, resets;
+    uint64_t ops_done, ops_aborted, ops_refused, flips, resets, reset_times[SIM_RESETS];
     /* the world */
     struct sim_process coordinator;
     struct sim_agent *agents; /* [n] */
@@ -209,6 +221,8 @@ struct sim_event *sim_push(struct sim *s, uint64_t delay, enum sim_event_kind ki
 void sim_note(struct sim *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void sim_fail(struct sim *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void sim_print_story(const struct sim *s);
+uint64_t sim_clock(const struct sim *s, const struct sim_agent *a);             /* the agent's own */
+uint64_t sim_clock_delay(const struct sim *s, const struct sim_agent *a, uint64_t at); /* until its clock shows `at` */
 
 /* network.c */
 void network_connect(struct sim *s, struct sim_agent *a);
@@ -245,6 +259,7 @@ void worker_clear(struct sim_agent *a);
 
 /* engine.c */
 void engine_attach(struct sim *s, struct sim_agent *a);
+bool engine_fails(struct sim *s, struct sim_agent *a); /* its step fails by itself; false: it is in none */
 void engine_death(struct sim *s, struct sim_agent *a, const char *why, bool tell);
 void engine_wake(struct sim *s, struct sim_agent *a);
 void engine_turn(struct sim *s, struct sim_agent *a); /* one atomic step of its loop */
@@ -264,6 +279,8 @@ void check_gate_store(struct sim *s, struct sim_agent *a, uint64_t value);
 void check_durable(struct sim *s, unsigned parts);
 void check_begin(struct sim *s, struct sim_agent *a);
 void check_destroy(struct sim *s, struct sim_agent *a, uint32_t layer, uint32_t slot, const char *by);
+/* Of some expert of the committed view.  careful: those who were asked to stop do not count as holders. */
+bool check_last_copy(struct sim *s, const struct sim_agent *a, bool careful);
 bool check_is_quiet(struct sim *s, char *ret_why, size_t size);
 const struct sim_commit *check_commit(const struct sim *s, uint64_t epoch);
 struct sim_step *check_step(struct sim *s, uint64_t step);

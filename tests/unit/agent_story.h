@@ -94,8 +94,12 @@ static inline void story_send(struct story *s, const struct msg *m)
         story_say(s, "send MAP_ACK %" PRIu64 " from step %" PRIu64, m->map_ack.version, m->map_ack.step);
         return;
     case MSG_ENGINE:
-        story_say(s, "send ENGINE %s%s", m->engine.attached ? "attached " : "gone: ",
-                  m->engine.attached ? m->engine.endpoint : m->engine.why);
+        if (m->engine.attached && m->engine.torn_epoch)
+            story_say(s, "send ENGINE attached %s epoch %" PRIu64 " is torn: %s", m->engine.endpoint,
+                      m->engine.torn_epoch, m->engine.why);
+        else
+            story_say(s, "send ENGINE %s%s", m->engine.attached ? "attached " : "gone: ",
+                      m->engine.attached ? m->engine.endpoint : m->engine.why);
         return;
     case MSG_PROGRESS: story_say(s, "send PROGRESS %" PRIu64, m->progress.bytes); return;
     case MSG_VERIFIED:

@@ -23,16 +23,10 @@
 #include "agent/libeep/eep.h"
 #include "agent/manifest.h"
 #include "agent/weights.h"
+#include "common/clock.h"
 
 #define WAIT_S 5
 #define QUEUE 256u
-
-static inline uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 static inline void sleep_ms(long ms)
 {

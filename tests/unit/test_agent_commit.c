@@ -378,6 +378,34 @@ START_TEST(leaver_without_engine_is_at_its_boundary)
 }
 END_TEST
 
+/* It said FLIPPED, but its engine died below S, in a step that the others cannot end without it: another engine that is
+ * there by the time the coordinator is back does not mend that. */
+START_TEST(leaver_that_lost_its_engine_below_s_says_so_until_it_is_dismissed)
+{
+    struct story *s = story_leaver();
+    story_happens(s, AE_LINK_DOWN);
+    story_detach(s);
+    story_attach(s);
+    story_forget(s);
+    story_link(s);
+    story_expect(s, "send HELLO op 2 applied 2 next 11 map 1 idle attached\n"
+                    "send ENGINE attached tcp:1 epoch 2 is torn: killed\n"
+                    "send FLIPPED 2 held 0 ns\n");
+    story_free(s);
+}
+END_TEST
+
+/* A DISMISS of an earlier operation that comes late is not about the view that it has now. */
+START_TEST(leaver_is_not_dismissed_by_an_old_word)
+{
+    struct story *s = story_leaver();
+    story_forget(s);
+    story_op(s, MSG_DISMISS, 1, 1);
+    story_expect(s, "");
+    story_free(s);
+}
+END_TEST
+
 START_TEST(dismiss_means_nothing_to_those_who_stay)
 {
     struct story *s = story_serving(3);
@@ -409,8 +437,7 @@ START_TEST(promise_survives_link_and_engine)
     ck_assert_uint_eq(s->page.gate, 24);
     story_link(s); /* the loss is told although another engine is there */
     story_expect(s, "send HELLO op 2 applied 1 promised 2 limit 24 next 11 map 1 running attached\n"
-                    "send ENGINE gone: killed\n"
-                    "send ENGINE attached tcp:1\n"
+                    "send ENGINE attached tcp:1 epoch 1 is torn: killed\n"
                     "send FLIPPED 1 held 0 ns\n");
     story_go(s, 2, FLIP_VIEW, 30, 9, story_view(2, 2, 0, 5));
     story_forget(s);
@@ -423,7 +450,7 @@ START_TEST(promise_survives_link_and_engine)
                     "page map_pending = 1\n"
                     "engine: commit view 2 at step 30, rank 0, map 5\n"
                     "wake\n"
-                    "send ENGINE attached tcp:1\n");
+                    "send ENGINE attached tcp:1 epoch 2 is torn: killed\n");
     story_free(s);
 }
 END_TEST
@@ -443,8 +470,7 @@ START_TEST(engine_that_is_lost_tears_the_view)
     story_forget(s);
     story_link(s);
     story_expect(s, "send HELLO op 0 applied 1 next 18 map 1 idle attached\n"
-                    "send ENGINE gone: killed\n"
-                    "send ENGINE attached tcp:1\n"
+                    "send ENGINE attached tcp:1 epoch 1 is torn: killed\n"
                     "send FLIPPED 1 held 0 ns\n");
     story_free(s);
 }
@@ -548,6 +574,53 @@ START_TEST(reset_waits_until_the_engine_has_left_its_step)
 }
 END_TEST
 
+/* Something between the engines is broken.  The coordinator hears of it, with every connection, until there is a repair. */
+START_TEST(step_that_fails_by_itself_is_reported)
+{
+    struct story *s = story_serving(3);
+    engine_runs(s, 17);
+    struct agent_event left = {.type = AE_ENGINE_LEFT_STEP, .value = 17, .epoch = 1};
+    story_event(s, &left);
+    story_expect(s, "send ENGINE attached tcp:1 epoch 1 is torn: step 17 of epoch 1 failed\n");
+    story_happens(s, AE_LINK_DOWN);
+    story_forget(s);
+    story_link(s);
+    story_expect(s, "send HELLO op 0 applied 1 next 18 map 1 running attached\n"
+                    "send ENGINE attached tcp:1 epoch 1 is torn: step 17 of epoch 1 failed\n"
+                    "send FLIPPED 1 held 0 ns\n");
+    story_op_begin(s, 2, OP_REPAIR, ROLE_REMAINING, 2, 2, 0);
+    story_prepare(s, 2, 2, FLIP_RESET, 250);
+    story_forget(s);
+    left.value = 18; /* revoked by now: it only leaves */
+    story_event(s, &left);
+    story_expect(s, "send PROMISE 2 limit 18 next 18 wave 0 running\n");
+    story_go(s, 2, FLIP_RESET, 65553, 5, story_view(2, 2, 0, 7));
+    story_forget(s);
+    story_event(s, &left); /* late */
+    story_expect(s, "");
+    story_free(s);
+}
+END_TEST
+
+/* A repair that was begun and given up leaves a torn view, whatever a restarted coordinator knows of it. */
+START_TEST(reset_that_is_given_up_leaves_the_view_torn)
+{
+    struct story *s = story_serving(3);
+    engine_runs(s, 17);
+    story_op_begin(s, 2, OP_REPAIR, ROLE_REMAINING, 2, 2, 0);
+    story_prepare(s, 2, 2, FLIP_RESET, 250);
+    struct agent_event left = {.type = AE_ENGINE_LEFT_STEP, .value = 17};
+    story_event(s, &left);
+    story_happens(s, AE_LINK_DOWN);
+    story_forget(s);
+    story_link(s);
+    story_expect(s, "send HELLO op 2 applied 1 promised 2 limit 18 next 18 map 1 running attached\n"
+                    "send ENGINE attached tcp:1 epoch 1 is torn: its step was revoked for a repair that is not committed\n"
+                    "send FLIPPED 1 held 0 ns\n");
+    story_free(s);
+}
+END_TEST
+
 START_TEST(reset_cuts_off_an_engine_that_stays_in_its_step)
 {
     struct story *s = story_serving(3);
@@ -643,7 +716,7 @@ START_TEST(reset_without_engine)
                     "page gate = 11\n"
                     "send PROMISE 2 limit 11 next 11 wave 0 detached\n");
     story_attach(s); /* into a torn view: it waits for GO */
-    story_expect(s, "engine: regions\nwake\nsend ENGINE attached tcp:1\n");
+    story_expect(s, "engine: regions\nwake\nsend ENGINE attached tcp:1 epoch 1 is torn: killed\n");
     story_free(s);
 }
 END_TEST
@@ -797,6 +870,8 @@ int main(void)
     tcase_add_test(leave, leaver_runs_up_to_s_and_lets_go_when_dismissed);
     tcase_add_test(leave, leaver_whose_engine_does_not_let_go_is_cut_off);
     tcase_add_test(leave, leaver_without_engine_is_at_its_boundary);
+    tcase_add_test(leave, leaver_that_lost_its_engine_below_s_says_so_until_it_is_dismissed);
+    tcase_add_test(leave, leaver_is_not_dismissed_by_an_old_word);
     tcase_add_test(leave, dismiss_means_nothing_to_those_who_stay);
     tcase_add_test(faults, promise_survives_link_and_engine);
     tcase_add_test(faults, engine_that_is_lost_tears_the_view);
@@ -804,6 +879,8 @@ int main(void)
     tcase_add_test(faults, in_doubt_the_engine_is_cut_off_and_the_gate_stays);
     tcase_add_test(faults, in_doubt_an_engine_that_is_not_held_goes_on);
     tcase_add_test(reset, reset_waits_until_the_engine_has_left_its_step);
+    tcase_add_test(reset, step_that_fails_by_itself_is_reported);
+    tcase_add_test(reset, reset_that_is_given_up_leaves_the_view_torn);
     tcase_add_test(reset, reset_cuts_off_an_engine_that_stays_in_its_step);
     tcase_add_test(reset, reset_drops_an_unapplied_flip_and_overtakes_the_operation);
     tcase_add_test(reset, reset_keeps_the_gate_shut);

@@ -19,6 +19,7 @@ struct fake {
     bool no_promise, refuses, no_flip;
     uint64_t incarnation, conn, applied, promised, op;
     uint64_t step; /* next step of its engine */
+    unsigned engines; /* that it had before this one: each has an endpoint of its own */
     enum op_role role;
     unsigned got[64]; /* messages by type */
 };
@@ -68,7 +69,7 @@ static void rig_hello(struct rig *r, int i)
     a->up = true;
     snprintf(m.hello.id, sizeof(m.hello.id), "gpu%d", i);
     snprintf(m.hello.address, sizeof(m.hello.address), "127.0.0.1:%d", 1000 + i);
-    snprintf(m.hello.endpoint, sizeof(m.hello.endpoint), "engine%d", i);
+    snprintf(m.hello.endpoint, sizeof(m.hello.endpoint), "engine%d.%u", i, a->engines);
     m.hello.incarnation = a->incarnation;
     m.hello.can_load = true;
     m.hello.layers = 2;
@@ -603,6 +604,189 @@ START_TEST(without_a_copy_the_view_waits_for_the_lost_rank)
 }
 END_TEST
 
+/* Its lease ends while nobody can do without it: it is not put out, since it has the weights. */
+START_TEST(the_last_copy_is_awaited_longer_than_a_lease)
+{
+    struct rig r;
+    rig_start(&r, 2);
+    rig_scale(&r, 2, NULL);
+    uint64_t epoch = status(&r).view->epoch;
+    rig_cut(&r, 1);
+    rig_advance(&r, 20000);
+    ck_assert_uint_eq(status(&r).view->epoch, epoch);
+    rig_hello(&r, 1);
+    ck_assert_uint_eq(r.a[1].got[MSG_EVICTED], 0);
+    CK_RANKS(&r, 2);
+    ck_assert_uint_gt(status(&r).view->epoch, epoch);
+    ck_assert_str_eq(status(&r).degraded, "");
+    rig_stop(&r);
+}
+END_TEST
+
+/* Until the decision is made, nobody is put out: the engine may be back. */
+START_TEST(an_engine_that_is_back_before_the_decision_keeps_its_rank)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    uint64_t epoch = status(&r).view->epoch;
+    r.a[0].no_promise = true;
+    struct msg m = {.type = MSG_ENGINE, .engine = {.why = "killed"}};
+    rig_send(&r, 2, &m);
+    ck_assert_uint_eq(r.a[2].got[MSG_EVICTED], 0);
+    ck_assert(status(&r).op_running);
+    r.a[0].no_promise = false;
+    m = (struct msg){.type = MSG_ENGINE, .engine = {.attached = true, .dispatch = DISPATCH_SOURCE_ROUTED}};
+    rig_send(&r, 2, &m);
+    CK_RANKS(&r, 4);
+    ck_assert_uint_gt(status(&r).view->epoch, epoch);
+    ck_assert_uint_eq(r.a[2].got[MSG_EVICTED], 0);
+    ck_assert(!status(&r).op_running);
+    rig_stop(&r);
+}
+END_TEST
+
+/* A restarted coordinator begins its repair before the agents are back; one of them has another engine by then. */
+START_TEST(the_view_that_is_decided_names_the_engines_of_now)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    r.a[0].no_promise = true;
+    struct msg m = {.type = MSG_ENGINE, .engine = {.why = "killed"}};
+    rig_send(&r, 2, &m);
+    ck_assert(status(&r).op_running);
+    r.a[0].no_promise = false;
+    r.a[2].engines++;
+    rig_restart(&r);
+    rig_advance(&r, 500);
+    CK_RANKS(&r, 4);
+    ck_assert(!status(&r).op_running);
+    const struct view *view = status(&r).view;
+    ck_assert_str_eq(view->members[view_rank(view, "gpu2")].endpoint, "engine2.1");
+    rig_stop(&r);
+}
+END_TEST
+
+/* While a view without it is being written, it is out: whatever it promised before cannot be answered any more. */
+START_TEST(who_connects_while_a_view_without_it_is_written_is_out)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    r.a[0].no_promise = true;
+    struct msg m = {.type = MSG_ENGINE, .engine = {.why = "killed"}};
+    rig_send(&r, 2, &m);
+    r.hold_journal = true;
+    m = (struct msg){.type = MSG_PROMISE};
+    m.promise = (struct msg_promise){.epoch = r.epochs[r.prepares - 1], .incarnation = r.a[0].incarnation, .limit = 9,
+                                     .next = 8, .engine = PROMISE_RUNNING};
+    rig_send(&r, 0, &m);
+    ck_assert_str_eq(status(&r).commit_state, "DECIDING");
+    r.a[2].engine = false;
+    rig_hello(&r, 2);
+    ck_assert_uint_eq(r.a[2].got[MSG_EVICTED], 1);
+    ck_assert_uint_eq(r.a[2].got[MSG_ABORT], 0);
+    r.hold_journal = false;
+    rig_durable(&r);
+    CK_RANKS(&r, 3);
+    rig_stop(&r);
+}
+END_TEST
+
+static void rig_torn(struct rig *r, int i, uint64_t epoch)
+{
+    struct msg m = {.type = MSG_ENGINE, .engine = {.attached = true, .dispatch = DISPATCH_SOURCE_ROUTED}};
+    m.engine.torn_epoch = epoch;
+    snprintf(m.engine.why, sizeof(m.engine.why), "step 7 failed");
+    rig_send(r, i, &m);
+}
+
+/* Trouble between engines that all live: the same ranks try again, in a new view; not in a loop. */
+START_TEST(a_step_that_fails_is_retried_by_the_same_ranks)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    uint64_t first = status(&r).view->epoch, step = r.disk.commit.step;
+    rig_torn(&r, 2, first);
+    CK_RANKS(&r, 4);
+    uint64_t second = status(&r).view->epoch;
+    ck_assert_uint_gt(second, first);
+    ck_assert_uint_ge(r.disk.commit.step, step + 65536); /* an engine that launches ahead is nowhere near */
+    rig_torn(&r, 1, first); /* a word about the view that is left: too late */
+    ck_assert_uint_eq(status(&r).view->epoch, second);
+    rig_torn(&r, 1, second);
+    ck_assert_uint_eq(status(&r).view->epoch, second); /* not at once */
+    ck_assert_str_ne(status(&r).degraded, "");
+    ck_assert_uint_le(coordinator_deadline(r.core), r.now + 100 * MS);
+    rig_advance(&r, 200);
+    ck_assert_uint_gt(status(&r).view->epoch, second);
+    for (int i = 0; i < 600; i++) { /* a minute of a broken pair */
+        rig_torn(&r, 0, status(&r).view->epoch);
+        rig_advance(&r, 100);
+    }
+    ck_assert_uint_lt(status(&r).view->epoch, second + 20);
+    CK_RANKS(&r, 4);
+    for (int i = 0; i < 4; i++)
+        ck_assert_uint_eq(r.a[i].got[MSG_EVICTED], 0);
+    rig_stop(&r);
+}
+END_TEST
+
+/* The decision is made, but somebody hangs in a step below S, and all the others with it: who, is found by a RESET. */
+START_TEST(ranks_that_do_not_flip_are_taken_out_of_their_steps_not_out_of_the_view)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    for (int i = 0; i < 4; i++)
+        r.a[i].no_flip = true;
+    rig_scale(&r, 3, "gpu3");
+    uint64_t epoch = status(&r).view->epoch;
+    for (int i = 0; i < 4; i++)
+        r.a[i].no_flip = false;
+    rig_advance(&r, 11000);
+    CK_RANKS(&r, 3);
+    ck_assert_uint_gt(status(&r).view->epoch, epoch);
+    for (int i = 0; i < 3; i++)
+        ck_assert_uint_eq(r.a[i].got[MSG_EVICTED], 0);
+    ck_assert(!status(&r).op_running);
+    rig_stop(&r);
+}
+END_TEST
+
+/* Its agent answers, its engine never begins a step: the others do not wait for it for ever, if they can do without it. */
+START_TEST(an_engine_that_does_not_flip_in_a_repair_is_put_out_if_it_can_be_spared)
+{
+    for (int ranks = 4; ranks >= 2; ranks -= 2) {
+        struct rig r;
+        rig_start(&r, ranks);
+        rig_scale(&r, (uint32_t)ranks, NULL);
+        r.a[1].no_flip = true;
+        rig_torn(&r, 0, status(&r).view->epoch);
+        ck_assert(status(&r).op_running);
+        for (int i = 0; i < 40; i++) {
+            rig_advance(&r, 1000);
+            if (!r.a[1].up && !r.a[1].got[MSG_EVICTED])
+                rig_hello(&r, 1); /* it comes back every time */
+        }
+        ck_assert_uint_eq(r.a[1].got[MSG_EVICTED], ranks == 4);
+        CK_RANKS(&r, ranks == 4 ? 3 : 2);
+        if (ranks == 4)
+            ck_assert(!status(&r).op_running);
+        r.a[1].no_flip = false;
+        rig_advance(&r, 11000);
+        if (!r.a[1].up && ranks == 2)
+            rig_hello(&r, 1);
+        rig_advance(&r, 11000);
+        ck_assert(!status(&r).op_running);
+        ck_assert_str_eq(status(&r).degraded, "");
+        rig_stop(&r);
+    }
+}
+END_TEST
+
 START_TEST(the_grace_step_is_the_latest_of_all_acknowledgements)
 {
     struct rig r;
@@ -674,6 +858,13 @@ int main(void)
     tcase_add_test(t, an_engine_that_dies_is_a_fault_of_the_view);
     tcase_add_test(t, a_leaver_that_dies_before_the_switch_is_no_trap);
     tcase_add_test(t, without_a_copy_the_view_waits_for_the_lost_rank);
+    tcase_add_test(t, the_last_copy_is_awaited_longer_than_a_lease);
+    tcase_add_test(t, an_engine_that_is_back_before_the_decision_keeps_its_rank);
+    tcase_add_test(t, the_view_that_is_decided_names_the_engines_of_now);
+    tcase_add_test(t, who_connects_while_a_view_without_it_is_written_is_out);
+    tcase_add_test(t, a_step_that_fails_is_retried_by_the_same_ranks);
+    tcase_add_test(t, ranks_that_do_not_flip_are_taken_out_of_their_steps_not_out_of_the_view);
+    tcase_add_test(t, an_engine_that_does_not_flip_in_a_repair_is_put_out_if_it_can_be_spared);
     tcase_add_test(t, the_grace_step_is_the_latest_of_all_acknowledgements);
     tcase_add_test(t, the_same_key_is_the_same_operation);
     tcase_add_test(t, an_operation_waits_for_agents_when_told_to);

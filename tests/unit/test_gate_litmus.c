@@ -13,20 +13,13 @@
 #include <unistd.h>
 
 #include "agent/libeep/gate.h"
+#include "common/clock.h"
 
 struct shared {
     struct control_page page;
     _Alignas(64) _Atomic uint64_t begun; /* highest step the engine has begun */
     _Atomic uint64_t stop;
 };
-
-static uint64_t now_ms(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
-}
 
 static uint64_t next_random(uint64_t *state)
 {
@@ -108,9 +101,9 @@ static uint64_t promise(struct shared *s, bool reread)
 /* Rounds for duration_ms, or until a broken promise.  Returns how many were broken. */
 static uint64_t rounds(struct shared *s, bool reread, uint64_t duration_ms, uint64_t *ret_held)
 {
-    uint64_t end = now_ms() + duration_ms, seed = 1234567, broken = 0, held = 0;
+    uint64_t end = clock_now_ms() + duration_ms, seed = 1234567, broken = 0, held = 0;
 
-    while (now_ms() < end && !broken) {
+    while (clock_now_ms() < end && !broken) {
         uint64_t limit = promise(s, reread), last = 0;
         struct page_snapshot snap;
 

@@ -1,18 +1,40 @@
-/* Memory backends and the weights that lie in them: a contract suite over a table of backends. */
+/* Memory backends and the weights that lie in them: a contract suite over a table of backends, GPU memory among them
+ * where there is a GPU.  Bytes are compared by their digests, which is all that every backend can read. */
 #include <check.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "agent/memory.h"
 #include "agent/weights.h"
 #include "common/digest.h"
 
-static const char *const backends[] = {"host"};
-#define BACKENDS ((int)(sizeof backends / sizeof backends[0]))
+static const char *const backends[] = {"host", "cuda"};
+#define HOST 1 /* the first ones: without GPU memory */
+static int n_backends = HOST;
+
+/* In a child: a process that has used the driver cannot fork tests that use it. */
+static bool cuda_present(void)
+{
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        struct err err = {0};
+        struct memory_backend *m = memory_open("cuda", &err);
+        if (!m)
+            printf("memory on a GPU is not tested: %s\n", err.text);
+        fflush(NULL);
+        _exit(m ? 0 : 1);
+    }
+    int status = 1;
+    return child > 0 && waitpid(child, &status, 0) == child && status == 0;
+}
 
 static struct memory_backend *backend_open(int i)
 {
@@ -22,15 +44,28 @@ static struct memory_backend *backend_open(int i)
     return m;
 }
 
+/* The region holds these bytes there. */
+static bool holds(struct memory_backend *m, const struct memory_region *r, size_t offset, const void *bytes, size_t len)
+{
+    uint64_t digest = 0;
+    struct err err = {0};
+    ck_assert_msg(m->digest(m, r, offset, len, 0, &digest, &err) == 0, "%s", err.text);
+    return digest == digest_bytes(bytes, len, 0);
+}
+
 START_TEST(unknown_names_are_refused)
 {
     struct err err = {0};
     ck_assert_ptr_null(memory_open("disk", &err));
     ck_assert_int_eq(err.code, ERR_INVALID);
     ck_assert_ptr_nonnull(strstr(err.text, "\"disk\""));
-    ck_assert_ptr_null(memory_open("cuda", &err));
-    ck_assert_int_eq(err.code, ERR_UNSUPPORTED);
-    ck_assert_ptr_nonnull(strstr(err.text, "not in this build"));
+    ck_assert_ptr_null(memory_open("host:1", &err));
+    ck_assert_int_eq(err.code, ERR_INVALID);
+    ck_assert_ptr_null(memory_open("cud", &err));
+    ck_assert_int_eq(err.code, ERR_INVALID);
+    ck_assert_ptr_null(memory_open("cuda:no-gpu", &err)); /* no backend, no driver, or no such GPU */
+    ck_assert(err.code == ERR_UNSUPPORTED || err.code == ERR_INVALID || err.code == ERR_NOTFOUND);
+    ck_assert_msg(strstr(err.text, "\"cuda\"") != NULL, "%s", err.text);
 }
 END_TEST
 
@@ -44,8 +79,8 @@ START_TEST(memory_is_zeroed_sized_and_closed_on_exec)
     ck_assert_uint_ge(r.mapped, 5000);
     ck_assert_uint_eq(r.mapped % 4096, 0);
     ck_assert_int_eq(fcntl(r.fd, F_GETFD) & FD_CLOEXEC, FD_CLOEXEC);
-    for (size_t i = 0; i < 5000; i++)
-        ck_assert_uint_eq(((uint8_t *)r.base)[i], 0);
+    static const uint8_t zeros[5000];
+    ck_assert(holds(m, &r, 0, zeros, 5000));
     int fd = r.fd;
     m->release(m, &r);
     ck_assert_int_eq(fcntl(fd, F_GETFD), -1);
@@ -62,12 +97,142 @@ START_TEST(exported_memory_is_the_same_memory)
     ck_assert_int_eq(m->alloc(m, "a", 8192, &a, &err), 0);
     ck_assert_int_eq(m->write(m, &a, 100, "hello", 5, &err), 0);
     ck_assert_int_eq(m->adopt(m, dup(a.fd), 8192, &b, &err), 0);
-    ck_assert_int_eq(memcmp((char *)b.base + 100, "hello", 5), 0);
-    memcpy((char *)b.base + 200, "back", 4);
-    ck_assert_int_eq(memcmp((char *)a.base + 200, "back", 4), 0);
+    ck_assert(holds(m, &a, 100, "hello", 5));
+    ck_assert(holds(m, &b, 100, "hello", 5));
+    ck_assert_int_eq(m->write(m, &b, 200, "back", 4, &err), 0);
+    ck_assert(holds(m, &b, 200, "back", 4));
+    ck_assert(holds(m, &a, 200, "back", 4));
     m->release(m, &a);
-    ck_assert_int_eq(memcmp((char *)b.base + 100, "hello", 5), 0);
+    ck_assert(holds(m, &b, 100, "hello", 5));
     m->release(m, &b);
+    m->close(m);
+}
+END_TEST
+
+/* ---- another process ---- */
+
+static void descriptor_send(int socket, int fd)
+{
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fd)] = {0};
+    struct msghdr msg = {.msg_iov = &(struct iovec){"x", 1}, .msg_iovlen = 1};
+    msg.msg_control = control;
+    msg.msg_controllen = sizeof control;
+    struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+    *c = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
+    memcpy(CMSG_DATA(c), &fd, sizeof fd);
+    ck_assert_int_eq(sendmsg(socket, &msg, 0), 1);
+}
+
+static int descriptor_receive(int socket)
+{
+    char byte;
+    int fd = -1;
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof fd)];
+    struct msghdr msg = {.msg_iov = &(struct iovec){&byte, 1}, .msg_iovlen = 1};
+    msg.msg_control = control;
+    msg.msg_controllen = sizeof control;
+    if (recvmsg(socket, &msg, 0) != 1 || !CMSG_FIRSTHDR(&msg))
+        return -1;
+    memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&msg)), sizeof fd);
+    return fd;
+}
+
+/* 0 when it sees "hello" and has answered. */
+static int other_process(int socket, int backend)
+{
+    struct err err = {0};
+    struct memory_region r;
+    int fd = descriptor_receive(socket);
+    struct memory_backend *m = memory_open(backends[backend], &err);
+    if (!m || m->adopt(m, fd, 3u << 20, &r, &err) < 0)
+        return 1;
+    if (!holds(m, &r, (3u << 20) - 5, "hello", 5))
+        return 2;
+    if (m->write(m, &r, 7, "and back", 8, &err) < 0 || !holds(m, &r, 7, "and back", 8))
+        return 3;
+    return 0; /* without a clean end, as when it is killed */
+}
+
+START_TEST(another_process_sees_the_memory)
+{
+    int sockets[2], status = -1;
+    struct memory_region r;
+    struct err err = {0};
+    ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets), 0);
+    pid_t child = fork();
+    if (child == 0)
+        _exit(other_process(sockets[1], _i));
+    struct memory_backend *m = backend_open(_i);
+    ck_assert_int_eq(m->alloc(m, "shared", 3u << 20, &r, &err), 0);
+    ck_assert_int_eq(m->write(m, &r, (3u << 20) - 5, "hello", 5, &err), 0);
+    ck_assert(holds(m, &r, (3u << 20) - 5, "hello", 5));
+    descriptor_send(sockets[0], r.fd);
+    ck_assert_int_eq(waitpid(child, &status, 0), child);
+    ck_assert_int_eq(status, 0);
+    ck_assert(holds(m, &r, 7, "and back", 8));
+    ck_assert(holds(m, &r, (3u << 20) - 5, "hello", 5));
+    m->release(m, &r);
+    m->close(m);
+}
+END_TEST
+
+START_TEST(what_is_no_memory_is_not_adopted)
+{
+    struct memory_backend *m = backend_open(_i);
+    struct memory_region r, a;
+    struct err err = {0};
+    int pipes[2];
+    ck_assert_int_eq(pipe(pipes), 0);
+    ck_assert_int_eq(m->adopt(m, pipes[0], 100, &r, &err), ERR_INVALID);
+    ck_assert_int_eq(close(pipes[0]), 0); /* still ours */
+    close(pipes[1]);
+    ck_assert_int_eq(m->alloc(m, "small", 4096, &a, &err), 0);
+    int fd = dup(a.fd);
+    ck_assert_int_lt(m->adopt(m, fd, (size_t)1 << 30, &r, &err), 0);
+    ck_assert_int_eq(close(fd), 0);
+    ck_assert_int_eq(m->write(m, &a, 0, "fine", 4, &err), 0); /* nothing is broken by it */
+    ck_assert(holds(m, &a, 0, "fine", 4));
+    m->release(m, &a);
+    m->close(m);
+}
+END_TEST
+
+/* Many writes in a row, as loading does, then digests of runs that begin and end anywhere. */
+START_TEST(digests_of_any_place_and_length)
+{
+    const size_t bytes = (40u << 20) + 13;
+    struct memory_backend *m = backend_open(_i);
+    struct memory_region r;
+    struct err err = {0};
+    uint64_t state = 88172645463325252u;
+    uint8_t *data = malloc(bytes);
+    for (size_t i = 0; i < bytes; i++) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        data[i] = (uint8_t)(state >> 32);
+    }
+    ck_assert_int_eq(m->alloc(m, "many", bytes, &r, &err), 0);
+    for (size_t at = 0, len; at < bytes; at += len) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        len = 1 + state % (3u << 20);
+        len = len < bytes - at ? len : bytes - at;
+        uint8_t *piece = malloc(len);
+        memcpy(piece, data + at, len);
+        ck_assert_int_eq(m->write(m, &r, at, piece, len, &err), 0);
+        memset(piece, 0xee, len); /* ours again at once */
+        free(piece);
+    }
+    ck_assert(holds(m, &r, 0, data, bytes));
+    for (int k = 0; k < 300; k++) {
+        state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+        size_t offset = k < 40 ? (size_t)k : state % bytes, most = bytes - offset;
+        size_t len = k % 3 == 0 ? state / 7 % 50 : state / 7 % (k % 3 == 1 ? 70000 : 2u << 20);
+        len = len < most ? len : most;
+        uint64_t first = state % 1000, digest = 0;
+        ck_assert_msg(m->digest(m, &r, offset, len, first, &digest, &err) == 0, "%s", err.text);
+        ck_assert_msg(digest == digest_bytes(data + offset, len, first), "%zu bytes at %zu", len, offset);
+    }
+    free(data);
+    m->release(m, &r);
     m->close(m);
 }
 END_TEST
@@ -253,7 +418,7 @@ START_TEST(a_slot_is_verified_by_its_own_bytes_only)
     ck_assert_ptr_nonnull(strstr(err.text, "layer 0 slot 0 does not hold expert 2"));
     ck_assert_int_eq(m->write(m, e[0].region, e[0].offset + sizeof a, "pad", 3, &err), 0); /* between slots */
     ck_assert_int_eq(weights_slot_verify(w, 0, 1, 2, &err), 0);
-    ((uint8_t *)e[1].region->base)[e[1].offset + 63] ^= 1;
+    ck_assert_int_eq(m->write(m, e[1].region, e[1].offset + 63, "\5", 1, &err), 0); /* one bit of a 4 */
     ck_assert_int_eq(weights_slot_verify(w, 0, 1, 2, &err), ERR_CORRUPT);
     ck_assert_int_eq(weights_slot_verify(w, 0, 1, 4, &err), ERR_INVALID);
     ck_assert_int_eq(weights_slot_verify(w, 2, 1, 0, &err), ERR_INVALID);
@@ -283,18 +448,24 @@ END_TEST
 
 int main(void)
 {
+    if (cuda_present())
+        n_backends++;
     Suite *s = suite_create("memory");
     TCase *t = tcase_create("contract");
     tcase_add_test(t, unknown_names_are_refused);
-    tcase_add_loop_test(t, memory_is_zeroed_sized_and_closed_on_exec, 0, BACKENDS);
-    tcase_add_loop_test(t, exported_memory_is_the_same_memory, 0, BACKENDS);
-    tcase_add_loop_test(t, nobody_can_cut_the_memory, 0, BACKENDS);
-    tcase_add_loop_test(t, ranges_are_checked, 0, BACKENDS);
-    tcase_add_loop_test(t, copies_and_digests_agree_with_the_bytes, 0, BACKENDS);
-    tcase_add_loop_test(t, slots_are_the_ranges_of_all_parts, 0, BACKENDS);
-    tcase_add_loop_test(t, a_slot_is_verified_by_its_own_bytes_only, 0, BACKENDS);
-    tcase_add_loop_test(t, a_model_that_contradicts_its_manifest_is_refused, 0, BACKENDS);
+    tcase_add_loop_test(t, memory_is_zeroed_sized_and_closed_on_exec, 0, n_backends);
+    tcase_add_loop_test(t, exported_memory_is_the_same_memory, 0, n_backends);
+    tcase_add_loop_test(t, nobody_can_cut_the_memory, 0, HOST);
+    tcase_add_loop_test(t, another_process_sees_the_memory, 0, n_backends);
+    tcase_add_loop_test(t, what_is_no_memory_is_not_adopted, 0, n_backends);
+    tcase_add_loop_test(t, digests_of_any_place_and_length, 0, n_backends);
+    tcase_add_loop_test(t, ranges_are_checked, 0, n_backends);
+    tcase_add_loop_test(t, copies_and_digests_agree_with_the_bytes, 0, n_backends);
+    tcase_add_loop_test(t, slots_are_the_ranges_of_all_parts, 0, n_backends);
+    tcase_add_loop_test(t, a_slot_is_verified_by_its_own_bytes_only, 0, n_backends);
+    tcase_add_loop_test(t, a_model_that_contradicts_its_manifest_is_refused, 0, n_backends);
     suite_add_tcase(s, t);
+    tcase_set_timeout(t, 60);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);
     int failed = srunner_ntests_failed(r);

@@ -215,10 +215,10 @@ START_TEST(small_ones_up)
         ck_assert_int_eq(got.type, empty[i]);
     }
     {
-        struct msg m = {.type = MSG_ENGINE, .engine = {true, DISPATCH_SOURCE_ROUTED, true, 2, 3, "e", "why not"}};
+        struct msg m = {.type = MSG_ENGINE, .engine = {true, DISPATCH_SOURCE_ROUTED, true, 2, 3, "e", "why not", 12}};
         struct msg got = there_and_back(&m);
         struct msg_engine *a = &m.engine, *b = &got.engine;
-        EQ(attached), EQ(dispatch), EQ(can_load), EQ(layers), EQ(logical), EQS(endpoint), EQS(why);
+        EQ(attached), EQ(dispatch), EQ(can_load), EQ(layers), EQ(logical), EQS(endpoint), EQS(why), EQ(torn_epoch);
     }
     {
         struct msg m = {.type = MSG_PROGRESS, .progress = {1, 2}};

@@ -14,6 +14,7 @@
 #include "agent/transport.h"
 #include "common/address.h"
 #include "common/clock.h"
+#include "common/digest.h"
 
 #define PARTIES_MAX 8
 #define MS          1000000ull
@@ -490,6 +491,69 @@ START_TEST(moves_arrive)
 }
 END_TEST
 
+/* What a party was told of one item: up to where in each extent, and the digest of those bytes at that moment. */
+struct told {
+    size_t at[2];
+    uint64_t digest[2];
+    bool bad;
+};
+static struct told told[PARTIES_MAX][PARTIES_MAX * SLOTS];
+
+static void party_arrived(void *user, size_t item, uint32_t extent, size_t offset, size_t len)
+{
+    struct party *p = user;
+    struct told *t = &told[p->self][item];
+    const struct extent *to = &p->items[item].to[extent];
+    t->bad |= p->items[item].dst != p->self || extent >= 2 || offset != t->at[extent] || len == 0 ||
+              len > to->len - offset || offset % 8 != 0 || (len % 8 != 0 && offset + len != to->len);
+    if (t->bad)
+        return;
+    t->at[extent] += len;
+    t->digest[extent] += digest_bytes((uint8_t *)to->region->base + to->offset + offset, len, offset / 8);
+}
+
+static void play_move_told(struct party *p)
+{
+    struct transport_call call = party_call(p);
+    call.arrived = party_arrived;
+    p->rc = p->transport->move(p->group, p->items, p->n_items, &call, &p->bytes, &p->err);
+}
+
+START_TEST(what_comes_is_told_once_it_is_there)
+{
+    static struct transfer items[PARTIES_MAX * SLOTS];
+    static uint32_t src_slots[PARTIES_MAX * SLOTS], dst_slots[PARTIES_MAX * SLOTS];
+    uint64_t state = 42;
+    struct farm f;
+    farm_open(&f, &backends[_i], 3);
+    farm_connect(&f);
+    for (uint32_t i = 0; i < 3; i++)
+        party_memory(&f.parties[i], SLOTS * SLOT_BYTES, i + 1);
+    for (int call = 0; call < 3; call++) {
+        size_t n = moves_make(&f, &state, items, src_slots, dst_slots);
+        memset(told, 0, sizeof told);
+        for (uint32_t i = 0; i < 3; i++) {
+            f.parties[i].items = items;
+            f.parties[i].n_items = n;
+        }
+        farm_play(&f, play_move_told);
+        farm_all_ok(&f);
+        for (uint32_t i = 0; i < 3; i++)
+            for (size_t k = 0; k < n; k++)
+                for (uint32_t e = 0; e < 2; e++) {
+                    const struct extent *to = &items[k].to[e];
+                    bool comes = items[k].dst == i && items[k].src != i;
+                    ck_assert(!told[i][k].bad);
+                    ck_assert_uint_eq(told[i][k].at[e], comes ? to->len : 0);
+                    if (comes)
+                        ck_assert_uint_eq(told[i][k].digest[e],
+                                          digest_bytes((uint8_t *)to->region->base + to->offset, to->len, 0));
+                }
+    }
+    farm_close(&f);
+}
+END_TEST
+
 /* One large item from party 0 to 1. */
 static void one_move(struct farm *f, struct transfer *t, size_t bytes)
 {
@@ -797,6 +861,7 @@ int main(void)
     t = tcase_create("moves");
     tcase_set_timeout(t, 120);
     tcase_add_loop_test(t, moves_arrive, 0, BACKENDS);
+    tcase_add_loop_test(t, what_comes_is_told_once_it_is_there, 0, BACKENDS);
     tcase_add_loop_test(t, progress_is_reported_now_and_then, 0, BACKENDS);
     tcase_add_loop_test(t, a_party_that_is_gone_is_named, 0, BACKENDS);
     tcase_add_loop_test(t, a_party_that_stalls_is_named, 0, BACKENDS);

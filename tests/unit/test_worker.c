@@ -308,6 +308,29 @@ START_TEST(what_arrives_broken_is_noticed)
 }
 END_TEST
 
+START_TEST(a_slot_is_written_once_in_a_round)
+{
+    struct expert_map *map = map_of_two(3, 9);
+    struct model *model = cold_start(map);
+    struct plan *plan = join_plan();
+    uint64_t id;
+    struct work work = work_new(WORK_ALLOCATE, 2);
+    work.model = model_ref(model);
+    ok(do_one(world.workers[2], work));
+    group_make(3);
+    for (uint32_t i = 1; i < plan->n_moves; i++)
+        if (plan->moves[i].round == 0 && plan->moves[i].layer == 2)
+            plan->moves[i].dst_slot = 3;
+    transfer_submit(WORK_FILL, 2, 3, plan, model, 0, &id);
+    struct worker_result r = result_wait(world.workers[2], id);
+    ck_assert_int_eq(r.code, ERR_INVALID);
+    ck_assert_msg(strstr(r.text, "slot 3 of MoE layer 2 twice") != NULL, "%s", r.text);
+    plan_unref(plan);
+    model_unref(model);
+    expert_map_unref(map);
+}
+END_TEST
+
 START_TEST(broken_dense_weights_are_noticed)
 {
     struct expert_map *map = map_of_two(3, 9);
@@ -562,6 +585,7 @@ int main(void)
     tcase_add_test(t, a_joiner_receives_everything_from_its_peers);
     tcase_add_test(t, verify_counts_every_mismatch);
     tcase_add_test(t, what_arrives_broken_is_noticed);
+    tcase_add_test(t, a_slot_is_written_once_in_a_round);
     tcase_add_test(t, broken_dense_weights_are_noticed);
     tcase_add_test(t, what_cannot_be_done_says_so);
     tcase_add_test(t, a_cancel_stops_the_present_and_the_queued);

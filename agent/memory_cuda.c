@@ -1,0 +1,410 @@
+/* Region memory on a GPU: one allocation of CUDA's virtual memory management a region, exported as a descriptor, so that
+ * an engine in another process maps the same memory.  Sizes are rounded up to the device's granularity (2 MiB) for each
+ * region, and the address stays for the life of the region.
+ *
+ * Everything goes over one stream.  write() copies into pinned buffers and returns while they are still on their way,
+ * so that reading a file and copying overlap; what follows on the stream - digest(), copy(), release() - comes after
+ * it, and digest() and copy() return when all of it is done.  So bytes that are handed to anybody else have to be
+ * digested first, as every loaded weight is.  Worker thread, whose current context is the device's from the first call
+ * on. */
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "agent/cuda_driver.h"
+#include "agent/digest_kernel.h"
+#include "agent/memory_backend.h"
+#include "common/digest.h"
+
+#define STAGES      4u
+#define STAGE_BYTES ((size_t)8 << 20) /* a multiple of 8: pieces of a digest on the CPU */
+
+/* A pinned buffer; `busy` is passed on the stream when it is free again. */
+struct stage {
+    void *data;
+    CUevent busy;
+};
+
+struct memory_cuda {
+    struct memory_backend base; /* first: the pointers are exchanged */
+    struct cuda_device *device;
+    CUstream stream;
+    struct stage stages[STAGES];
+    unsigned next_stage;
+    size_t granularity;
+    CUmodule module; /* NULL: digests on the CPU */
+    CUfunction digest;
+    CUdeviceptr sum;     /* 8 bytes on the device */
+    uint64_t *sum_host;  /* pinned */
+    unsigned blocks_max; /* that run at once */
+};
+
+static CUdeviceptr region_at(const struct memory_region *region, size_t offset)
+{
+    return (CUdeviceptr)(uintptr_t)region->base + offset;
+}
+
+static bool cuda_round(const struct memory_cuda *m, size_t bytes, size_t *ret_mapped)
+{
+    if (bytes == 0 || bytes > SIZE_MAX / 2)
+        return false;
+    *ret_mapped = (bytes + m->granularity - 1) / m->granularity * m->granularity;
+    return true;
+}
+
+static int cuda_range_check(const struct memory_region *region, size_t offset, size_t len, struct err *err)
+{
+    if (offset > region->bytes || len > region->bytes - offset)
+        return err_set(err, ERR_INVALID, "range %zu + %zu lies outside of a region of %zu bytes", offset, len,
+                       region->bytes);
+    return 0;
+}
+
+static int cuda_settle(struct memory_cuda *m, const char *what, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    return cuda_check(cu, cu->cuStreamSynchronize(m->stream), err, "%s on GPU %d", what, m->device->gpu.index);
+}
+
+/* ---- allocations ---- */
+
+static CUmemAllocationProp cuda_properties(const struct memory_cuda *m, bool rdma)
+{
+    return (CUmemAllocationProp){
+        .type = CU_MEM_ALLOCATION_TYPE_PINNED,
+        .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = m->device->device},
+        .allocFlags = {.gpuDirectRDMACapable = rdma},
+    };
+}
+
+static int cuda_export(struct memory_cuda *m, CUmemGenericAllocationHandle handle, int *ret_fd, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    int fd = -1;
+    int rc = cuda_check(cu, cu->cuMemExportToShareableHandle(&fd, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+                        err, "export GPU memory as a descriptor");
+    if (rc < 0)
+        return rc;
+    if (fcntl(fd, F_SETFD, FD_CLOEXEC) < 0) {
+        close(fd);
+        return err_set(err, ERR_IO, "cannot set descriptor %d close-on-exec", fd);
+    }
+    *ret_fd = fd;
+    return 0;
+}
+
+static int cuda_create(struct memory_cuda *m, const char *label, size_t bytes, size_t mapped,
+                       CUmemGenericAllocationHandle *ret_handle, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    size_t available = 0, total = 0;
+    int rc = cuda_check(cu, cu->cuMemGetInfo(&available, &total), err, "ask for free GPU memory");
+    if (rc < 0)
+        return rc;
+    CUresult result = CUDA_ERROR_OUT_OF_MEMORY;
+    if (mapped <= total) { /* free memory may grow at any moment; what cannot fit is not tried */
+        CUmemAllocationProp properties = cuda_properties(m, m->device->rdma);
+        result = cu->cuMemCreate(ret_handle, mapped, &properties, 0);
+        if (result == CUDA_ERROR_NOT_SUPPORTED && m->device->rdma) {
+            properties = cuda_properties(m, false); /* the device could, this system cannot */
+            result = cu->cuMemCreate(ret_handle, mapped, &properties, 0);
+        }
+    }
+    if (result == CUDA_ERROR_OUT_OF_MEMORY)
+        return err_set(err, ERR_NOMEM, "cannot allocate %zu bytes for region \"%s\" on GPU %d: %zu of %zu are free",
+                       bytes, label, m->device->gpu.index, available, total);
+    return cuda_check(cu, result, err, "allocate %zu bytes for region \"%s\" on GPU %d", bytes, label,
+                      m->device->gpu.index);
+}
+
+static void cuda_release(struct memory_backend *self, struct memory_region *region)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    const struct cuda_driver *cu = &m->device->driver;
+    if (!region->base || cuda_device_use(m->device, NULL) < 0)
+        return;
+    (void)cu->cuStreamSynchronize(m->stream);
+    cuda_unmap(m->device, region_at(region, 0), region->mapped);
+    close(region->fd);
+    *region = (struct memory_region){.fd = -1};
+}
+
+static int cuda_alloc(struct memory_backend *self, const char *label, size_t bytes, struct memory_region *ret_region,
+                      struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    const struct cuda_driver *cu = &m->device->driver;
+    struct memory_region region = {.bytes = bytes, .fd = -1};
+    CUmemGenericAllocationHandle handle;
+    CUdeviceptr at = 0;
+    if (!cuda_round(m, bytes, &region.mapped))
+        return err_set(err, ERR_INVALID, "region \"%s\" cannot have %zu bytes", label, bytes);
+    int rc = cuda_device_use(m->device, err);
+    if (rc == 0)
+        rc = cuda_create(m, label, bytes, region.mapped, &handle, err);
+    if (rc < 0)
+        return rc;
+    rc = cuda_export(m, handle, &region.fd, err);
+    if (rc == 0)
+        rc = cuda_map(m->device, handle, region.mapped, &at, err);
+    (void)cu->cuMemRelease(handle);
+    if (rc < 0) {
+        if (region.fd >= 0)
+            close(region.fd);
+        return err_wrap(err, "region \"%s\"", label);
+    }
+    region.base = (void *)(uintptr_t)at;
+    rc = cuda_check(cu, cu->cuMemsetD8Async(at, 0, region.mapped, m->stream), err, "clear region \"%s\"", label);
+    if (rc == 0)
+        rc = cuda_settle(m, "clear memory", err);
+    if (rc < 0)
+        cuda_release(self, &region);
+    else
+        *ret_region = region;
+    return rc;
+}
+
+/* On failure the descriptor stays the caller's. */
+static int cuda_adopt(struct memory_backend *self, int fd, size_t bytes, struct memory_region *ret_region,
+                      struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    CUdeviceptr at = 0;
+    size_t mapped;
+    if (!cuda_round(m, bytes, &mapped))
+        return err_set(err, ERR_INVALID, "a region cannot have %zu bytes", bytes);
+    int rc = cuda_device_use(m->device, err);
+    if (rc == 0)
+        rc = cuda_import(m->device, fd, mapped, true, &at, err);
+    if (rc < 0)
+        return rc;
+    (void)fcntl(fd, F_SETFD, FD_CLOEXEC);
+    *ret_region = (struct memory_region){.base = (void *)(uintptr_t)at, .bytes = bytes, .mapped = mapped, .fd = fd};
+    return 0;
+}
+
+/* ---- bytes ---- */
+
+/* A pinned buffer that no copy uses any more. */
+static int stage_next(struct memory_cuda *m, struct stage **ret_stage, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    struct stage *stage = &m->stages[m->next_stage++ % STAGES];
+    int rc = cuda_check(cu, cu->cuEventSynchronize(stage->busy), err, "wait for a copy to GPU %d",
+                        m->device->gpu.index);
+    if (rc == 0)
+        *ret_stage = stage;
+    return rc;
+}
+
+static int cuda_write(struct memory_backend *self, struct memory_region *region, size_t offset, const void *data,
+                      size_t len, struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    const struct cuda_driver *cu = &m->device->driver;
+    int rc = cuda_range_check(region, offset, len, err);
+    if (rc == 0)
+        rc = cuda_device_use(m->device, err);
+    for (size_t done = 0; done < len && rc == 0;) {
+        struct stage *stage;
+        size_t part = len - done < STAGE_BYTES ? len - done : STAGE_BYTES;
+        rc = stage_next(m, &stage, err);
+        if (rc < 0)
+            return rc;
+        memcpy(stage->data, (const uint8_t *)data + done, part);
+        rc = cuda_check(cu, cu->cuMemcpyHtoDAsync(region_at(region, offset + done), stage->data, part, m->stream), err,
+                        "copy %zu bytes to GPU %d", part, m->device->gpu.index);
+        if (rc == 0)
+            rc = cuda_check(cu, cu->cuEventRecord(stage->busy, m->stream), err, "mark a copy");
+        done += part;
+    }
+    return rc;
+}
+
+static int cuda_copy(struct memory_backend *self, struct memory_region *dst, size_t dst_offset,
+                     const struct memory_region *src, size_t src_offset, size_t len, struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    const struct cuda_driver *cu = &m->device->driver;
+    int rc = cuda_range_check(dst, dst_offset, len, err);
+    if (rc == 0)
+        rc = cuda_range_check(src, src_offset, len, err);
+    if (rc == 0)
+        rc = cuda_device_use(m->device, err);
+    if (rc < 0 || len == 0)
+        return rc;
+    rc = cuda_check(cu, cu->cuMemcpyDtoDAsync(region_at(dst, dst_offset), region_at(src, src_offset), len, m->stream),
+                    err, "copy %zu bytes inside GPU %d", len, m->device->gpu.index);
+    return rc < 0 ? rc : cuda_settle(m, "copy memory", err);
+}
+
+/* Without the kernel: back through the pinned buffers, in pieces. */
+static int cuda_digest_on_cpu(struct memory_cuda *m, CUdeviceptr at, size_t len, uint64_t first_word,
+                              uint64_t *ret_digest, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    uint64_t digest = 0;
+    for (size_t done = 0; done < len;) {
+        struct stage *stage;
+        size_t part = len - done < STAGE_BYTES ? len - done : STAGE_BYTES;
+        int rc = stage_next(m, &stage, err);
+        if (rc == 0)
+            rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(stage->data, at + done, part, m->stream), err,
+                            "copy %zu bytes from GPU %d", part, m->device->gpu.index);
+        if (rc == 0)
+            rc = cuda_settle(m, "read memory", err);
+        if (rc < 0)
+            return rc;
+        digest += digest_bytes(stage->data, part, first_word + done / 8);
+        done += part;
+    }
+    int rc = len == 0 ? cuda_settle(m, "read memory", err) : 0;
+    if (rc == 0)
+        *ret_digest = digest;
+    return rc;
+}
+
+static int cuda_digest(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len,
+                       uint64_t first_word, uint64_t *ret_digest, struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    const struct cuda_driver *cu = &m->device->driver;
+    int rc = cuda_range_check(region, offset, len, err);
+    if (rc == 0)
+        rc = cuda_device_use(m->device, err);
+    if (rc < 0)
+        return rc;
+    CUdeviceptr at = region_at(region, offset);
+    if (!m->module || len == 0)
+        return cuda_digest_on_cpu(m, at, len, first_word, ret_digest, err);
+    unsigned long long bytes = len, first = first_word;
+    void *arguments[] = {&at, &bytes, &first, &m->sum};
+    size_t blocks = len / (DIGEST_KERNEL_THREADS * 16u) + 1; /* at least a pair of words for each thread */
+    if (blocks > m->blocks_max)
+        blocks = m->blocks_max;
+    rc = cuda_check(cu, cu->cuMemsetD8Async(m->sum, 0, sizeof *m->sum_host, m->stream), err, "clear a digest");
+    if (rc == 0)
+        rc = cuda_check(cu,
+                        cu->cuLaunchKernel(m->digest, (unsigned)blocks, 1, 1, DIGEST_KERNEL_THREADS, 1, 1, 0,
+                                           m->stream, arguments, NULL),
+                        err, "start the digest of %zu bytes on GPU %d", len, m->device->gpu.index);
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(m->sum_host, m->sum, sizeof *m->sum_host, m->stream), err,
+                        "fetch a digest");
+    if (rc == 0)
+        rc = cuda_settle(m, "digest memory", err);
+    if (rc == 0)
+        *ret_digest = *m->sum_host;
+    return rc;
+}
+
+/* ---- open and close ---- */
+
+static void cuda_close(struct memory_backend *self)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    const struct cuda_driver *cu = &m->device->driver;
+    if (cuda_device_use(m->device, NULL) == 0) {
+        if (m->stream)
+            (void)cu->cuStreamSynchronize(m->stream);
+        for (size_t i = 0; i < STAGES; i++) {
+            if (m->stages[i].busy)
+                (void)cu->cuEventDestroy(m->stages[i].busy);
+            if (m->stages[i].data)
+                (void)cu->cuMemFreeHost(m->stages[i].data);
+        }
+        if (m->module)
+            (void)cu->cuModuleUnload(m->module);
+        if (m->sum)
+            (void)cu->cuMemFree(m->sum);
+        if (m->sum_host)
+            (void)cu->cuMemFreeHost(m->sum_host);
+        if (m->stream)
+            (void)cu->cuStreamDestroy(m->stream);
+    }
+    cuda_device_close(m->device);
+    free(m);
+}
+
+static int cuda_open_kernel(struct memory_cuda *m, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    const void *image = digest_kernel_image();
+    int processors = 0;
+    if (!image)
+        return 0;
+    CUresult result = cu->cuModuleLoadData(&m->module, image);
+    if (result == CUDA_ERROR_NO_BINARY_FOR_GPU || result == CUDA_ERROR_UNSUPPORTED_PTX_VERSION) {
+        m->module = NULL; /* an old GPU or an old driver: digests on the CPU */
+        return 0;
+    }
+    int rc = cuda_check(cu, result, err, "load the digest kernel");
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuModuleGetFunction(&m->digest, m->module, DIGEST_KERNEL_NAME), err,
+                        "find the digest kernel");
+    if (rc == 0)
+        rc = cuda_check(
+            cu, cu->cuDeviceGetAttribute(&processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, m->device->device), err,
+            "count the processors of GPU %d", m->device->gpu.index);
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuMemAlloc(&m->sum, sizeof *m->sum_host), err, "allocate a digest");
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuMemHostAlloc((void **)&m->sum_host, sizeof *m->sum_host, 0), err,
+                        "allocate a digest");
+    m->blocks_max = 8u * (unsigned)(processors > 0 ? processors : 1);
+    return rc;
+}
+
+static int cuda_open(struct memory_cuda *m, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    const CUmemAllocationProp properties = cuda_properties(m, m->device->rdma);
+    int rc = cuda_check(cu,
+                        cu->cuMemGetAllocationGranularity(&m->granularity, &properties,
+                                                          CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+                        err, "ask for the granularity of GPU memory");
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuStreamCreate(&m->stream, CU_STREAM_NON_BLOCKING), err, "create a stream");
+    for (size_t i = 0; i < STAGES && rc == 0; i++) {
+        rc = cuda_check(cu, cu->cuMemHostAlloc(&m->stages[i].data, STAGE_BYTES, 0), err,
+                        "pin %zu bytes of host memory", STAGE_BYTES);
+        if (rc == 0)
+            rc = cuda_check(cu,
+                            cu->cuEventCreate(&m->stages[i].busy, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC),
+                            err, "create an event");
+    }
+    return rc < 0 ? rc : cuda_open_kernel(m, err);
+}
+
+struct memory_backend *memory_cuda_open(const char *device, struct err *err)
+{
+    struct memory_cuda *m = calloc(1, sizeof *m);
+    if (!m) {
+        err_set(err, ERR_NOMEM, "out of memory");
+        return NULL;
+    }
+    if (cuda_device_open(device, &m->device, err) < 0) {
+        err_wrap(err, "memory backend \"cuda\"");
+        free(m);
+        return NULL;
+    }
+    m->base = (struct memory_backend){
+        .name = "cuda",
+        .alloc = cuda_alloc,
+        .adopt = cuda_adopt,
+        .release = cuda_release,
+        .write = cuda_write,
+        .digest = cuda_digest,
+        .copy = cuda_copy,
+        .close = cuda_close,
+    };
+    if (cuda_open(m, err) < 0) {
+        err_wrap(err, "memory backend \"cuda\"");
+        cuda_close(&m->base);
+        return NULL;
+    }
+    return &m->base;
+}

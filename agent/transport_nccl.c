@@ -1,0 +1,275 @@
+/* The NCCL transport: the table of functions, and move().  Worker thread.
+ *
+ * All items of a move, of all layers, go into few groups of ncclSend and ncclRecv, straight from slot to slot.  How
+ * items are spread over the groups follows from each pair's own list alone (see pair_batch), so that both ends agree
+ * without seeing the whole plan. */
+#include "agent/transport_nccl.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include "agent/transport_nccl_internal.h"
+
+#define GROUP_ID_BYTES  32
+#define BATCH_OPS       1024u                 /* operations of one group, all peers and directions together */
+#define BATCH_BYTES_MIN (4u << 20)            /* of one pair and direction: small moves report progress as well ... */
+#define BATCH_BYTES_MAX (UINT64_C(128) << 20) /* ... and large ones keep few groups that a deadline outlives */
+#define BATCH_PARTS     4u
+
+static int nccl_group_id(struct transport *self, struct blob **ret_id, struct err *err)
+{
+    (void)self;
+    uint8_t id[GROUP_ID_BYTES];
+    if (getrandom(id, sizeof id, 0) != (ssize_t)sizeof id)
+        return err_set(err, ERR_IO, "cannot get random bytes for a group id: %s", strerror(errno));
+    struct blob *blob = blob_new(id, sizeof id);
+    if (!blob)
+        return err_set(err, ERR_NOMEM, "out of memory");
+    *ret_id = blob;
+    return 0;
+}
+
+/* ---- move ---- */
+
+/* One pair and direction, while its operations are put into batches. */
+struct pair {
+    uint64_t total, limit; /* bytes of all batches, and of one */
+    uint64_t bytes;        /* in the batch that is being filled */
+    uint32_t ops, batch;
+};
+struct mover {
+    struct transport_group *group;
+    struct pair *out, *in; /* [n] */
+    uint32_t pair_ops;     /* operations of a pair and direction in one batch */
+    struct nccl_ops ops;
+};
+
+static uint64_t extents_bytes(const struct extent *extents, uint32_t n)
+{
+    uint64_t bytes = 0;
+    for (uint32_t k = 0; k < n; k++)
+        bytes += extents[k].len;
+    return bytes;
+}
+
+static uint32_t pair_batch(const struct mover *m, struct pair *pair, size_t len)
+{
+    if (pair->ops == m->pair_ops || (pair->ops > 0 && pair->bytes + len > pair->limit)) {
+        pair->batch++;
+        pair->ops = 0;
+        pair->bytes = 0;
+    }
+    pair->ops++;
+    pair->bytes += len;
+    return pair->batch;
+}
+
+static int move_extents(struct mover *m, uint32_t peer, bool send, const struct extent *extents, uint32_t n,
+                        struct err *err)
+{
+    struct pair *pair = send ? &m->out[peer] : &m->in[peer];
+    for (uint32_t k = 0; k < n; k++) {
+        uint8_t *base = (uint8_t *)extents[k].region->base + extents[k].offset;
+        for (size_t at = 0; at < extents[k].len;) {
+            size_t len = extents[k].len - at < pair->limit ? extents[k].len - at : (size_t)pair->limit;
+            struct nccl_op op = {base + at, len, peer, pair_batch(m, pair, len), send};
+            int rc = nccl_ops_add(&m->ops, &op, err);
+            if (rc < 0)
+                return rc;
+            at += len;
+        }
+    }
+    return 0;
+}
+
+/* Local copies go first, and in order: what is sent afterwards may be what they wrote. */
+static int move_local(const struct transport_group *group, const struct transfer *item, struct err *err)
+{
+    const struct cuda_driver *cu = &group->nccl->shared->device->driver;
+    for (uint32_t k = 0; k < item->n; k++) {
+        if (item->from[k].len != item->to[k].len)
+            return err_set(err, ERR_INVALID, "a local copy has %zu bytes on one side and %zu on the other",
+                           item->from[k].len, item->to[k].len);
+        if (item->from[k].len == 0)
+            continue;
+        CUdeviceptr to = (CUdeviceptr)(uintptr_t)item->to[k].region->base + item->to[k].offset;
+        CUdeviceptr from = (CUdeviceptr)(uintptr_t)item->from[k].region->base + item->from[k].offset;
+        int rc = cuda_check(cu, cu->cuMemcpyDtoDAsync(to, from, item->from[k].len, group->gear.stream), err,
+                            "copy %zu bytes on the GPU", item->from[k].len);
+        if (rc < 0)
+            return rc;
+    }
+    return 0;
+}
+
+static int move_check(const struct transport_group *group, const struct transfer *items, size_t n, struct err *err)
+{
+    for (size_t i = 0; i < n; i++)
+        if (items[i].src >= group->n || items[i].dst >= group->n || items[i].n > SLOT_EXTENTS_MAX)
+            return err_set(err, ERR_INVALID, "item %zu of a transfer is between parties %u and %u of %u", i,
+                           items[i].src, items[i].dst, group->n);
+    return 0;
+}
+
+static void move_limits(struct mover *m, const struct transfer *items, size_t n)
+{
+    uint32_t parties = m->group->n, self = m->group->self;
+    for (size_t i = 0; i < n; i++) {
+        if (items[i].src == self && items[i].dst != self)
+            m->out[items[i].dst].total += extents_bytes(items[i].from, items[i].n);
+        else if (items[i].dst == self && items[i].src != self)
+            m->in[items[i].src].total += extents_bytes(items[i].to, items[i].n);
+    }
+    for (uint32_t i = 0; i < 2 * parties; i++) {
+        struct pair *pair = i < parties ? &m->out[i] : &m->in[i - parties];
+        pair->limit = pair->total / BATCH_PARTS;
+        pair->limit = pair->limit < BATCH_BYTES_MIN   ? BATCH_BYTES_MIN
+                      : pair->limit > BATCH_BYTES_MAX ? BATCH_BYTES_MAX
+                                                      : (pair->limit + 4095) / 4096 * 4096;
+    }
+    m->pair_ops = parties > 1 ? BATCH_OPS / (2 * (parties - 1)) : BATCH_OPS;
+    m->pair_ops = m->pair_ops > 0 ? m->pair_ops : 1;
+}
+
+static int move_plan(struct mover *m, const struct transfer *items, size_t n, struct err *err)
+{
+    struct transport_group *group = m->group;
+    uint32_t self = group->self;
+    int rc = move_check(group, items, n, err);
+    if (rc < 0)
+        return rc;
+    move_limits(m, items, n);
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        const struct transfer *t = &items[i];
+        if (t->src == self && t->dst == self)
+            rc = move_local(group, t, err);
+        else if (t->src == self)
+            rc = move_extents(m, t->dst, true, t->from, t->n, err);
+        else if (t->dst == self)
+            rc = move_extents(m, t->src, false, t->to, t->n, err);
+    }
+    return rc;
+}
+
+/* Waits for what is on the stream besides batches: local copies. */
+static int move_drain(struct transport_group *group, const struct transport_call *call, struct err *err)
+{
+    const struct cuda_driver *cu = &group->nccl->shared->device->driver;
+    int rc =
+        cuda_check(cu, cu->cuEventRecord(group->gear.events[0], group->gear.stream), err, "mark the end of a move");
+    return rc == 0 ? nccl_reach(group, group->gear.events[0], call, err) : rc;
+}
+
+static int nccl_move(struct transport_group *group, const struct transfer *items, size_t n,
+                     const struct transport_call *call, uint64_t *ret_bytes, struct err *err)
+{
+    if (group->broken)
+        return err_set(err, ERR_INVALID, "the group failed before; it cannot be used again");
+    struct mover m = {
+        .group = group,
+        .out = calloc(group->n, sizeof *m.out),
+        .in = calloc(group->n, sizeof *m.in),
+    };
+    uint64_t received = 0;
+    int rc = m.out && m.in ? nccl_ops_init(&m.ops, group->n, err) : err_set(err, ERR_NOMEM, "out of memory");
+    if (rc == 0)
+        rc = cuda_device_use(group->nccl->shared->device, err);
+    if (rc == 0)
+        rc = move_plan(&m, items, n, err);
+    if (rc == 0)
+        rc = nccl_run(group, "a move of weights", &m.ops, call, &received, err);
+    if (rc == 0)
+        rc = move_drain(group, call, err);
+    nccl_ops_done(&m.ops);
+    free(m.out);
+    free(m.in);
+    if (rc < 0)
+        return nccl_group_fail(group, rc, err);
+    *ret_bytes = received;
+    return 0;
+}
+
+/* ---- the table ---- */
+
+static int nccl_health(struct transport *self, struct err *err)
+{
+    return nccl_endings_check(((struct transport_nccl *)self)->shared, err);
+}
+
+static void nccl_close(struct transport *self)
+{
+    struct transport_nccl *nccl = (struct transport_nccl *)self;
+    nccl->mesh->close(nccl->mesh);
+    nccl_shared_close(nccl->shared);
+    free(nccl);
+}
+
+const char *transport_nccl_version(const struct transport *transport)
+{
+    return ((const struct transport_nccl *)transport)->shared->version;
+}
+
+/* Two ranks on one GPU are refused by NCCL as duplicates unless they seem to be on different hosts. */
+static int host_id_set(struct err *err)
+{
+    uint64_t random = 0;
+    char id[64];
+    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
+        return err_set(err, ERR_IO, "cannot get random bytes for NCCL_HOSTID: %s", strerror(errno));
+    snprintf(id, sizeof id, "eep-%d-%016llx", (int)getpid(), (unsigned long long)random);
+    if (setenv("NCCL_HOSTID", id, 0) != 0)
+        return err_set(err, ERR_NOMEM, "cannot set NCCL_HOSTID: %s", strerror(errno));
+    return 0;
+}
+
+static int nccl_parts(struct transport_nccl *nccl, const struct transport_nccl_options *options, struct err *err)
+{
+    struct nccl_library library;
+    struct cuda_device *device;
+    int rc = options->shared_gpu ? host_id_set(err) : 0;
+    if (rc == 0)
+        rc = nccl_library_load(&library, err);
+    if (rc == 0)
+        rc = cuda_device_open(options->gpu, &device, err);
+    if (rc < 0)
+        return rc;
+    nccl->shared = nccl_shared_new(library, device);
+    if (!nccl->shared) {
+        cuda_device_close(device);
+        return err_set(err, ERR_NOMEM, "out of memory");
+    }
+    nccl->mesh = transport_host_open(options->listen_fd, err);
+    if (!nccl->mesh) {
+        nccl_shared_close(nccl->shared);
+        return ERR_NOMEM;
+    }
+    return 0;
+}
+
+struct transport *transport_nccl_open(const struct transport_nccl_options *options, struct err *err)
+{
+    struct transport_nccl *nccl = calloc(1, sizeof *nccl);
+    if (!nccl) {
+        err_set(err, ERR_NOMEM, "out of memory");
+        return NULL;
+    }
+    if (nccl_parts(nccl, options, err) < 0) {
+        free(nccl);
+        return NULL;
+    }
+    nccl->base = (struct transport){
+        .name = "nccl",
+        .group_id = nccl_group_id,
+        .group_create = nccl_group_create,
+        .move = nccl_move,
+        .broadcast = nccl_broadcast,
+        .destroy = nccl_group_destroy,
+        .health = nccl_health,
+        .close = nccl_close,
+    };
+    return &nccl->base;
+}

@@ -1,0 +1,22 @@
+/* The NCCL transport: large grouped sends and receives between the GPUs of a group (transport_nccl.c; where the build
+ * found no nccl.h, transport_nccl_stub.c, which says so). */
+#ifndef EEP_AGENT_TRANSPORT_NCCL_H
+#define EEP_AGENT_TRANSPORT_NCCL_H
+
+#include "agent/transport.h"
+
+struct transport_nccl_options {
+    int listen_fd; /* as for transport_host_open: the parties also talk beside NCCL; owned by the transport once open */
+    const char *gpu; /* as for cuda_device_open: "" = the first, an index, or a UUID; must be the regions' GPU */
+    bool shared_gpu; /* several agents use this GPU: gives the process a NCCL_HOSTID of its own, unless it has one.
+                      * Changes the environment: open before there are other threads, and before any use of NCCL */
+};
+
+/* Moves between regions of the "cuda" memory backend of the same GPU.  NULL and a sentence when there is no libnccl,
+ * no driver or no such GPU; may block for a second. */
+struct transport *transport_nccl_open(const struct transport_nccl_options *options, struct err *err);
+
+/* "NCCL 2.28.9 with split, shrink, revoke": what the transport found. */
+const char *transport_nccl_version(const struct transport *transport);
+
+#endif
