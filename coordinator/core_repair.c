@@ -61,18 +61,14 @@ static bool repair_fits(const struct coordinator *c, const uint32_t *peers, uint
     return true;
 }
 
-/* Its view is torn before everybody had flipped: if it had, it may go; otherwise it may be in a step that never ends. */
+/* Its view is torn before everybody had flipped.  If it had, the others may still read its weights, in their last steps of
+ * the old view: it is put out when the repair has voided those. */
 static void repair_leaver(struct coordinator *c, uint32_t peer)
 {
-    if (!arrivals_has(&c->commit.flipped, peer)) {
+    if (arrivals_has(&c->commit.flipped, peer))
+        c->peers[peer].holds = true;
+    else
         members_evict(c, peer, "its view was torn before it had left");
-        return;
-    }
-    struct msg *m = core_send(c, peer, MSG_DISMISS);
-    if (m) {
-        m->op_end.op = c->durable.open.op;
-        m->op_end.epoch = c->commit.epoch;
-    }
 }
 
 /* Whatever runs gives way.  False when it cannot yet. */

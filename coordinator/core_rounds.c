@@ -85,6 +85,10 @@ static void rounds_grace(struct coordinator *c)
 
 void rounds_run(struct coordinator *c)
 {
+    if (c->op.round >= rounds_limit(c) && !c->op.decided) {
+        operation_rounds_done(c); /* the commit's own map activates what the last round filled */
+        return;
+    }
     struct expert_map *map = rounds_map(c);
     operation_phase(c, PHASE_RETIRE, c->op.round < rounds_limit(c) ? "next round" : "the last round is activated");
     c->op.deadline_ns = c->now_ns + 1000000ULL * c->config.stage_ms;

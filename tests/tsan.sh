@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 export BUILD=build-tsan SANITIZE=thread OPT="-O1 -g" WERROR=1
 export TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=1:exitcode=66}
 units="test_worker test_libeep test_transport test_journal test_log test_rpc test_page"
-make -j2 all $(printf "$BUILD/tests/%s " $units) $BUILD/tests/itest_scale $BUILD/tests/itest_faults >/dev/null
-SIM_SEEDS=0 tests/run.sh $units -- itest_scale itest_faults
+make -j2 all $(printf "$BUILD/tests/%s " $units) $BUILD/tests/itest_scale $BUILD/tests/itest_faults $BUILD/tests/itest_chaos >/dev/null
+SIM_SEEDS=0 tests/run.sh $units -- itest_scale itest_faults itest_chaos

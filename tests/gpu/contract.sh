@@ -2,7 +2,8 @@
 # The contract suites of GPU memory and of the transport between GPUs, and their figures, on a machine with a GPU:
 #
 #   tests/gpu/contract.sh build        (the folder of a build; its test programs must be there:
-#                                       make build/tests/test_memory build/tests/test_transport_gpu build/tests/bench_gpu)
+#                                       make build/tests/test_memory build/tests/test_transport_gpu build/tests/bench_gpu
+#                                       build/tests/nccl_abort)
 #
 # With several GPUs the transport suite runs twice: all parties on the first one, then spread over all.
 set -u

@@ -1,7 +1,9 @@
 /* Parties of an NCCL group that die or stop in the middle: the others must give up by their deadline, say who it was,
  * and be able to go on with a new group.  Before that, that groups in order leave nothing behind.
  *
- *     nccl_abort [--parties N] [--mib N] [--gpus]      (--gpus: party i uses GPU i; otherwise all share the first)
+ *     nccl_abort [--parties N] [--mib N] [--gpus] [--cycles N]
+ *
+ * --gpus: party i uses GPU i; otherwise all share the first.  --cycles: N groups in order, and nothing else.
  *
  * Each case has processes of its own, forked before CUDA is used: they open GPU memory and the transport, make a group,
  * move weights and end the group, and tell the parent where they are; the parent sends SIGKILL or SIGSTOP to the last
@@ -9,6 +11,7 @@
  * exit status 1 if anything was not as it should be, 77 without GPU or NCCL. */
 #include <dirent.h>
 #include <errno.h>
+#include <malloc.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -25,17 +28,18 @@
 #include "common/clock.h"
 #include "common/digest.h"
 
-#define PARTIES_MAX 8u
-#define MS          UINT64_C(1000000)
-#define CREATE_MS   10000u /* deadline of making a group */
-#define STALL_MS    3000u  /* of a transfer that does not move */
-#define ABORT_MS    3500u  /* what an abort may take beyond that */
-#define SMALL_SLOTS 1600u
-#define SMALL_BYTES 1036u
-#define BIG_SLOTS   6u
-#define BIG_BYTES   ((9u << 20) + 4u)
-#define CYCLES      13u
-#define SKIPPED     77
+#define PARTIES_MAX  8u
+#define MS           UINT64_C(1000000)
+#define CREATE_MS    10000u /* deadline of making a group */
+#define STALL_MS     3000u  /* of a transfer that does not move */
+#define ABORT_MS     3500u  /* what an abort may take beyond that */
+#define SMALL_SLOTS  1600u
+#define SMALL_BYTES  1036u
+#define BIG_SLOTS    6u
+#define BIG_BYTES    ((9u << 20) + 4u)
+#define HEAP_KIB     128u /* that a group may leave behind */
+#define RESIDENT_KIB 1024u
+#define SKIPPED      77
 
 enum place { NOWHERE, IN_CREATE, IN_MOVE, IN_DESTROY };
 static const char *const place_names[] = {"nowhere", "creating", "moving", "destroying"};
@@ -43,6 +47,7 @@ static const char *const place_names[] = {"nowhere", "creating", "moving", "dest
 struct options {
     uint32_t parties;
     size_t mib;
+    uint32_t cycles;
     bool gpus;
 };
 struct play {
@@ -280,9 +285,10 @@ static void party_open(struct party *p)
         party_die(p, &err, 1);
 }
 
-/* What this process holds: descriptors, threads, resident KiB. */
+/* What this process holds: descriptors, threads, resident KiB (once free memory is given back), and what of it malloc
+ * has given out. */
 struct holds {
-    unsigned fds, threads, kib;
+    unsigned fds, threads, kib, heap_kib;
 };
 
 static unsigned entries(const char *path)
@@ -299,12 +305,14 @@ static unsigned entries(const char *path)
 static struct holds holds_now(void)
 {
     unsigned pages = 0;
+    malloc_trim(0);
     FILE *f = fopen("/proc/self/statm", "r");
     if (f && fscanf(f, "%*u %u", &pages) != 1)
         pages = 0;
     if (f)
         fclose(f);
-    return (struct holds){entries("/proc/self/fd"), entries("/proc/self/task"), pages * 4};
+    return (struct holds){entries("/proc/self/fd"), entries("/proc/self/task"), pages * 4,
+                          (unsigned)(mallinfo2().uordblks / 1024)};
 }
 
 /* Groups made, used and ended again and again hold nothing in the end. */
@@ -312,9 +320,10 @@ static void party_cycles(struct party *p)
 {
     struct err err = {0};
     struct holds before = {0}, now = {0};
-    char text[160] = "";
+    uint32_t cycles = p->play->options->cycles;
+    char text[200] = "";
     int rc = 0;
-    for (uint32_t k = 0; k < CYCLES && rc == 0; k++) {
+    for (uint32_t k = 0; k < cycles && rc == 0; k++) {
         struct transport_group *group = NULL;
         struct renewing r;
         uint64_t bytes;
@@ -330,7 +339,7 @@ static void party_cycles(struct party *p)
         if (rc == 0)
             rc = party_bulk(p, group, &bytes, &err);
         p->transport->destroy(group);
-        for (int i = 0; i < 100 && (k == 2 || k == CYCLES - 1); i++) { /* ends are in the background */
+        for (int i = 0; i < 100 && (k == 2 || k == cycles - 1); i++) { /* ends are in the background */
             poll(NULL, 0, 20);
             now = holds_now();
             if (k > 2 && now.fds <= before.fds && now.threads <= before.threads)
@@ -338,9 +347,12 @@ static void party_cycles(struct party *p)
         }
         before = k == 2 ? now : before;
     }
-    snprintf(text, sizeof text, "%u descriptors, %u threads, %u KiB; after %u more groups %u, %u, %u", before.fds,
-             before.threads, before.kib, CYCLES - 3, now.fds, now.threads, now.kib);
-    if (rc == 0 && (now.fds > before.fds || now.threads > before.threads || now.kib > before.kib + 16384))
+    uint32_t more = cycles - 3;
+    snprintf(text, sizeof text,
+             "%u descriptors, %u threads, %u KiB of heap in %u KiB; after %u more groups %u, %u, %u in %u", before.fds,
+             before.threads, before.heap_kib, before.kib, more, now.fds, now.threads, now.heap_kib, now.kib);
+    if (rc == 0 && (now.fds > before.fds || now.threads > before.threads ||
+                    now.heap_kib > before.heap_kib + more * HEAP_KIB || now.kib > before.kib + more * RESIDENT_KIB))
         rc = ERR_LIMIT;
     party_say(p, "cycled", rc, 0, rc < 0 && rc != ERR_LIMIT ? err.text : text);
 }
@@ -624,24 +636,27 @@ static bool play_run(const struct options *options, enum place place, int sig, u
 
 int main(int argc, char **argv)
 {
-    struct options o = {.parties = 3, .mib = 2048};
+    struct options o = {.parties = 3, .mib = 2048, .cycles = 13};
+    bool only_cycles = false;
     signal(SIGPIPE, SIG_IGN);
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--gpus") == 0)
             o.gpus = true;
         else if (strcmp(argv[i], "--parties") == 0 && i + 1 < argc)
             o.parties = (uint32_t)atoi(argv[++i]);
+        else if (strcmp(argv[i], "--cycles") == 0 && i + 1 < argc)
+            o.cycles = (uint32_t)atoi(argv[++i]), only_cycles = true;
         else if (strcmp(argv[i], "--mib") == 0 && i + 1 < argc)
             o.mib = (size_t)atoi(argv[++i]);
     }
-    if (o.parties < 2 || o.parties > PARTIES_MAX || o.mib < 2) {
-        fprintf(stderr, "usage: nccl_abort [--parties 2..%u] [--mib N] [--gpus]\n", PARTIES_MAX);
+    if (o.cycles < 4 || o.parties < 2 || o.parties > PARTIES_MAX || o.mib < 2) {
+        fprintf(stderr, "usage: nccl_abort [--parties 2..%u] [--mib N] [--gpus] [--cycles 4..]\n", PARTIES_MAX);
         return 2;
     }
     struct took took = {0};
     if (!play_run(&o, NOWHERE, 0, 0, &took))
         return SKIPPED;
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < 2 && !only_cycles; k++) {
         int sig = k == 0 ? SIGKILL : SIGSTOP;
         play_run(&o, IN_CREATE, sig, took.created_ms / 4, NULL);
         play_run(&o, IN_CREATE, sig, took.created_ms / 2, NULL);

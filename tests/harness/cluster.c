@@ -377,12 +377,21 @@ static int cluster_remove_one(const char *path, const struct stat *st, int type,
     return remove(path);
 }
 
-/* SIGTERM, a while, SIGKILL.  Counts processes that did not end cleanly. */
+/* A test may have stopped it.  Never later: a SIGCONT takes away the SIGSTOP by which the leak checker of a sanitized
+ * build stops its own process at the end, and then both wait for ever. */
+static void cluster_terminate(pid_t pid)
+{
+    if (pid <= 0)
+        return;
+    kill(pid, SIGCONT);
+    kill(pid, SIGTERM);
+}
+
+/* After SIGTERM: a while, SIGKILL.  Counts processes that did not end cleanly. */
 static int cluster_end(pid_t *pid, const char *what, int i)
 {
     if (*pid <= 0)
         return 0;
-    kill(*pid, SIGCONT);
     int status = cluster_wait(pid, 8000);
     if (*pid > 0) {
         fprintf(stderr, "%s %d did not stop on SIGTERM\n", what, i);
@@ -403,21 +412,19 @@ int cluster_stop(struct cluster *c, bool keep)
         kill(c->feeder, SIGKILL);
     (void)cluster_wait(&c->feeder, 2000);
     for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
-        if (c->engine[i] > 0)
-            kill(c->engine[i], SIGTERM);
+        cluster_terminate(c->engine[i]);
     for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
         bad += cluster_end(&c->engine[i], "engine", i);
     /* the second SIGTERM says: at once, without waiting to be drained */
-    for (int k = 0; k < 2; k++) {
-        for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
-            if (c->agent[i] > 0)
-                kill(c->agent[i], SIGTERM);
-        cluster_sleep_ms(20);
-    }
+    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
+        cluster_terminate(c->agent[i]);
+    cluster_sleep_ms(20);
+    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
+        if (c->agent[i] > 0)
+            kill(c->agent[i], SIGTERM);
     for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
         bad += cluster_end(&c->agent[i], "agent", i);
-    if (c->coordinator > 0)
-        kill(c->coordinator, SIGTERM);
+    cluster_terminate(c->coordinator);
     bad += cluster_end(&c->coordinator, "coordinator", 0);
     if (!keep && nftw(c->dir, cluster_remove_one, 16, FTW_DEPTH | FTW_PHYS) != 0)
         fprintf(stderr, "could not remove %s: %s\n", c->dir, strerror(errno));

@@ -264,13 +264,14 @@ static void chaos_round(struct chaos *x)
     if (scale)
         chaos_fail(x, "the operation has not ended after %d ms: %s", OPERATION_MS, text);
     chaos_say(x, " -> exit %d in %llu ms", code, (unsigned long long)(cluster_now_ms() - began));
-    /* 3: the coordinator died before the command had reached it */
-    if (code != 0 && code != 6 && code != 7 && !(code == 3 && restart))
+    /* the coordinator, or the spare, died before the command had reached it */
+    bool late = (code == 3 && restart) || (code == 1 && text && strstr(text, "are spare"));
+    if (code != 0 && code != 6 && code != 7 && !late)
         chaos_fail(x, "exit %d: %s", code, text);
     free(text);
     x->done += code == 0;
     x->aborted += code == 6;
-    x->refused += code == 7 || code == 3;
+    x->refused += late || code == 7;
 
     chaos_heal(x);
     chaos_progress(x);
