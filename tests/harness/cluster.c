@@ -357,8 +357,9 @@ int cluster_wait_agents(struct cluster *c, int n, int timeout_ms)
             json_t *agent;
             json_array_foreach(list, i, agent)
             {
-                json_t *engine = json_object_get(agent, "engine");
-                there += json_is_true(engine) || (json_is_string(engine) && json_string_length(engine) > 1);
+                /* after a restart the coordinator knows its members before they are back */
+                there += json_is_true(json_object_get(agent, "engine")) &&
+                         json_is_true(json_object_get(agent, "connected"));
             }
             json_decref(root);
         }

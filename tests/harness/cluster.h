@@ -58,7 +58,7 @@ int cluster_ctl(struct cluster *c, char *out, size_t size, ...) __attribute__((s
 /* The same without waiting: stdout and stderr go to dir/<name>.out and .err. */
 pid_t cluster_ctl_start(struct cluster *c, const char *name, const char *const *args);
 
-/* Polls `eepctl agents -o json` until n agents are there with an engine attached.  0, or -1 after timeout_ms. */
+/* Polls `eepctl agents -o json` until n agents are connected with an engine attached.  0, or -1 after timeout_ms. */
 int cluster_wait_agents(struct cluster *c, int n, int timeout_ms);
 /* Reads a file of the folder; caller frees.  NULL when it is not there. */
 char *cluster_read(const struct cluster *c, const char *name);
