@@ -53,6 +53,9 @@ struct transport {
     void (*close)(struct transport *self);
 };
 
+/* For group_id: so many random bytes (at most 64). */
+int transport_secret(size_t bytes, struct blob **ret_id, struct err *err) MUST_CHECK;
+
 /* listen_fd: the listener for data connections of the host transport (see eep-agent); owned by the transport afterwards. */
 struct transport *transport_host_open(int listen_fd, struct err *err);
 

@@ -10,7 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -27,14 +26,7 @@
 static int peer_group_id(struct transport *self, struct blob **ret_id, struct err *err)
 {
     (void)self;
-    uint8_t id[PEER_ID_BYTES];
-    if (getrandom(id, sizeof id, 0) != (ssize_t)sizeof id)
-        return err_set(err, ERR_IO, "cannot get random bytes for a group id: %s", strerror(errno));
-    struct blob *blob = blob_new(id, sizeof id);
-    if (!blob)
-        return err_set(err, ERR_NOMEM, "out of memory");
-    *ret_id = blob;
-    return 0;
+    return transport_secret(PEER_ID_BYTES, ret_id, err);
 }
 
 /* ---- one call: messages and copies until nothing is due any more ---- */

@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 #include "agent/transport_host_internal.h"
@@ -24,14 +23,7 @@ int host_poll_ms(uint64_t until_ns)
 static int host_group_id(struct transport *self, struct blob **ret_id, struct err *err)
 {
     (void)self;
-    uint8_t id[GROUP_ID_BYTES];
-    if (getrandom(id, sizeof id, 0) != (ssize_t)sizeof id)
-        return err_set(err, ERR_IO, "cannot get random bytes for a group id: %s", strerror(errno));
-    struct blob *blob = blob_new(id, sizeof id);
-    if (!blob)
-        return err_set(err, ERR_NOMEM, "out of memory");
-    *ret_id = blob;
-    return 0;
+    return transport_secret(GROUP_ID_BYTES, ret_id, err);
 }
 
 /* ---- move: one frame a pair and direction, holding all items between the two, in order ---- */

@@ -23,14 +23,7 @@
 static int nccl_group_id(struct transport *self, struct blob **ret_id, struct err *err)
 {
     (void)self;
-    uint8_t id[GROUP_ID_BYTES];
-    if (getrandom(id, sizeof id, 0) != (ssize_t)sizeof id)
-        return err_set(err, ERR_IO, "cannot get random bytes for a group id: %s", strerror(errno));
-    struct blob *blob = blob_new(id, sizeof id);
-    if (!blob)
-        return err_set(err, ERR_NOMEM, "out of memory");
-    *ret_id = blob;
-    return 0;
+    return transport_secret(GROUP_ID_BYTES, ret_id, err);
 }
 
 /* ---- move ---- */

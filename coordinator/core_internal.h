@@ -141,6 +141,11 @@ void core_journal(struct coordinator *c, unsigned parts, enum continuation what)
 struct msg *core_send(struct coordinator *c, uint32_t peer, enum msg_type type); /* NULL when not connected */
 void core_names(const struct coordinator *c, const struct arrivals *set, char *ret_text, size_t size);
 
+/* core_verify.c */
+void verify_start(struct coordinator *c, uint64_t request);
+void verify_result(struct coordinator *c, uint32_t peer, const struct msg_verified *v);
+void verify_check(struct coordinator *c); /* who went away, whose time is up */
+
 /* core_members.c */
 uint32_t members_find(const struct coordinator *c, const char *id);
 uint32_t members_by_conn(const struct coordinator *c, uint64_t conn);

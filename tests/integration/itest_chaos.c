@@ -8,8 +8,8 @@
  *   - the operation has ended, as done or as aborted and rolled back, by its deadlines;
  *   - the next `eepctl scale` to the other size works, and `eepctl verify` finds every byte right;
  *   - requests go on being completed.
- * At the end: every request that was issued has completed with the reference's tokens; every process stops cleanly; no
- * process but those started by a person is left, the coordinator has no more descriptors than after the first round.
+ * At any time: no daemon ends by itself.  At the end: every request that was issued has completed with the reference's
+ * tokens; the coordinator has no descriptors beyond what its agents need; every process stops cleanly, none is left.
  *
  * In the first half of the time two ranks hold one copy of every expert between them, so only ranks that join or leave
  * lose an agent (an engine may die anywhere: its agent keeps the weights); in the second half every expert has a copy
@@ -29,9 +29,9 @@
 
 #include "tests/harness/cluster.h"
 
-#define AGENTS 4
-#define LEASE_MS 800
-#define HEAL_MS 45000      /* from the fault until the cluster is whole again */
+#define AGENTS       4
+#define LEASE_MS     800
+#define HEAL_MS      45000 /* from the fault until the cluster is whole again */
 #define OPERATION_MS 30000 /* an operation ends within this, whatever happens */
 
 struct chaos {
@@ -133,20 +133,46 @@ static long chaos_completed(struct chaos *x)
 
 /* ---- the supervisor ---- */
 
-/* Starts again what has ended. */
+/* Starts again what has ended.  Whom a fault has killed is known as ended already (pid 0): a daemon that ends by itself
+ * is a mistake, and so is an engine that does not end by its own will. */
 static void chaos_supervise(struct chaos *x)
 {
     struct cluster *c = &x->c;
-    (void)cluster_wait(&c->coordinator, 0);
+    int status = cluster_wait(&c->coordinator, 0);
+    if (status >= 0)
+        chaos_fail(x, "the coordinator has ended with status %d", status);
     if (!c->coordinator && cluster_coordinator_start(c) < 0)
         chaos_fail(x, "the coordinator does not start again");
     for (int i = 0; i < AGENTS; i++) {
-        (void)cluster_wait(&c->agent[i], 0);
-        (void)cluster_wait(&c->engine[i], 0);
+        status = cluster_wait(&c->agent[i], 0);
+        if (status >= 0)
+            chaos_fail(x, "agent %d has ended with status %d", i, status);
+        status = cluster_wait(&c->engine[i], 0);
+        if (status > 1)
+            chaos_fail(x, "engine %d has ended with status %d", i, status);
         if (!c->agent[i])
             cluster_agent_start(c, i);
         if (!c->engine[i])
             cluster_engine_start(c, i);
+    }
+}
+
+/* What a sanitizer has found is in the logs. */
+static void chaos_read_logs(struct chaos *x)
+{
+    static const char *const signs[] = {"Sanitizer", "runtime error", "Assertion"};
+    char name[32];
+    for (int i = 0; i <= 2 * AGENTS; i++) {
+        snprintf(name, sizeof name,
+                 i == 2 * AGENTS ? "coordinator.log"
+                 : i % 2         ? "engine-%d.log"
+                                 : "agent-%d.log",
+                 i / 2);
+        char *text = cluster_read(&x->c, name);
+        for (size_t k = 0; text && k < sizeof signs / sizeof signs[0]; k++)
+            if (strstr(text, signs[k]))
+                chaos_fail(x, "%s has \"%s\"", name, signs[k]);
+        free(text);
     }
 }
 
@@ -166,11 +192,13 @@ static void chaos_heal(struct chaos *x)
     }
 }
 
-/* Runs `eepctl scale --to` to its end, while the supervisor does its work.  Its exit code; what it said is in x->out. */
+/* Runs `eepctl scale --to` to its end, while the supervisor does its work.  Its exit code; what it said is in x->out.
+ */
 static int chaos_scale_once(struct chaos *x, const char *to)
 {
     int code = -1;
-    pid_t scale = cluster_ctl_start(&x->c, "again", (const char *[]){"scale", "--to", to, "--wait-for-agents=10", NULL});
+    pid_t scale =
+        cluster_ctl_start(&x->c, "again", (const char *[]){"scale", "--to", to, "--wait-for-agents=10", NULL});
     for (uint64_t end = cluster_now_ms() + OPERATION_MS; scale > 0 && cluster_now_ms() < end; chaos_supervise(x))
         code = cluster_wait(&scale, 100);
     char *text = cluster_read(&x->c, "again.log");
@@ -238,8 +266,8 @@ static void chaos_round(struct chaos *x)
     bool restart = chaos_below(x, 6) == 0;
     x->story[0] = '\0';
     chaos_say(x, "%s to %s, %s %s%s%sgpu%d after %d ms%s", up ? "up" : "down", up ? "4" : small, stop ? "stop" : "kill",
-              what != VICTIM_ENGINE ? "agent " : "", what == VICTIM_BOTH ? "and " : "", what != VICTIM_AGENT ? "engine " : "",
-              who, delay, restart ? ", then the coordinator dies too" : "");
+              what != VICTIM_ENGINE ? "agent " : "", what == VICTIM_BOTH ? "and " : "",
+              what != VICTIM_AGENT ? "engine " : "", who, delay, restart ? ", then the coordinator dies too" : "");
 
     uint64_t began = cluster_now_ms();
     pid_t scale = cluster_ctl_start(c, "scale", (const char *[]){"scale", "--to", up ? "4" : small, NULL});
@@ -298,10 +326,13 @@ static int chaos_children(void)
 
 static void chaos_run(struct chaos *x, int seconds)
 {
-    struct cluster_options o = {.model = "tests/data/qwen3-moe-tiny", .agents = AGENTS, .loaders = x->robust ? 3 : 2, .step_ms = 5,
-                                .coordinator_args = {"--slots", x->robust ? "12" : "8", "--lead-ms", "60", "--lease-ms", "800",
-                                                     "--heartbeat-ms", "100", "--stage-ms", "3000", "--drain-ms", "2000",
-                                                     "--transfer-ms", "3000", NULL}};
+    struct cluster_options o = {.model = "tests/data/qwen3-moe-tiny",
+                                .agents = AGENTS,
+                                .loaders = x->robust ? 3 : 2,
+                                .step_ms = 5,
+                                .coordinator_args = {"--slots", x->robust ? "12" : "8", "--lead-ms", "60", "--lease-ms",
+                                                     "800", "--heartbeat-ms", "100", "--stage-ms", "3000", "--drain-ms",
+                                                     "2000", "--transfer-ms", "3000", NULL}};
     snprintf(x->story, sizeof x->story, "start");
     if (cluster_start(&x->c, &o) < 0 || cluster_all_start(&x->c) < 0 || cluster_wait_agents(&x->c, AGENTS, 30000) < 0)
         chaos_fail(x, "the cluster does not start");
@@ -324,6 +355,7 @@ static void chaos_run(struct chaos *x, int seconds)
     int fds = cluster_fds(x->c.coordinator);
     if (fds > 3 + AGENTS + 20)
         chaos_fail(x, "the coordinator has %d open descriptors", fds);
+    chaos_read_logs(x);
     int unclean = cluster_stop(&x->c, x->keep);
     if (unclean != 0 || chaos_children() != 0) {
         printf("FAILED: %d processes did not stop cleanly, or some are left\n", unclean);
@@ -335,11 +367,20 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 {
     unsigned long long *o = state->input;
     switch (key) {
-    case 's': o[0] = strtoull(arg, NULL, 0); return 0;
-    case 't': o[1] = strtoull(arg, NULL, 0); return 0;
-    case 'k': o[2] = 1; return 0;
-    case 'r': o[3] = 1; return 0;
-    default: return ARGP_ERR_UNKNOWN;
+    case 's':
+        o[0] = strtoull(arg, NULL, 0);
+        return 0;
+    case 't':
+        o[1] = strtoull(arg, NULL, 0);
+        return 0;
+    case 'k':
+        o[2] = 1;
+        return 0;
+    case 'r':
+        o[3] = 1;
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
     }
 }
 
@@ -352,7 +393,8 @@ int main(int argc, char **argv)
                                                  {0}};
     static const struct argp argp = {.options = options, .parser = parse, .doc = "Faults at random moments."};
     const char *seed = getenv("EEP_CHAOS_SEED"), *seconds = getenv("EEP_CHAOS_SECONDS");
-    unsigned long long o[4] = {seed ? strtoull(seed, NULL, 0) : cluster_now_ms(), seconds ? strtoull(seconds, NULL, 0) : 70};
+    unsigned long long o[4] = {seed ? strtoull(seed, NULL, 0) : cluster_now_ms(),
+                               seconds ? strtoull(seconds, NULL, 0) : 70};
     argp_parse(&argp, argc, argv, 0, NULL, o);
     printf("seed %llu, %llu s\n", o[0], o[1]);
     static struct chaos x;
@@ -362,6 +404,7 @@ int main(int argc, char **argv)
         x.robust = robust;
         chaos_run(&x, (int)(o[3] ? o[1] : o[1] / 2));
     }
-    printf("%u rounds passed: %u done, %u aborted, %u refused (seed %llu)\n", x.rounds, x.done, x.aborted, x.refused, o[0]);
+    printf("%u rounds passed: %u done, %u aborted, %u refused (seed %llu)\n", x.rounds, x.done, x.aborted, x.refused,
+           o[0]);
     return 0;
 }

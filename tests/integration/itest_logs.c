@@ -1,8 +1,8 @@
 /* What an operator at three in the morning has: the log of one daemon, and eepctl.
  *
  * A scale up, a scale down, an aborted join and an engine's death are read back from the log of each agent alone (the
- * four machines, state by state) and from the coordinator's alone (phases, who was awaited, the decision); every line is
- * logfmt; a quiet cluster writes nothing; nothing secret is written. */
+ * four machines, state by state) and from the coordinator's alone (phases, who was awaited, the decision); every line
+ * is logfmt; a quiet cluster writes nothing; nothing secret is written. */
 #include <ctype.h>
 
 #include "tests/integration/itest.h"
@@ -96,11 +96,11 @@ static void line_is_logfmt(void *user, char *line)
 /* ---- the way of a machine, or of the phases ---- */
 
 struct way {
-    const char *op;                  /* of this operation */
-    char states[STATES_MAX][48];     /* each state once, in the order of its first appearance */
+    const char *op;              /* of this operation */
+    char states[STATES_MAX][48]; /* each state once, in the order of its first appearance */
     unsigned n;
     char last[48];
-    bool holds_together;             /* each line begins where the one before ended */
+    bool holds_together; /* each line begins where the one before ended */
     char role[16];
 };
 
@@ -122,7 +122,8 @@ static void line_of_machine(void *user, char *line)
 {
     struct way *w = user;
     char v[256], from[48], by[48], to[48], id[32];
-    if (strcmp(log_value(line, "event", v, sizeof(v)), "transition") || strcmp(log_value(line, "op", v, sizeof(v)), w->op))
+    if (strcmp(log_value(line, "event", v, sizeof(v)), "transition") ||
+        strcmp(log_value(line, "op", v, sizeof(v)), w->op))
         return;
     log_value(line, "what", v, sizeof(v));
     ck_assert_msg(sscanf(v, "agent %31[^:]: %47s --%47[A-Z_]--> %47s", id, from, by, to) == 4, "%s", line);
@@ -195,8 +196,11 @@ static void all_is_logfmt(const struct cluster *c)
         log_lines(c, daemons[i], line_is_logfmt, (void *)(uintptr_t)daemons[i]);
 }
 
-#define PHASES_UP "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO RETIRE GRACE FILL FINISH"
-#define PHASES_DOWN "OPEN PENDING GROUP_ID GROUP MAPPING RETIRE GRACE FILL DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH"
+#define PHASES_UP                                                                                                      \
+    "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO RETIRE GRACE FILL "      \
+    "FINISH"
+#define PHASES_DOWN                                                                                                    \
+    "OPEN PENDING GROUP_ID GROUP MAPPING RETIRE GRACE FILL DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH"
 
 START_TEST(an_operation_can_be_followed_in_the_log_of_either_daemon)
 {
@@ -245,9 +249,11 @@ END_TEST
 START_TEST(who_is_awaited_is_said_and_why_it_ended)
 {
     struct cluster c;
-    struct cluster_options o = {.agents = 3, .loaders = 2, .step_ms = 4,
-                                .coordinator_args = {"--slots", "8", "--lead-ms", "100", "--lease-ms", "1500", "--heartbeat-ms",
-                                                     "200", "--stage-ms", "2000", NULL}};
+    struct cluster_options o = {.agents = 3,
+                                .loaders = 2,
+                                .step_ms = 4,
+                                .coordinator_args = {"--slots", "8", "--lead-ms", "100", "--lease-ms", "1500",
+                                                     "--heartbeat-ms", "200", "--stage-ms", "2000", NULL}};
     itest_start(&c, o);
     CTL(&c, 0, "scale", "--to", "2");
     itest_feed(&c, "4");
@@ -260,13 +266,17 @@ START_TEST(who_is_awaited_is_said_and_why_it_ended)
     CTL_SAYS(", for at most 1.");
     ck_assert_int_eq(cluster_wait(&scale, 15000), 6);
     kill(c.engine[2], SIGCONT);
-    says(&c, "scale.log", "eepctl: operation 2 was aborted and rolled back: no answer from gpu0, gpu1, gpu2 in ENGINE_PREPARE by its deadline");
+    says(&c, "scale.log",
+         "eepctl: operation 2 was aborted and rolled back: no answer from gpu0, gpu1, gpu2 in ENGINE_PREPARE by its "
+         "deadline");
     char *data = cluster_read(&c, "scale.out");
     ck_assert_msg(data && strstr(data, "operation 2: scale-up to 3 ranks, aborted in "), "%s", data);
     free(data);
-    went(&c, "coordinator.log", "2", NULL, "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE FINISH");
+    went(&c, "coordinator.log", "2", NULL,
+         "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE FINISH");
     went(&c, "agent-2.log", "2", "new", "PRE_KV_INIT PREPARE ABORTED");
-    says(&c, "agent-0.log", "operation 2 is aborted: no answer from gpu0, gpu1, gpu2 in ENGINE_PREPARE by its deadline");
+    says(&c, "agent-0.log",
+         "operation 2 is aborted: no answer from gpu0, gpu1, gpu2 in ENGINE_PREPARE by its deadline");
 
     cluster_signal(&c.engine[1], SIGKILL);
     waits_to_say(&c, "coordinator.log", "waits for gpu1 (no engine)", 5000);
