@@ -6,10 +6,10 @@
 #include "agent/transport_nccl.h"
 
 #include <errno.h>
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 #include "agent/transport_nccl_internal.h"
@@ -250,6 +250,9 @@ struct transport *transport_nccl_open(const struct transport_nccl_options *optio
         err_set(err, ERR_NOMEM, "out of memory");
         return NULL;
     }
+    /* Every communicator starts threads that soon end; the arenas that malloc makes for them are never given back, and
+     * a process that scales often grows by 8 to 18 MiB each time (seen).  One arena for all does not grow. */
+    mallopt(M_ARENA_MAX, 1);
     if (nccl_parts(nccl, options, err) < 0) {
         free(nccl);
         return NULL;
