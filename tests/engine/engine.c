@@ -297,6 +297,9 @@ static int engine_attach(struct engine *e, struct err *err)
             return err_set(err, stop ? ERR_ABORTED : rc, "cannot attach: %s", eep_last_error());
         nanosleep(&(struct timespec){.tv_nsec = 100000000}, NULL);
     }
+    pthread_mutex_lock(&e->lock);
+    e->sleeper = e->eep;
+    pthread_mutex_unlock(&e->lock);
     log_event(e->log, LOG_LEVEL_INFO, "attached", "socket=%s endpoint=%s", e->options.socket, endpoint);
     return 0;
 }
@@ -335,10 +338,10 @@ static void engine_close(struct engine *e)
         batch_hand_back(&e->batch, "ending");
     prepare_finish(e);
     pthread_mutex_lock(&e->lock);
-    struct eep *eep = e->eep;
+    e->sleeper = NULL;
     pthread_mutex_unlock(&e->lock);
-    server_close(e->server); /* its thread calls eep_wake, so it ends first */
-    eep_detach(eep);
+    server_close(e->server);
+    eep_detach(e->eep);
     batch_done(&e->batch);
     mesh_free(e->mesh);
     dispatch_done(&e->dispatch);

@@ -52,6 +52,7 @@ struct engine {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     /* under lock */
+    struct eep *sleeper; /* what the server's thread wakes; NULL until attached, and again before detaching */
     struct prepare *prepare;
     bool regions, load, release, detached, stop, draining, drain_new;
     uint64_t drain_until_ms;

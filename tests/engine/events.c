@@ -85,9 +85,8 @@ void engine_request(void *user)
 {
     struct engine *e = user;
     pthread_mutex_lock(&e->lock);
-    struct eep *eep = e->eep;
-    if (eep)
-        eep_wake(eep); /* under the lock: the engine detaches only after it has taken it away */
+    if (e->sleeper)
+        eep_wake(e->sleeper); /* under the lock: the engine detaches only after it has taken it away */
     pthread_mutex_unlock(&e->lock);
 }
 
@@ -101,7 +100,7 @@ void engine_signal(void *user)
     pthread_mutex_lock(&e->lock);
     e->stop = true;
     pthread_cond_broadcast(&e->changed);
-    if (e->eep)
-        eep_wake(e->eep);
+    if (e->sleeper)
+        eep_wake(e->sleeper);
     pthread_mutex_unlock(&e->lock);
 }

@@ -293,7 +293,7 @@ static void chaos_round(struct chaos *x)
         chaos_fail(x, "the operation has not ended after %d ms: %s", OPERATION_MS, text);
     chaos_say(x, " -> exit %d in %llu ms", code, (unsigned long long)(cluster_now_ms() - began));
     /* the coordinator, or the spare, died before the command had reached it */
-    bool late = (code == 3 && restart) || (code == 1 && text && strstr(text, "are spare"));
+    bool late = (code == 3 && restart) || (code == 1 && text && strstr(text, " spare: start more"));
     if (code != 0 && code != 6 && code != 7 && !late)
         chaos_fail(x, "exit %d: %s", code, text);
     free(text);
