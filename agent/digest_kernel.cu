@@ -3,21 +3,9 @@
  * Compiled by nvcc to a fatbin that digest_kernel.c carries; launched by memory_cuda.c through the driver.  Pieces of a
  * run may be digested in any order, so every thread takes every n-th pair of words and adds what it has at the end. */
 
+#include "common/digest.h"
+
 typedef unsigned long long u64;
-
-#define GOLDEN 0x9e3779b97f4a7c15ULL
-
-/* key = (index + 1) * GOLDEN */
-static __device__ __forceinline__ u64 mix(u64 word, u64 key)
-{
-    u64 x = word ^ key;
-    x ^= x >> 33;
-    x *= 0xff51afd7ed558ccdULL;
-    x ^= x >> 33;
-    x *= 0xc4ceb9fe1a85ec53ULL;
-    x ^= x >> 33;
-    return x;
-}
 
 /* Word i of data that begins `shift` bits into *base.  Aligned words that hold any byte of it lie in its region. */
 static __device__ __forceinline__ u64 load(const u64 *base, u64 i, unsigned shift)
@@ -37,8 +25,8 @@ digest_kernel(const unsigned char *data, u64 len, u64 first_word, u64 *sum)
 
     if ((u64)data % 16 == 0) {
         const ulonglong2 *pairs = (const ulonglong2 *)data;
-        const u64 n = words / 2, step = threads * 2 * GOLDEN;
-        u64 key = (first_word + me * 2 + 1) * GOLDEN, i = me;
+        const u64 n = words / 2, step = threads * 2 * DIGEST_KEY;
+        u64 key = (first_word + me * 2 + 1) * DIGEST_KEY, i = me;
         for (; i + 3 * threads < n; i += 4 * threads) {
             ulonglong2 p[4];
 #pragma unroll
@@ -46,24 +34,24 @@ digest_kernel(const unsigned char *data, u64 len, u64 first_word, u64 *sum)
                 p[k] = __ldcs(&pairs[i + k * threads]);
 #pragma unroll
             for (int k = 0; k < 4; k++, key += step)
-                total += mix(p[k].x, key) + mix(p[k].y, key + GOLDEN);
+                total += digest_mix_key(p[k].x, key) + digest_mix_key(p[k].y, key + DIGEST_KEY);
         }
         for (; i < n; i += threads, key += step) {
             ulonglong2 p = __ldcs(&pairs[i]);
-            total += mix(p.x, key) + mix(p.y, key + GOLDEN);
+            total += digest_mix_key(p.x, key) + digest_mix_key(p.y, key + DIGEST_KEY);
         }
         if (words % 2 != 0 && me == 0)
-            total += mix(base[words - 1], (first_word + words) * GOLDEN);
+            total += digest_mix(base[words - 1], first_word + words - 1);
     } else {
         for (u64 i = me; i < words; i += threads)
-            total += mix(load(base, i, shift), (first_word + i + 1) * GOLDEN);
+            total += digest_mix(load(base, i, shift), first_word + i);
     }
 
     if (len % 8 != 0 && me == 0) { /* a last word of fewer bytes: padded, and their number mixed in */
         u64 word = 0, index = first_word + words;
         for (u64 i = 0; i < len % 8; i++)
             word |= (u64)data[words * 8 + i] << (8 * i);
-        total += mix(word, (index + 1) * GOLDEN) + mix(len % 8, (~index + 1) * GOLDEN);
+        total += digest_mix(word, index) + digest_mix(len % 8, ~index);
     }
 
     for (int k = 16; k > 0; k /= 2)

@@ -27,15 +27,28 @@ static inline uint64_t digest_words(uint64_t len)
     return len / 8 + (len % 8 != 0);
 }
 
-static inline uint64_t digest_mix(uint64_t word, uint64_t index)
+#ifdef __CUDACC__ /* agent/digest_kernel.cu is compiled from the same definition */
+#define DIGEST_INLINE static __device__ __forceinline__
+#else
+#define DIGEST_INLINE static inline
+#endif
+
+#define DIGEST_KEY 0x9e3779b97f4a7c15ULL /* times (index + 1): the key of a word */
+
+DIGEST_INLINE uint64_t digest_mix_key(uint64_t word, uint64_t key)
 {
-    uint64_t x = word ^ ((index + 1) * 0x9e3779b97f4a7c15ULL);
+    uint64_t x = word ^ key;
     x ^= x >> 33;
     x *= 0xff51afd7ed558ccdULL;
     x ^= x >> 33;
     x *= 0xc4ceb9fe1a85ec53ULL;
     x ^= x >> 33;
     return x;
+}
+
+DIGEST_INLINE uint64_t digest_mix(uint64_t word, uint64_t index)
+{
+    return digest_mix_key(word, (index + 1) * DIGEST_KEY);
 }
 
 #endif
