@@ -229,6 +229,14 @@ struct view *view_copy(const struct view *view)
     return copy;
 }
 
+int member_find(const struct member *list, uint32_t n, const struct member *who)
+{
+    for (uint32_t i = 0; i < n; i++)
+        if (list[i].incarnation == who->incarnation && strcmp(list[i].id, who->id) == 0)
+            return (int)i;
+    return -1;
+}
+
 int view_rank(const struct view *view, const char *id)
 {
     if (!view)

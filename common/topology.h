@@ -30,6 +30,9 @@ struct member {
     bool draining;                 /* a router sends no new request here */
 };
 
+/* Place in the list of this agent in this incarnation, or -1: another incarnation of an agent is somebody else. */
+int member_find(const struct member *list, uint32_t n, const struct member *who);
+
 /* What every slot of every layer holds, and which slots are routed to.
  * Shapes: held, live [layers][ranks * slots]; physical slot p = rank * slots + slot.
  * Invariant: live implies held >= 0; 0 <= held < logical or held == -1. */

@@ -107,8 +107,6 @@ void core_journal(struct coordinator *c, unsigned parts, enum continuation what)
     a->durable = copy;
     *w = (struct pending_write){
         .seq = a->seq, .op = c->durable.open.op, .epoch = c->commit.epoch, .what = what};
-    if (what == CONT_ENDED)
-        w->op = c->durable.ended.op;
     *c->writes_end = w;
     c->writes_end = &w->next;
 }
@@ -213,9 +211,6 @@ static void journaled(struct coordinator *c, uint64_t seq)
             break;
         case CONT_MAP:
             rounds_map_durable(c);
-            break;
-        case CONT_ENDED:
-            operation_ended(c, w.op);
             break;
         }
     }
@@ -347,9 +342,6 @@ void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coord
         break;
     case CE_VERIFY:
         verify_start(c, ev->request);
-        break;
-    case CE_WATCH_OP:
-        operation_watch(c, ev->request, ev->op);
         break;
     }
     members_tick(c);

@@ -42,7 +42,6 @@ enum coordinator_event_type {
     CE_SCALE,        /* request, scale */
     CE_ABORT,        /* request: abort the running operation (op 0 = whichever) */
     CE_VERIFY,       /* request */
-    CE_WATCH_OP,     /* request, op: CA_REPLY when it ends, or at once if it has */
 };
 
 struct scale_request {

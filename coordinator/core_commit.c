@@ -39,6 +39,13 @@ static bool commit_takes_part(const struct coordinator *c, uint32_t party)
     return c->commit.kind != FLIP_MAP || members_rank(c, c->op.peer[party]) >= 0;
 }
 
+/* Who is asked to promise: everybody who takes part. */
+static bool commit_asks(const struct coordinator *c, uint32_t party)
+{
+    return commit_takes_part(c, party) &&
+           !(c->bug == COORDINATOR_BUG_LEAVER_NOT_ASKED && !c->durable.open.stays[party]);
+}
+
 static void commit_send_prepare(struct coordinator *c, uint32_t peer)
 {
     struct msg *m = core_send(c, peer, MSG_PREPARE);
@@ -64,6 +71,22 @@ static void commit_send_go(struct coordinator *c, uint32_t peer)
     m->go.view = view_ref(r->view);
 }
 
+static void commit_go(struct coordinator *c)
+{
+    for (uint32_t i = 0; i < c->durable.open.n; i++)
+        if (commit_takes_part(c, i))
+            commit_send_go(c, c->op.peer[i]);
+}
+
+static void commit_send_dismiss(struct coordinator *c, uint32_t peer)
+{
+    struct msg *m = core_send(c, peer, MSG_DISMISS);
+    if (!m)
+        return;
+    m->op_end.op = c->durable.commit.op;
+    m->op_end.epoch = c->durable.commit.epoch;
+}
+
 static void commit_send_abort(struct coordinator *c, uint32_t peer, uint64_t epoch)
 {
     struct msg *m = core_send(c, peer, MSG_ABORT);
@@ -83,11 +106,8 @@ static void commit_expect_promises(struct coordinator *c)
     k->deadline_ns = UINT64_MAX;
     arrivals_reset(&k->promised);
     for (uint32_t i = 0; i < c->durable.open.n; i++) {
-        if (!commit_takes_part(c, i) ||
-            (c->bug == COORDINATOR_BUG_LEAVER_NOT_ASKED && !c->durable.open.stays[i]))
-            continue;
         uint32_t p = c->op.peer[i];
-        if (arrivals_expect(&k->promised, p, c->peers[p].member.incarnation) < 0)
+        if (commit_asks(c, i) && arrivals_expect(&k->promised, p, c->peers[p].member.incarnation) < 0)
             abort();
     }
 }
@@ -144,8 +164,7 @@ void commit_epoch_durable(struct coordinator *c, uint64_t epoch)
     core_log(c, CORE_INFO, "PREPARE epoch %llu: lead %u ms, attempt %u; awaits promises of %s", (unsigned long long)epoch,
              k->lead_ms, k->attempt, names);
     for (uint32_t i = 0; i < c->durable.open.n; i++)
-        if (commit_takes_part(c, i) &&
-            !(c->bug == COORDINATOR_BUG_LEAVER_NOT_ASKED && !c->durable.open.stays[i]))
+        if (commit_asks(c, i))
             commit_send_prepare(c, c->op.peer[i]);
 }
 
@@ -161,9 +180,8 @@ static void commit_withdraw(struct coordinator *c)
 
 void commit_cancel(struct coordinator *c, const char *why)
 {
-    if (c->commit.state != COMMIT_PREPARING && c->bug != COORDINATOR_BUG_ABORT_WHILE_DECIDING)
-        return;
-    if (c->commit.state == COMMIT_IDLE || c->commit.state == COMMIT_GOING)
+    bool planted = c->bug == COORDINATOR_BUG_ABORT_WHILE_DECIDING && c->commit.state == COMMIT_DECIDING;
+    if (c->commit.state != COMMIT_PREPARING && !planted)
         return;
     core_log(c, CORE_INFO, "epoch %llu is withdrawn: %s", (unsigned long long)c->commit.epoch, why);
     commit_withdraw(c);
@@ -252,11 +270,10 @@ static void commit_decide(struct coordinator *c)
     k->state = COMMIT_DECIDING;
     if (k->kind != FLIP_MAP)
         operation_phase(c, PHASE_DECIDE, "every promise is in");
-    core_journal(c, DURABLE_META | DURABLE_VIEW | DURABLE_OP | DURABLE_COMMIT | DURABLE_MODEL, CONT_DECIDED);
+    unsigned model = d->open.kind == OP_START ? DURABLE_MODEL : 0; /* it never changes afterwards */
+    core_journal(c, DURABLE_META | DURABLE_VIEW | DURABLE_OP | DURABLE_COMMIT | model, CONT_DECIDED);
     if (c->bug == COORDINATOR_BUG_GO_BEFORE_DURABLE)
-        for (uint32_t i = 0; i < d->open.n; i++)
-            if (commit_takes_part(c, i))
-                commit_send_go(c, c->op.peer[i]);
+        commit_go(c);
 }
 
 void commit_promise(struct coordinator *c, uint32_t peer, const struct msg_promise *promise)
@@ -333,18 +350,9 @@ static void commit_check_flipped(struct coordinator *c)
         rounds_flipped(c);
         return;
     }
-    for (uint32_t i = 0; i < c->durable.open.n; i++) {
-        struct msg *m = core_send(c, c->op.peer[i], MSG_NOTIFY);
-        if (m) {
-            m->notify.op = c->durable.open.op;
-            m->notify.what = NOTIFY_RECONFIGURE_FINISHED;
-        }
-        m = core_send(c, c->op.peer[i], MSG_DISMISS);
-        if (m) {
-            m->op_end.op = c->durable.open.op;
-            m->op_end.epoch = epoch;
-        }
-    }
+    operation_notify(c, NOTIFY_RECONFIGURE_FINISHED);
+    for (uint32_t i = 0; i < c->durable.open.n; i++)
+        commit_send_dismiss(c, c->op.peer[i]);
     operation_settled(c);
 }
 
@@ -365,10 +373,7 @@ static void commit_enter_going(struct coordinator *c)
 void commit_decided(struct coordinator *c, uint64_t epoch)
 {
     struct commit *k = &c->commit;
-    bool withdrawn = k->state != COMMIT_DECIDING || k->epoch != epoch;
-    if (withdrawn && c->durable.commit.epoch != epoch)
-        return;
-    if (withdrawn)
+    if (k->state != COMMIT_DECIDING || k->epoch != epoch)
         return; /* only a planted mistake comes here */
     uint64_t took = c->now_ns - k->prepared_ns + 1;
     if (k->kind != FLIP_RESET)
@@ -382,9 +387,7 @@ void commit_decided(struct coordinator *c, uint64_t epoch)
     if (k->kind != FLIP_MAP)
         operation_committed(c);
     commit_enter_going(c);
-    for (uint32_t i = 0; i < c->durable.open.n; i++)
-        if (commit_takes_part(c, i))
-            commit_send_go(c, c->op.peer[i]);
+    commit_go(c);
     commit_check_flipped(c);
 }
 
@@ -407,13 +410,7 @@ void commit_flipped(struct coordinator *c, uint32_t peer, const struct msg_flipp
 
 static bool commit_concerns(const struct commit_record *r, const struct member *m)
 {
-    int rank = view_rank(r->view, m->id);
-    if (rank >= 0 && r->view->members[rank].incarnation == m->incarnation)
-        return true;
-    for (uint32_t i = 0; i < r->n_old; i++)
-        if (strcmp(r->old[i].id, m->id) == 0 && r->old[i].incarnation == m->incarnation)
-            return true;
-    return false;
+    return member_find(r->view->members, r->view->n, m) >= 0 || member_find(r->old, r->n_old, m) >= 0;
 }
 
 /* The last decision, if it is durable and this agent has a part in it. */
@@ -465,13 +462,8 @@ void commit_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *
                                 .engine = hello->engine};
         commit_promise(c, peer, &p);
     }
-    if (concerned && r->settled && hello->engine != PROMISE_JOINER && members_rank(c, peer) < 0) {
-        struct msg *m = core_send(c, peer, MSG_DISMISS); /* a leaver that missed it */
-        if (m) {
-            m->op_end.op = r->op;
-            m->op_end.epoch = r->epoch;
-        }
-    }
+    if (concerned && r->settled && hello->engine != PROMISE_JOINER && members_rank(c, peer) < 0)
+        commit_send_dismiss(c, peer); /* a leaver that missed it */
     int party = operation_party(c, peer);
     if (k->state == COMMIT_PREPARING && k->durable && k->epoch && promised != k->epoch && party >= 0 &&
         commit_takes_part(c, (uint32_t)party) && !arrivals_has(&k->promised, peer))
@@ -498,7 +490,7 @@ void commit_tick(struct coordinator *c)
     char names[128], text[256];
     bool late = c->now_ns >= k->deadline_ns;
     if (k->state == COMMIT_DECIDING && late && c->bug == COORDINATOR_BUG_ABORT_WHILE_DECIDING) {
-        operation_abort(c, ERR_TIMEOUT, "planted: deadline while deciding");
+        operation_abort(c, "planted: deadline while deciding");
         return;
     }
     if (!late || (k->state != COMMIT_PREPARING && k->state != COMMIT_GOING))

@@ -91,14 +91,13 @@ struct operation {
 };
 
 /* What is to happen when a journal write is durable. */
-enum continuation { CONT_NONE, CONT_OPENED, CONT_EPOCH, CONT_DECIDED, CONT_MAP, CONT_ENDED };
+enum continuation { CONT_NONE, CONT_OPENED, CONT_EPOCH, CONT_DECIDED, CONT_MAP };
 struct pending_write {
     uint64_t seq, op, epoch;
     enum continuation what;
     struct pending_write *next;
 };
 
-#define WAITERS_MAX 64
 struct coordinator {
     struct coordinator_config config;
     struct durable durable;     /* as last handed to the journal */
@@ -119,8 +118,6 @@ struct coordinator {
     bool recovering;            /* the first step settles what the journal left open */
     uint64_t seq;
     struct pending_write *writes, **writes_end;
-    struct { uint64_t request, op; } waiters[WAITERS_MAX];
-    uint32_t n_waiters;
     struct { uint64_t request, id; struct arrivals missing; uint64_t slots, dense, bytes, bad, deadline_ns; char text[256]; } verify;
     uint64_t last_verify;
     uint64_t now_ns, wall_ms;
@@ -183,12 +180,10 @@ const char *commit_state_name(enum commit_state state);
 void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *scale,
                      const struct op_record *known);
 void operation_abort_request(struct coordinator *c, uint64_t request, uint64_t op);
-void operation_watch(struct coordinator *c, uint64_t request, uint64_t op);
 void operation_open_repair(struct coordinator *c, uint32_t ranks);
 void operation_opened(struct coordinator *c, uint64_t op);
-void operation_abort(struct coordinator *c, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void operation_abort(struct coordinator *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void operation_end(struct coordinator *c, enum op_outcome outcome, const char *why);
-void operation_ended(struct coordinator *c, uint64_t op);
 void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg_stage_done *done);
 void operation_progress(struct coordinator *c, uint32_t peer, const struct msg_progress *progress);
 void operation_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *hello);
@@ -196,16 +191,16 @@ void operation_peer_gone(struct coordinator *c, uint32_t peer, const char *why);
 void operation_peer_ready(struct coordinator *c); /* a spare came, or a map settled */
 void operation_tick(struct coordinator *c);
 void operation_phase(struct coordinator *c, enum op_phase phase, const char *why);
-bool operation_concerns(const struct coordinator *c, enum op_stage stage, uint32_t party);
 void operation_ask(struct coordinator *c, enum op_stage stage, uint32_t party);
 void operation_announce(struct coordinator *c, uint32_t party); /* OP_BEGIN */
 void operation_draining(struct coordinator *c, bool draining); /* marks the leavers in the view that routers watch */
-void operation_notify(struct coordinator *c, enum notify_type what);
+void operation_notify(struct coordinator *c, enum notify_type what); /* the counts to the old ranks, the rest to all */
 void operation_stage(struct coordinator *c, enum op_phase phase, enum op_stage stage);
 void operation_rounds_done(struct coordinator *c);
 void operation_next(struct coordinator *c); /* the running phase is complete: on to the next one */
 void operation_recover(struct coordinator *c);
 void operation_clear(struct coordinator *c);
+const struct arrivals *operation_awaited(const struct coordinator *c); /* who the running phase waits for */
 int operation_party(const struct coordinator *c, uint32_t peer); /* -1: none */
 const char *op_phase_name(enum op_phase phase);
 /* What the commit tells the operation. */

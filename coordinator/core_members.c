@@ -27,9 +27,7 @@ uint32_t members_by_conn(const struct coordinator *c, uint64_t conn)
 
 int members_rank(const struct coordinator *c, uint32_t peer)
 {
-    const struct member *m = &c->peers[peer].member;
-    int rank = view_rank(c->view, m->id);
-    return rank >= 0 && c->view->members[rank].incarnation == m->incarnation ? rank : -1;
+    return c->view ? member_find(c->view->members, c->view->n, &c->peers[peer].member) : -1;
 }
 
 static uint32_t members_add(struct coordinator *c)
@@ -129,10 +127,7 @@ static bool members_stranger(const struct coordinator *c, uint32_t peer, const s
         return false;
     /* a leaver that has not been told, or has not let go yet */
     const struct commit_record *commit = &c->durable.commit;
-    for (uint32_t i = 0; commit->epoch && i < commit->n_old; i++)
-        if (strcmp(commit->old[i].id, hello->id) == 0 && commit->old[i].incarnation == hello->incarnation)
-            return false;
-    return true;
+    return !commit->epoch || member_find(commit->old, commit->n_old, &c->peers[peer].member) < 0;
 }
 
 static void members_welcome(struct coordinator *c, uint32_t peer)

@@ -36,6 +36,24 @@ int operation_party(const struct coordinator *c, uint32_t peer)
     return -1;
 }
 
+const struct arrivals *operation_awaited(const struct coordinator *c)
+{
+    switch (c->op.phase) {
+    case PHASE_RETIRE: /* source-routed: acknowledgements; replicated: a commit */
+        if (c->commit.state == COMMIT_IDLE)
+            return &c->map_acks;
+        return c->commit.state == COMMIT_PREPARING ? &c->commit.promised : &c->commit.flipped;
+    case PHASE_PROMISE:
+        return &c->commit.promised;
+    case PHASE_GO:
+        return &c->commit.flipped;
+    case PHASE_DRAIN:
+        return &c->op.drained;
+    default:
+        return &c->op.stage;
+    }
+}
+
 void operation_phase(struct coordinator *c, enum op_phase phase, const char *why)
 {
     struct operation *op = &c->op;
@@ -183,16 +201,15 @@ void operation_scale(struct coordinator *c, uint64_t request, const struct scale
         operation_drop(c);
         return;
     }
-    if (wait)
+    if (wait) {
         op_record_done(&c->durable.open);
-    if (wait)
         c->durable.open = (struct op_record){.kind = n ? OP_SCALE_UP : OP_START};
+        c->op.wait_ns = c->now_ns + s->wait_agents_ms * MS;
+    }
     snprintf(c->durable.open.key, sizeof(c->durable.open.key), "%s", s->key);
     c->durable.open.target = s->target;
     c->op.waits_for_agents = wait;
     c->op.accept = request;
-    if (wait)
-        c->op.wait_ns = c->now_ns + s->wait_agents_ms * MS;
     if (s->timeout_ms)
         c->op.timeout_ns = c->now_ns + s->timeout_ms * MS;
     operation_open(c);
@@ -212,30 +229,7 @@ void operation_abort_request(struct coordinator *c, uint64_t request, uint64_t o
         return;
     }
     core_reply(c, request, 0, r->op, 0, NULL, "operation %llu is being aborted", (unsigned long long)r->op);
-    operation_abort(c, ERR_ABORTED, "aborted by the operator");
-}
-
-static void operation_answer(struct coordinator *c, uint64_t request, const struct op_record *r)
-{
-    int code = r->outcome == OUTCOME_DONE ? 0 : r->outcome == OUTCOME_ABORTED ? ERR_ABORTED : ERR_IO;
-    core_reply(c, request, code, r->op, r->outcome, NULL, "%s", r->why);
-}
-
-void operation_watch(struct coordinator *c, uint64_t request, uint64_t op)
-{
-    if (c->op.phase != PHASE_NONE && (!op || c->durable.open.op == op)) {
-        if (c->n_waiters == WAITERS_MAX) {
-            core_reply(c, request, ERR_LIMIT, op, 0, NULL, "%u clients wait for operations already", WAITERS_MAX);
-            return;
-        }
-        c->waiters[c->n_waiters].request = request;
-        c->waiters[c->n_waiters++].op = c->durable.open.op;
-    } else if (op && c->last.record.op == op) {
-        operation_answer(c, request, &c->last.record);
-    } else {
-        core_reply(c, request, ERR_NOTFOUND, op, 0, NULL, "operation %llu is not known here: see `eepctl history`",
-                   (unsigned long long)op);
-    }
+    operation_abort(c, "aborted by the operator");
 }
 
 /* ---- the end ---- */
@@ -284,30 +278,16 @@ void operation_end(struct coordinator *c, enum op_outcome outcome, const char *w
     operation_clear(c);
     if (accept) /* it ended before it was accepted */
         core_reply(c, accept, ERR_ABORTED, d->ended.op, outcome, NULL, "%s", text);
-    core_journal(c, DURABLE_META | DURABLE_OP | DURABLE_HISTORY, CONT_ENDED);
+    core_journal(c, DURABLE_META | DURABLE_OP | DURABLE_HISTORY, CONT_NONE);
     c->changed = true;
 }
 
-void operation_ended(struct coordinator *c, uint64_t op)
-{
-    const struct op_record *r = c->last.record.op == op ? &c->last.record : NULL;
-    uint32_t kept = 0;
-    for (uint32_t i = 0; i < c->n_waiters; i++) {
-        if (c->waiters[i].op != op || !r)
-            c->waiters[kept++] = c->waiters[i];
-        else
-            operation_answer(c, c->waiters[i].request, r);
-    }
-    c->n_waiters = kept;
-}
-
-void operation_abort(struct coordinator *c, int code, const char *fmt, ...)
+void operation_abort(struct coordinator *c, const char *fmt, ...)
 {
     if (c->op.phase == PHASE_NONE || c->op.decided)
         return;
     if (c->commit.state == COMMIT_DECIDING && c->bug != COORDINATOR_BUG_ABORT_WHILE_DECIDING)
         return; /* nothing may abort here */
-    (void)code;
     char why[256];
     va_list ap;
     va_start(ap, fmt);
@@ -337,7 +317,7 @@ void operation_peer_gone(struct coordinator *c, uint32_t peer, const char *why)
     if (!c->op.decided) {
         if (c->bug == COORDINATOR_BUG_INCARNATION_IGNORED && c->commit.state == COMMIT_PREPARING)
             return;
-        operation_abort(c, ERR_ABORTED, "agent %s (%s rank) in %s: %s", c->peers[peer].member.id,
+        operation_abort(c, "agent %s (%s rank) in %s: %s", c->peers[peer].member.id,
                         (uint32_t)party >= r->n_old ? "new" : r->stays[party] ? "existing" : "leaving",
                         op_phase_name(c->op.phase), why);
         return;
@@ -359,20 +339,19 @@ void operation_tick(struct coordinator *c)
         struct err err = {0};
         struct scale_request s = {.target = c->durable.open.target};
         int rc = setup_scale(c, &s, &err);
-        operation_abort(c, ERR_TIMEOUT, "%s", rc < 0 ? err.text : "agents came too late");
+        operation_abort(c, "%s", rc < 0 ? err.text : "agents came too late");
         return;
     }
     if (op->timeout_ns && c->now_ns >= op->timeout_ns && !op->decided && c->commit.state != COMMIT_DECIDING) {
-        operation_abort(c, ERR_TIMEOUT, "its time-out passed in %s", op_phase_name(op->phase));
+        operation_abort(c, "its time-out passed in %s", op_phase_name(op->phase));
         return;
     }
     if (!op->deadline_ns || c->now_ns < op->deadline_ns)
         return;
     op->deadline_ns = 0;
-    core_names(c, op->phase == PHASE_RETIRE ? &c->map_acks : op->phase == PHASE_DRAIN ? &op->drained : &op->stage,
-               names, sizeof(names));
+    core_names(c, operation_awaited(c), names, sizeof(names));
     if (!op->decided) {
-        operation_abort(c, ERR_TIMEOUT, "no answer from %s in %s by its deadline", names, op_phase_name(op->phase));
+        operation_abort(c, "no answer from %s in %s by its deadline", names, op_phase_name(op->phase));
     } else if (op->phase != PHASE_GO) {
         snprintf(op->why, sizeof(op->why), "committed; no answer from %s in %s", names, op_phase_name(op->phase));
         operation_end(c, OUTCOME_DONE, op->why);

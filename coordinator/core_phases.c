@@ -91,7 +91,7 @@ static bool operation_ready(struct coordinator *c)
         if (rc == ERR_NOTFOUND || rc == ERR_UNREACHABLE)
             return false;
         if (rc < 0) {
-            operation_abort(c, rc, "%s", err.text);
+            operation_abort(c, "%s", err.text);
             return false;
         }
         op->waits_for_agents = false;
@@ -147,7 +147,7 @@ void operation_next(struct coordinator *c)
         break;
     case PHASE_GROUP:
         if (setup_plan(c, &err) < 0)
-            operation_abort(c, err.code, "no plan: %s", err.text);
+            operation_abort(c, "no plan: %s", err.text);
         else
             operation_stage(c, PHASE_MAPPING, STAGE_MAPPING);
         break;
@@ -177,13 +177,7 @@ void operation_next(struct coordinator *c)
         commit_start(c, FLIP_VIEW, view_ref(op->proposed));
         break;
     case PHASE_LET_GO:
-        for (uint32_t i = 0; i < r->n; i++) {
-            struct msg *m = core_send(c, op->peer[i], MSG_NOTIFY);
-            if (m) {
-                m->notify.op = r->op;
-                m->notify.what = NOTIFY_SHUTDOWN_COMPLETE;
-            }
-        }
+        operation_notify(c, NOTIFY_SHUTDOWN_COMPLETE);
         operation_end(c, OUTCOME_DONE, op->why);
         break;
     default:
@@ -240,5 +234,5 @@ void operation_commit_failed(struct coordinator *c, const char *why)
     if (c->op.decided)
         operation_end(c, OUTCOME_DONE, "committed; the fill after the commit is incomplete");
     else
-        operation_abort(c, ERR_ABORTED, "%s", why);
+        operation_abort(c, "%s", why);
 }

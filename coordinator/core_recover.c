@@ -53,8 +53,7 @@ static bool recover_is_committed(const struct coordinator *c)
     const struct op_record *r = &c->durable.open;
     uint32_t stays = 0;
     for (uint32_t i = 0; i < r->n; i++) {
-        int rank = c->view ? view_rank(c->view, r->parties[i].id) : -1;
-        if (r->stays[i] != (rank >= 0 && c->view->members[rank].incarnation == r->parties[i].incarnation))
+        if (r->stays[i] != (c->view && member_find(c->view->members, c->view->n, &r->parties[i]) >= 0))
             return false;
         stays += r->stays[i];
     }
@@ -107,6 +106,6 @@ void operation_recover(struct coordinator *c)
         operation_phase(c, PHASE_PROMISE, "recovered");
         repair_resume(c);
     } else {
-        operation_abort(c, ERR_ABORTED, "the coordinator restarted before the decision");
+        operation_abort(c, "the coordinator restarted before the decision");
     }
 }

@@ -5,7 +5,6 @@
  * the view waits for the lost rank: its agent may come back with the weights, its engine may attach again.  A step can
  * also be torn without a loss, when engines cannot reach one another: then all of them retry it in a new view. */
 #include <stdio.h>
-#include <string.h>
 
 #include "coordinator/core_internal.h"
 
@@ -77,7 +76,7 @@ static bool repair_clear_way(struct coordinator *c)
     if (c->op.phase == PHASE_NONE)
         return true;
     if (c->durable.open.kind != OP_REPAIR && !c->op.decided) {
-        operation_abort(c, ERR_ABORTED, "a rank was lost");
+        operation_abort(c, "a rank was lost");
         return c->op.phase == PHASE_NONE;
     }
     for (uint32_t i = 0; i < c->durable.open.n && c->commit.state == COMMIT_GOING; i++)
@@ -141,9 +140,7 @@ void repair_committed(struct coordinator *c)
     const struct commit_record *r = &c->durable.commit;
     for (uint32_t k = 0; k < c->n_peers; k++) {
         struct peer *p = &c->peers[k];
-        bool old = false;
-        for (uint32_t i = 0; i < r->n_old && !old; i++)
-            old = strcmp(r->old[i].id, p->member.id) == 0 && r->old[i].incarnation == p->member.incarnation;
+        bool old = member_find(r->old, r->n_old, &p->member) >= 0;
         bool leaver = p->conn && p->holds; /* of an earlier view: nobody is in those steps with it any more */
         if (members_rank(c, k) >= 0 || (!old && !leaver))
             continue;

@@ -179,7 +179,7 @@ void rounds_flipped(struct coordinator *c)
     else if (c->op.decided)
         operation_end(c, OUTCOME_DONE, "committed; the coordinator restarted before the slots were all filled");
     else
-        operation_abort(c, ERR_ABORTED, "the coordinator restarted before the decision");
+        operation_abort(c, "the coordinator restarted before the decision");
 }
 
 void rounds_next(struct coordinator *c)

@@ -10,7 +10,7 @@
 
 #define MS 1000000ULL
 
-bool operation_concerns(const struct coordinator *c, enum op_stage stage, uint32_t i)
+static bool operation_concerns(const struct coordinator *c, enum op_stage stage, uint32_t i)
 {
     const struct op_record *r = &c->durable.open;
     bool joins = i >= r->n_old, leaves = !r->stays[i];
@@ -126,14 +126,17 @@ void operation_stage(struct coordinator *c, enum op_phase phase, enum op_stage s
 
 void operation_notify(struct coordinator *c, enum notify_type what)
 {
-    for (uint32_t i = 0; i < c->durable.open.n_old; i++) {
+    bool init = what == NOTIFY_NEW_CORE_ENGINES_INIT_READY || what == NOTIFY_NEW_CORE_ENGINES_WEIGHTS_INIT_READY;
+    uint32_t n = init ? c->durable.open.n_old : c->durable.open.n;
+    for (uint32_t i = 0; i < n; i++) {
         struct msg *m = core_send(c, c->op.peer[i], MSG_NOTIFY);
         if (!m)
             continue;
         m->notify.op = c->durable.open.op;
         m->notify.what = what;
     }
-    core_log(c, CORE_INFO, "%s: %zu engines counted", notify_name(what), c->op.stage.n);
+    if (init)
+        core_log(c, CORE_INFO, "%s: %zu engines counted", notify_name(what), c->op.stage.n);
 }
 
 void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg_stage_done *d)
@@ -147,7 +150,7 @@ void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg
         return;
     const char *id = c->peers[peer].member.id;
     if (d->code < 0 && !op->decided) {
-        operation_abort(c, d->code, "agent %s: %s: %.180s", id, op_stage_name(d->stage), d->text);
+        operation_abort(c, "agent %s: %s: %.180s", id, op_stage_name(d->stage), d->text);
         return;
     }
     if (d->code < 0 && d->stage != STAGE_LET_GO) {
@@ -181,7 +184,7 @@ void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg
                 model_unref(c->durable.model);
                 c->durable.model = model_ref(d->model);
             } else if (model_merge(c->durable.model, d->model, &err) < 0) {
-                operation_abort(c, err.code, "agent %s has loaded something else: %s", id, err.text);
+                operation_abort(c, "agent %s has loaded something else: %s", id, err.text);
                 return;
             }
         }

@@ -7,7 +7,6 @@ static void status_operation(const struct coordinator *c, struct op_info *info)
 {
     const struct operation *op = &c->op;
     info->record = c->durable.open;
-    info->record.hold_ns_max = op->phase ? info->record.hold_ns_max : 0;
     info->phase = op_phase_name(op->phase);
     info->plan = op->plan;
     if (op->plan) {
@@ -19,19 +18,9 @@ static void status_operation(const struct coordinator *c, struct op_info *info)
         info->bytes_done += op->progress[i];
     info->bytes_planned = op->bytes_planned;
     info->phase_since_ns = op->phase_since_ns;
-    info->deadline_ns = op->deadline_ns;
-    const struct arrivals *set = &op->stage;
-    if (op->phase == PHASE_PROMISE || (op->phase == PHASE_RETIRE && c->commit.state == COMMIT_PREPARING)) {
-        set = &c->commit.promised;
-        info->deadline_ns = c->commit.deadline_ns;
-    } else if (op->phase == PHASE_GO || (op->phase == PHASE_RETIRE && c->commit.state == COMMIT_GOING)) {
-        set = &c->commit.flipped;
-        info->deadline_ns = c->commit.deadline_ns;
-    } else if (op->phase == PHASE_RETIRE) {
-        set = &c->map_acks;
-    } else if (op->phase == PHASE_DRAIN) {
-        set = &op->drained;
-    }
+    const struct arrivals *set = operation_awaited(c);
+    bool commits = set == &c->commit.promised || set == &c->commit.flipped;
+    info->deadline_ns = commits ? c->commit.deadline_ns : op->deadline_ns;
     core_names(c, set, info->awaited, sizeof(info->awaited));
     for (uint32_t i = 0; i < op->n_times && i < 32; i++) {
         info->phases[i].phase = op_phase_name(op->times[i].phase);

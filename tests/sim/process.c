@@ -128,6 +128,7 @@ static void disk_apply(struct sim *s, struct sim_write *w)
         if (disk->ended.key[0] && s->n_history < SIM_KEYS &&
             op_record_copy(&s->history[s->n_history], &disk->ended) == 0)
             s->n_history++;
+        scenario_ended(s, &disk->ended);
     }
     s->coordinator.disk_used = true;
     check_durable(s, w->parts);

@@ -138,14 +138,6 @@ static void ask(struct sim *s, uint32_t target, const char *key, uint32_t n_remo
     process_event(s, &event);
 }
 
-static void watch(struct sim *s, uint64_t op)
-{
-    struct coordinator_event event = {.type = CE_WATCH_OP, .request = ++s->request, .op = op, .wall_ms = s->now / MS};
-
-    s->final_request = s->request;
-    process_event(s, &event);
-}
-
 void scenario_reply(struct sim *s, const struct coordinator_action *reply)
 {
     for (uint32_t i = 0; i < s->n_asked; i++) {
@@ -165,11 +157,16 @@ void scenario_reply(struct sim *s, const struct coordinator_action *reply)
             sim_fail(s, "promise 6: the last operation is refused: %s", reply->text);
         s->final_op = reply->op;
         s->final_stage = 2;
-    } else if (s->final_stage == 3) {
-        if (reply->outcome != OUTCOME_DONE)
-            sim_fail(s, "promise 6: the last operation ends as %u: %s", reply->outcome, reply->text);
-        s->final_stage = 4;
     }
+}
+
+void scenario_ended(struct sim *s, const struct op_record *record)
+{
+    if (s->final_stage != 2 || record->op != s->final_op)
+        return;
+    if (record->outcome != OUTCOME_DONE)
+        sim_fail(s, "promise 6: the last operation ends as %u: %s", record->outcome, record->why);
+    s->final_stage = 3;
 }
 
 static void operate(struct sim *s)
@@ -419,12 +416,9 @@ static void probe_calm(struct sim *s)
 
     s->quiet_probes = quiet ? s->quiet_probes + 1 : 0;
     quiet = s->quiet_probes > 4; /* what is still under way has arrived */
-    if (s->final_stage == 2) {
-        s->final_stage = 3;
-        watch(s, s->final_op);
-    } else if (quiet && s->final_stage == 0) {
+    if (quiet && s->final_stage == 0) {
         last_operation(s);
-    } else if (quiet && s->final_stage == 4) {
+    } else if (quiet && s->final_stage == 3) {
         s->ended = true;
     } else if (s->now - s->calm_at > QUIET_BOUND) {
         if (lost(s))

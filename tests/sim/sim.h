@@ -290,6 +290,7 @@ bool check_void(const struct sim *s, const struct sim_agent *a, uint64_t view);
 void scenario_start(struct sim *s);
 void scenario_event(struct sim *s, const struct sim_event *e);
 void scenario_reply(struct sim *s, const struct coordinator_action *reply);
+void scenario_ended(struct sim *s, const struct op_record *record); /* the journal has its end */
 void scenario_target(struct sim *s, const struct msg *msg); /* a message of the commit: a good moment for a fault */
 
 #endif
