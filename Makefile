@@ -226,7 +226,7 @@ install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr
 	for unit in $(notdir $(wildcard systemd/*.service)); do \
 	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
 
-include bundle/rules.mk
+include systemd/bundle/rules.mk
 
 format:    ## lay out the code
 	clang-format -i $$(git ls-files '*.c' '*.h')

@@ -15,10 +15,10 @@ BUNDLE_TESTS = eep-engine eep-feeder eep-demo test_memory test_transport_gpu $(B
 .PHONY: bundle bundle-test check-bundle bundle-programs bundle-test-programs
 bundle:    ## a tarball that runs on any Linux with glibc 2.34 or newer (INSTALL in it)
 	@$(BUNDLE_MAKE) bundle-programs || { $(hint); }
-	+@bundle/pack.sh $(BUILD)/bundle $(BUILD)/$(BUNDLE).tar.gz
+	+@systemd/bundle/pack.sh $(BUILD)/bundle $(BUILD)/$(BUNDLE).tar.gz
 bundle-test: check-deps bundle ## another one with the test instruments in it, for a machine with GPUs
 	@$(BUNDLE_MAKE) bundle-programs bundle-test-programs || { $(hint); }
-	+@bundle/pack.sh $(BUILD)/bundle $(BUILD)/$(BUNDLE)-tests.tar.gz $(BUNDLE_TESTS)
+	+@systemd/bundle/pack.sh $(BUILD)/bundle $(BUILD)/$(BUNDLE)-tests.tar.gz $(BUNDLE_TESTS)
 check-bundle: bundle-test ## unpack both tarballs, look at every ELF file, run them
 	@tests/bundle/check.sh $(BUILD)/$(BUNDLE).tar.gz $(BUILD)/$(BUNDLE)-tests.tar.gz $(if $(HAVE_CUDA),gpu)
 
@@ -35,6 +35,6 @@ $(BUILD)/whole/libeep.a: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/
 
 ifeq ($(LINK),static)
 # An object, not a part of libcommon.a: it is libevent.a, later on the command line, that asks for it.
-LIBS += $(BUILD)/bundle/arc4random.o
-$(BUILD)/libcommon.a: | $(BUILD)/bundle/arc4random.o
+LIBS += $(BUILD)/systemd/bundle/arc4random.o
+$(BUILD)/libcommon.a: | $(BUILD)/systemd/bundle/arc4random.o
 endif

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Puts a bundle together from a folder where `make bundle-programs` has built; the same input gives the same bytes.
 #
-#   bundle/pack.sh BUILD TARBALL [TEST PROGRAM...]
+#   systemd/bundle/pack.sh BUILD TARBALL [TEST PROGRAM...]
 #
 # With test programs, they are in bin/tests, and what they read in tests: the instruments find both from the top folder.
 # All files get the time of $SOURCE_DATE_EPOCH, or else of the last commit.
@@ -25,8 +25,8 @@ mkdir -p "$top/share/doc/eep/licenses"
 make --no-print-directory -s install BUILD="$build" LINK=static DESTDIR="$stage/root" PREFIX=/usr/local
 cp -R "$stage/root/usr/local/." "$top"
 install -m 644 "$build/whole/libeep.a" "$top/lib"
-install -m 755 bundle/install.sh "$top"
-install -m 644 bundle/INSTALL "$top"
+install -m 755 systemd/bundle/install.sh "$top"
+install -m 644 systemd/bundle/INSTALL "$top"
 copyright libevent-dev libprotobuf-c-dev liblmdb-dev libjansson-dev
 
 if [ $# -gt 0 ]; then
