@@ -173,8 +173,9 @@ CUresult fake_enter(const char *function, enum fake_need need)
 
 #define ERRORS(X)                                                                                                      \
     X(CUDA_SUCCESS, "no error")                                                                                        \
-    X(CUDA_ERROR_INVALID_VALUE, "invalid argument") X(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")                       \
-        X(CUDA_ERROR_NOT_INITIALIZED, "initialization error") X(CUDA_ERROR_DEINITIALIZED, "driver shutting down")      \
+    X(CUDA_ERROR_INVALID_VALUE, "invalid argument")                                                                    \
+    X(CUDA_ERROR_OUT_OF_MEMORY, "out of memory") X(CUDA_ERROR_NOT_INITIALIZED, "initialization error")                 \
+        X(CUDA_ERROR_DEINITIALIZED, "driver shutting down")                                                            \
             X(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected")                                              \
                 X(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal")                                                 \
                     X(CUDA_ERROR_INVALID_CONTEXT, "invalid device context")                                            \
@@ -420,9 +421,10 @@ CUresult CUDAAPI cuDevicePrimaryCtxRelease(CUdevice dev)
     else if (--context->refs == 0) {
         fake_context_settle(context);
         fake_null_stream_drop(context);
-        if (context->things > 0 && fake.sticky == CUDA_SUCCESS)
-            fake_abort("GPU %d's context ends with %u streams, events, modules or allocations in it", fake.gpu[dev],
-                       context->things);
+        unsigned left = context->things + fake_allocs_of(dev);
+        if (left > 0 && fake.sticky == CUDA_SUCCESS)
+            fake_abort("GPU %d's context ends with %u streams, events, modules, allocations or mappings left",
+                       fake.gpu[dev], left);
     }
     fake_unlock();
     return rc;
