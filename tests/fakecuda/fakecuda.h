@@ -176,8 +176,10 @@ struct fake_op *fake_op_new(CUresult (*run)(struct fake_op *op, int device));
 CUresult fake_enqueue(CUstream stream, struct fake_op *op, bool wait);
 /* Waits for everything in a context; with the lock. */
 void fake_context_settle(CUcontext context);
-/* What remains when a context ends: the stream that it had by itself. */
-void fake_null_stream_drop(CUcontext context);
+/* When a context ends: ends the stream that it had by itself, and waits for destroyed ones that still work. */
+void fake_streams_end(CUcontext context);
+/* Joins the threads of streams that were destroyed and are done; without the lock. */
+void fake_streams_join(void);
 
 /* ---- kernels.c ---- */
 
