@@ -45,8 +45,8 @@ endif
 HAVE_NVCC  := $(if $(NVCC),1)
 HAVE_NCCL  := $(if $(NCCL_INC),1)
 # sources whose headers, or whose compiler, are there; the stubs of the others
-CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
-CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c
+CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c agent/libeep/device_cuda.c agent/libeep/device_steps.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
+CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c agent/libeep/device_stub.c
 NCCL_SRC   := $(filter-out %_stub.c,$(wildcard agent/transport_nccl*.c agent/nccl_*.c))
 NCCL_STUBS := agent/transport_nccl_stub.c
 GPU_OUT    := $(if $(HAVE_CUDA),$(CUDA_STUBS),$(CUDA_SRC) agent/digest_kernel.c agent/digest_kernel_stub.c)
@@ -65,7 +65,7 @@ COMMON_SRC := $(wildcard common/*.c)
 COORD_SRC  := $(filter-out coordinator/main.c,$(wildcard coordinator/*.c))
 CTL_SRC    := $(wildcard coordinator/eepctl/*.c)
 AGENT_SRC  := $(filter-out agent/main.c $(GPU_OUT),$(wildcard agent/*.c))
-LIBEEP_SRC := $(wildcard agent/libeep/*.c)
+LIBEEP_SRC := $(filter-out $(GPU_OUT),$(wildcard agent/libeep/*.c))
 SIM_SRC    := $(wildcard tests/sim/*.c)
 ENGINE_SRC := $(wildcard tests/engine/*.c)
 FEEDER_SRC := $(wildcard tests/feeder/*.c)
@@ -111,8 +111,9 @@ $(BUILD)/libcoordinator.a: $(call obj,$(COORD_SRC))
 	rm -f $@ && ar rcs $@ $^
 $(BUILD)/libagent.a: $(call obj,$(AGENT_SRC))
 	rm -f $@ && ar rcs $@ $^
-# what libeep shares with the agent: the manifest, the frames of the engine socket
+# what libeep shares with the agent: the manifest, the frames of the engine socket, the CUDA driver
 LIBEEP_SHARED := agent/manifest.c agent/manifest_wire.c agent/engine_frame.c agent/dtype.c
+LIBEEP_SHARED += $(if $(HAVE_CUDA),agent/cuda_driver.c agent/cuda_memory.c)
 $(BUILD)/agent/libeep/%.o: override CFLAGS += -fvisibility=hidden
 $(BUILD)/libeep.a: $(call obj,$(LIBEEP_SRC) $(LIBEEP_SHARED))
 	rm -f $@ && ar rcs $@ $^
@@ -124,7 +125,7 @@ $(BUILD)/eep-agent: $(call obj,agent/main.c) $(BUILD)/libagent.a $(BUILD)/libcom
 $(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libcommon.a
-	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ -lprotobuf-c -lpthread
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ -lprotobuf-c -lpthread -ldl
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a

@@ -279,6 +279,7 @@ void engine_socket_attached(struct engine_socket *s)
     Eep__Engine__Attached body = EEP__ENGINE__ATTACHED__INIT;
     body.agent = s->agent_id;
     body.page_bytes = s->page->size;
+    body.gpu = (char *)(uintptr_t)worker_gpu(s->worker); /* protobuf-c does not say const; packing only reads */
     Eep__Engine__EngineDown down = EEP__ENGINE__ENGINE_DOWN__INIT;
     down.body_case = EEP__ENGINE__ENGINE_DOWN__BODY_ATTACHED;
     down.attached = &body;
