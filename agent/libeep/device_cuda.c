@@ -94,6 +94,8 @@ int device_open(const char *gpu, struct control_page *page, size_t page_bytes, s
     d->page_bytes = page_bytes;
     pthread_mutex_init(&d->lock, NULL);
     void *elapsed = dlsym(d->gpu->driver.library, "cuEventElapsedTime");
+    if (!elapsed)
+        elapsed = dlsym(d->gpu->driver.library, "cuEventElapsedTime_v2");
     memcpy(&d->elapsed, &elapsed, sizeof elapsed);
     rc = device_enter(d, &before, err);
     if (rc == 0) {

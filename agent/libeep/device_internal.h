@@ -23,7 +23,7 @@ struct device {
     CUdeviceptr done; /* the page's word, as the device sees it; 0: host functions write it */
     bool page_registered;
     CUstream stream; /* for what the engine gives none */
-    /* Not in every driver under cuda.h's present name; NULL: durations are not known. */
+    /* Not in every driver under the name that this cuda.h gives it; NULL: durations are not known. */
     CUresult (*elapsed)(float *, CUevent, CUevent);
 
     pthread_mutex_t lock;
