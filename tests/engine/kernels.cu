@@ -36,7 +36,7 @@ DEVICE float dot_bf16(const uint16_t *w, const float *x, uint32_t n)
     float s[8] = {0, 0, 0, 0, 0, 0, 0, 0}, rest = 0;
     uint32_t i = 0;
     for (; i + 8 <= n; i += 8)
-        for (int k = 0; k < 8; k++)
+        for (uint32_t k = 0; k < 8; k++)
             s[k] += widen(w[i + k]) * x[i + k];
     for (; i < n; i++)
         rest += widen(w[i]) * x[i];
@@ -48,7 +48,7 @@ DEVICE float dot_f32(const float *v, const float *x, uint32_t n)
     float s[8] = {0, 0, 0, 0, 0, 0, 0, 0}, rest = 0;
     uint32_t i = 0;
     for (; i + 8 <= n; i += 8)
-        for (int k = 0; k < 8; k++)
+        for (uint32_t k = 0; k < 8; k++)
             s[k] += v[i + k] * x[i + k];
     for (; i < n; i++)
         rest += v[i] * x[i];

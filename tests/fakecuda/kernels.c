@@ -20,8 +20,12 @@ static CUresult digest_kernel(struct fake_launch *launch, void **args)
     return CUDA_SUCCESS;
 }
 
+/* tests/engine/kernels.cu, in kernels_engine.c */
+#define ENGINE_ENTRY(name) {#name "_kernel", fake_##name, {sizeof(struct name##_args)}},
+
 static const struct fake_kernel kernels[] = {
     {"digest_kernel", digest_kernel, {8, 8, 8, 8}},
+    KERNEL_TABLE(ENGINE_ENTRY)
 };
 
 const struct fake_kernel *fake_kernel_find(const char *name)

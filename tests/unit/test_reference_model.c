@@ -1,6 +1,7 @@
 /* The reference engine's arithmetic against what transformers computed from the same checkpoints: logits of every
  * position, 48 greedy tokens of every prompt, in both layouts, and independence of the batch, bit for bit.
  * The engine is a program, not a library, hence the included sources. */
+#include "tests/engine/compute_host.c"
 #include "tests/engine/decoder.c"
 #include "tests/engine/forward.c"
 #include "tests/engine/source.c"
@@ -124,7 +125,10 @@ static int local_moe(void *user, uint32_t layer, uint32_t n, const float *h, flo
 static void run(struct fixture *f, const struct forward_token *tokens, uint32_t n)
 {
     struct err err = {0};
-    ck_assert_msg(forward_run(&f->model, tokens, n, local_moe, &f->model, &err) == 0, "%s", err.text);
+    struct compute *compute;
+    ck_assert_msg(compute_host_open(&f->model, &compute, &err) == 0, "%s", err.text);
+    ck_assert_msg(forward_run(compute, tokens, n, local_moe, &f->model, &err) == 0, "%s", err.text);
+    compute->close(compute);
 }
 
 static void prefill(struct fixture *f, uint32_t prompt, struct decoder_kv *kv, float *logits)
