@@ -99,7 +99,7 @@ $(BUILD)/agent/digest_kernel.o: $(BUILD)/agent/digest_kernel.fatbin
 endif
 # sm_90 as machine code; newer and older GPUs translate the compute_80 form when they load it
 NVCC_FLAGS ?= -O3 -std=c++17 -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=sm_90
-$(BUILD)/%.fatbin: %.cu common/digest.h
+$(BUILD)/%.fatbin: %.cu %.h common/digest.h
 	@mkdir -p $(@D)
 	$(NVCC) -fatbin $(NVCC_FLAGS) -I. -o $@ $<
 
