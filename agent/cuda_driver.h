@@ -56,7 +56,8 @@ struct cuda_device {
 int cuda_device_open(const char *which, struct cuda_device **ret_device, struct err *err) MUST_CHECK;
 void cuda_device_close(struct cuda_device *device); /* takes NULL; what was made in the context must be gone */
 
-/* Makes the context current on the calling thread; cheap when it is.  At the start of every entry point. */
+/* Makes the context current on the calling thread; cheap when it is.  At the start of every entry point.  Fails after a
+ * sticky error. */
 int cuda_device_use(const struct cuda_device *device, struct err *err) MUST_CHECK;
 
 /* Turns a CUresult into an error: "cannot <what>: <text> (CUDA_ERROR_...)" with the code below; 0 for CUDA_SUCCESS.
@@ -65,9 +66,13 @@ int cuda_device_use(const struct cuda_device *device, struct err *err) MUST_CHEC
 int cuda_check(const struct cuda_driver *cu, CUresult result, struct err *err, const char *fmt, ...)
     __attribute__((format(printf, 4, 5))) MUST_CHECK;
 
-/* True after an error that no call in this process gets over (an illegal address, an ECC error, a lost device): the
- * agent has to leave the view and end. */
+/* True of an error that no call in this process gets over (an illegal address, an ECC error, a lost device): the agent
+ * has to leave the view and end. */
 bool cuda_is_sticky(CUresult result);
+
+/* 0, or the first sticky error that cuda_check has seen, of any device: nothing may call CUDA any more.  cuda_device_use
+ * asks this, cuda_unmap and cuda_device_close do nothing then; the end of the process frees what is left.  Any thread. */
+int cuda_health(struct err *err) MUST_CHECK;
 
 /* ---- memory (cuda_memory.c); the context must be current ---- */
 

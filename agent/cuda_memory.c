@@ -10,8 +10,8 @@ int cuda_map(const struct cuda_device *device, CUmemGenericAllocationHandle hand
         .flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
     };
     CUdeviceptr at = 0;
-    int rc = cuda_check(cu, cu->cuMemAddressReserve(&at, mapped, 0, 0, 0), err, "reserve addresses for %zu bytes",
-                        mapped);
+    int rc =
+        cuda_check(cu, cu->cuMemAddressReserve(&at, mapped, 0, 0, 0), err, "reserve addresses for %zu bytes", mapped);
     if (rc < 0)
         return rc;
     rc = cuda_check(cu, cu->cuMemMap(at, mapped, 0, handle, 0), err, "map %zu bytes of GPU memory", mapped);
@@ -32,6 +32,8 @@ free_address:
 
 void cuda_unmap(const struct cuda_device *device, CUdeviceptr at, size_t mapped)
 {
+    if (cuda_health(NULL) < 0)
+        return;
     (void)device->driver.cuMemUnmap(at, mapped);
     (void)device->driver.cuMemAddressFree(at, mapped);
 }
@@ -42,15 +44,17 @@ int cuda_import(const struct cuda_device *device, int fd, size_t mapped, bool sa
     const struct cuda_driver *cu = &device->driver;
     CUmemGenericAllocationHandle handle;
     CUmemAllocationProp properties = {0};
-    CUresult result = cu->cuMemImportFromShareableHandle(&handle, (void *)(uintptr_t)fd,
-                                                         CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
-    int rc = cuda_check(cu, result, err, "import descriptor %d as GPU memory", fd);
+    CUresult result =
+        cu->cuMemImportFromShareableHandle(&handle, (void *)(uintptr_t)fd, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
     /* "unknown error" is what the driver says of a pipe; it is no fault of the GPU here, and later calls work. */
-    if (rc < 0 && rc != ERR_NOMEM && (result == CUDA_ERROR_UNKNOWN || !cuda_is_sticky(result)))
-        return err_set(err, ERR_INVALID,
-                       "cannot import descriptor %d as GPU memory (CUDA error %d): it is something else, or memory of a "
-                       "GPU that is not visible here",
-                       fd, (int)result);
+    if (result == CUDA_ERROR_UNKNOWN ||
+        (result != CUDA_SUCCESS && result != CUDA_ERROR_OUT_OF_MEMORY && !cuda_is_sticky(result)))
+        return err_set(
+            err, ERR_INVALID,
+            "cannot import descriptor %d as GPU memory (CUDA error %d): it is something else, or memory of a "
+            "GPU that is not visible here",
+            fd, (int)result);
+    int rc = cuda_check(cu, result, err, "import descriptor %d as GPU memory", fd);
     if (rc < 0)
         return rc;
     rc = cuda_check(cu, cu->cuMemGetAllocationPropertiesFromHandle(&properties, handle), err,

@@ -40,6 +40,8 @@ struct memory_backend {
      * once.  ret_digests[n] are undefined on failure. */
     int (*digests)(struct memory_backend *self, const struct memory_range *ranges, size_t n, uint64_t *ret_digests, struct err *err);
     int (*copy)(struct memory_backend *self, struct memory_region *dst, size_t dst_offset, const struct memory_region *src, size_t src_offset, size_t len, struct err *err);
+    /* 0, or why nothing here works any more in this process (a GPU that is lost).  Never blocks.  NULL: cannot happen. */
+    int (*health)(struct memory_backend *self, struct err *err);
     void (*close)(struct memory_backend *self);
 };
 

@@ -393,6 +393,12 @@ static void cuda_close(struct memory_backend *self)
     free(m);
 }
 
+static int memory_cuda_health(struct memory_backend *self, struct err *err)
+{
+    (void)self;
+    return cuda_health(err);
+}
+
 static int cuda_open_kernel(struct memory_cuda *m, struct err *err)
 {
     const struct cuda_driver *cu = &m->device->driver;
@@ -468,6 +474,7 @@ struct memory_backend *memory_cuda_open(const char *device, struct err *err)
         .digest = cuda_digest,
         .digests = cuda_digests,
         .copy = cuda_copy,
+        .health = memory_cuda_health,
         .close = cuda_close,
     };
     if (cuda_open(m, err) < 0) {

@@ -110,9 +110,12 @@ static int take_note(void *user, uint32_t peer, const struct note_head *head, co
     struct call_job *job = user;
     struct peer_link *link = &job->g->links[peer];
     switch (head->kind) {
-    case NOTE_HELLO: return take_hello(job->g, peer, head, err);
-    case NOTE_OFFER: return take_offer(job, peer, head, body, err);
-    default: break;
+    case NOTE_HELLO:
+        return take_hello(job->g, peer, head, err);
+    case NOTE_OFFER:
+        return take_offer(job, peer, head, body, err);
+    default:
+        break;
     }
     link->want_taken = head->b == 0;
     if (job->call->progress)
@@ -177,9 +180,9 @@ static int call_late(const struct peer_group *g, struct err *err)
     for (uint32_t i = 0; i < g->base.n && len < sizeof names - AGENT_ID_MAX - 16; i++) {
         const struct peer_link *link = &g->links[i];
         if (peer_link_waits(link) || link->notes)
-            len += (size_t)snprintf(names + len, sizeof names - len, "%s%s (%s)", len ? ", " : "",
-                                    g->base.links[i].name,
-                                    link->want_hello || link->want_offer ? "sends nothing" : "takes nothing");
+            len +=
+                (size_t)snprintf(names + len, sizeof names - len, "%s%s (%s)", len ? ", " : "", g->base.links[i].name,
+                                 link->want_hello || link->want_offer ? "sends nothing" : "takes nothing");
     }
     return err_set(err, ERR_TIMEOUT, "a transfer stalled after %llu bytes received; waiting for %s",
                    (unsigned long long)g->base.received, len ? names : "copies on the GPU");
@@ -541,14 +544,15 @@ static void peer_group_destroy(struct transport_group *group)
         return;
     struct peer_group *g = (struct peer_group *)group;
     const struct cuda_driver *cu = &g->transport->device->driver;
-    if (cuda_device_use(g->transport->device, NULL) == 0) /* else there is nothing that could still run */
+    bool usable = cuda_device_use(g->transport->device, NULL) == 0; /* else there is nothing that could still run */
+    if (usable)
         peer_copies_drop(g);
     for (uint32_t i = 0; i < g->base.n; i++)
         peer_link_done(g, i);
-    for (unsigned i = 0; i < PEER_BATCHES; i++)
+    for (unsigned i = 0; i < PEER_BATCHES && usable; i++)
         if (g->batches[i].done)
             (void)cu->cuEventDestroy(g->batches[i].done);
-    for (unsigned i = 0; i < PEER_STREAMS; i++)
+    for (unsigned i = 0; i < PEER_STREAMS && usable; i++)
         if (g->streams[i])
             (void)cu->cuStreamDestroy(g->streams[i]);
     for (uint32_t i = 0; i < g->base.n; i++)
@@ -670,8 +674,8 @@ static int group_hello(struct peer_group *g, const struct transport_call *call, 
 }
 
 static int peer_group_create(struct transport *self, const struct blob *id, const struct member *parties, uint32_t n,
-                             uint32_t self_party, const struct transport_call *call,
-                             struct transport_group **ret_group, struct err *err)
+                             uint32_t self_party, const struct transport_call *call, struct transport_group **ret_group,
+                             struct err *err)
 {
     struct transport_group *mesh = NULL;
     if (!id || id->len != PEER_ID_BYTES)
@@ -713,6 +717,12 @@ static int peer_group_create(struct transport *self, const struct blob *id, cons
 
 /* ---- the table ---- */
 
+static int peer_health(struct transport *self, struct err *err)
+{
+    (void)self;
+    return cuda_health(err);
+}
+
 static void peer_close(struct transport *self)
 {
     cuda_device_close(((struct transport_cuda_peer *)self)->device);
@@ -738,6 +748,7 @@ struct transport *transport_cuda_peer_open(const char *device, struct err *err)
         .move = peer_move,
         .broadcast = peer_broadcast,
         .destroy = peer_group_destroy,
+        .health = peer_health,
         .close = peer_close,
     };
     return &t->base;

@@ -97,7 +97,7 @@ int peer_copies_finish(struct peer_group *g, struct batch *ret_batch, struct err
 void peer_copies_drop(struct peer_group *g)
 {
     const struct cuda_driver *cu = &g->transport->device->driver;
-    for (unsigned i = 0; i < PEER_STREAMS; i++)
+    for (unsigned i = 0; i < PEER_STREAMS && cuda_health(NULL) == 0; i++)
         if (g->streams[i])
             (void)cu->cuStreamSynchronize(g->streams[i]);
     g->n_batches = 0;

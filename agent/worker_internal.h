@@ -48,6 +48,7 @@ struct worker {
     struct result_node *results, **results_last;
     int result_fd, cancel_fd;
     bool stopping;
+    bool fatal; /* told; the worker's */
     struct job *current;
     struct weights *weights;
 
