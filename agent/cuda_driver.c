@@ -131,6 +131,8 @@ int cuda_driver_load(struct cuda_driver *ret_driver, struct err *err)
         }
         memcpy((char *)&cu + function_table[i].offset, &symbol, sizeof symbol);
     }
+    cu.copy_batch_13 = dlsym(cu.library, "cuMemcpyBatchAsync_v2");
+    cu.copy_batch_12 = dlsym(cu.library, "cuMemcpyBatchAsync");
     int rc = cuda_check(&cu, cu.cuInit(0), err, "start the CUDA driver");
     if (rc == 0)
         rc = cuda_check(&cu, cu.cuDriverGetVersion(&cu.version), err, "ask the CUDA driver for its version");

@@ -39,6 +39,8 @@ struct cuda_driver {
     void *library;
     int version; /* 13000 = CUDA 13.0 */
     CUDA_DRIVER_FUNCTIONS(CUDA_DRIVER_MEMBER)
+    /* cuMemcpyBatchAsync as CUDA 13.0 and as 12.8 have it; NULL where the driver is older.  See cuda_copies. */
+    void *copy_batch_13, *copy_batch_12;
 };
 #undef CUDA_DRIVER_MEMBER
 
@@ -86,6 +88,12 @@ void cuda_unmap(const struct cuda_device *device, CUdeviceptr at, size_t mapped)
  * same_device: refuse memory of another GPU.  ERR_INVALID when fd is no such memory, or smaller than mapped. */
 int cuda_import(const struct cuda_device *device, int fd, size_t mapped, bool same_device, CUdeviceptr *ret_at,
                 struct err *err) MUST_CHECK;
+
+/* Whether many copies can be queued by one call. */
+bool cuda_copies_batched(const struct cuda_driver *cu);
+/* Queues n copies on a stream, in any order among each other.  batched: by one call where that is possible. */
+int cuda_copies(const struct cuda_driver *cu, CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t n,
+                bool batched, CUstream stream, struct err *err) MUST_CHECK;
 
 /* The driver alone, for lists; cuda_device_open does this itself. */
 int cuda_driver_load(struct cuda_driver *ret_driver, struct err *err) MUST_CHECK;
