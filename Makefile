@@ -45,8 +45,8 @@ endif
 HAVE_NVCC  := $(if $(NVCC),1)
 HAVE_NCCL  := $(if $(NCCL_INC),1)
 # sources whose headers, or whose compiler, are there; the stubs of the others
-CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c agent/libeep/device_cuda.c agent/libeep/device_steps.c tests/engine/compute_cuda.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
-CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c agent/libeep/device_stub.c tests/engine/compute_cuda_stub.c
+CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c agent/libeep/device_cuda.c agent/libeep/device_steps.c tests/engine/compute_cuda.c tests/harness/gpu_memory.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
+CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c agent/libeep/device_stub.c tests/engine/compute_cuda_stub.c tests/harness/gpu_memory_stub.c
 NCCL_SRC   := $(filter-out %_stub.c,$(wildcard agent/transport_nccl*.c agent/nccl_*.c))
 NCCL_STUBS := agent/transport_nccl_stub.c
 GPU_OUT    := $(if $(HAVE_CUDA),$(CUDA_STUBS),$(CUDA_SRC) agent/digest_kernel.c agent/digest_kernel_stub.c tests/engine/kernels_image.c tests/engine/kernels_image_stub.c)
@@ -109,7 +109,7 @@ $(BUILD)/tests/fakecuda/kernels_engine.o: tests/engine/kernels.cu
 endif
 # sm_90 as machine code; newer and older GPUs translate the compute_80 form when they load it
 NVCC_FLAGS ?= -O3 -std=c++17 -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=sm_90
-$(BUILD)/%.fatbin: %.cu common/digest.h
+$(BUILD)/%.fatbin: %.cu %.h common/digest.h
 	@mkdir -p $(@D)
 	$(NVCC) -fatbin $(NVCC_FLAGS) -I. -o $@ $<
 
@@ -139,7 +139,7 @@ $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libco
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
-HARNESS   := $(call obj,$(wildcard tests/harness/*.c))
+HARNESS   := $(call obj,$(filter-out $(GPU_OUT),$(wildcard tests/harness/*.c)))
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)

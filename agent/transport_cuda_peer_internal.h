@@ -12,10 +12,12 @@
 #define EEP_AGENT_TRANSPORT_CUDA_PEER_INTERNAL_H
 
 #include "agent/cuda_driver.h"
+#include "agent/transport_gpu.h"
 #include "agent/transport_host_internal.h"
 
-#define PEER_STREAMS 4u /* a copy of a few MiB alone does not fill a GPU */
-#define PEER_BATCHES 8u /* in flight */
+#define PEER_STREAMS      8u   /* at most; a copy of a few MiB alone does not fill a GPU */
+#define PEER_BATCHES      24u  /* in flight: a millisecond of the fastest GPU, so that this thread may sleep */
+#define PEER_BATCH_COPIES 128u
 
 /* ---- messages ---- */
 
@@ -105,6 +107,7 @@ struct peer_group {
 struct transport_cuda_peer {
     struct transport base; /* first: the pointers are exchanged */
     struct cuda_device *device;
+    struct peer_tuning tuning;
 };
 
 /* Queues a message; body may be NULL.  fd goes with it, and must stay open until the call ends. */

@@ -7,3 +7,9 @@ struct transport *transport_cuda_peer_open(const char *device, struct err *err)
     err_set(err, ERR_UNSUPPORTED, "transport \"cuda_peer\" is not in this build; use \"host\"");
     return NULL;
 }
+
+bool transport_cuda_peer_tune(struct transport *transport, const struct peer_tuning *tuning)
+{
+    (void)transport, (void)tuning;
+    return false;
+}

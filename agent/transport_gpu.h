@@ -10,4 +10,11 @@
  * must outlive the group. */
 struct transport *transport_cuda_peer_open(const char *device, struct err *err);
 
+/* How copies are given to the driver, for benchmarks; set when it is open.  False when this driver has no batches. */
+struct peer_tuning {
+    unsigned streams; /* 1 to 8 that take turns */
+    bool batched;     /* one call (cuMemcpyBatchAsync, CUDA 12.8) for many copies */
+};
+bool transport_cuda_peer_tune(struct transport *transport, const struct peer_tuning *tuning);
+
 #endif

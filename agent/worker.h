@@ -31,6 +31,8 @@ struct worker_result {
     struct blob *blob;   /* GROUP_ID; owned by the receiver */
     struct model *model; /* LOAD: manifest and digests */
     bool progress;       /* not an end: bytes so far */
+    bool fatal;          /* no work's result: this process cannot go on with its GPU or transport, `text` says why.  End
+                          * it with status 75, so that it is started again and takes its weights over.  Comes once */
     uint64_t op, ns;     /* the operation it was for; how long it took, without waiting in the queue */
     uint32_t round;
 };

@@ -67,6 +67,20 @@ CUresult CUDAAPI cuMemcpyDtoDAsync(CUdeviceptr dstDevice, CUdeviceptr srcDevice,
     return rc == CUDA_SUCCESS ? copy(dstDevice, srcDevice, ByteCount, NULL, hStream, false) : rc;
 }
 
+#if CUDA_VERSION >= 13000 /* 12.8 has it with another signature: there the copies are made one by one */
+CUresult CUDAAPI cuMemcpyBatchAsync(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t count,
+                                    CUmemcpyAttributes *attrs, size_t *attrsIdxs, size_t numAttrs, CUstream hStream)
+{
+    CUresult rc = fake_enter(__func__, FAKE_CONTEXT);
+    if (rc == CUDA_SUCCESS && (count == 0 || !hStream || numAttrs != 1 || attrsIdxs[0] != 0 ||
+                               attrs[0].srcAccessOrder == CU_MEMCPY_SRC_ACCESS_ORDER_INVALID))
+        rc = CUDA_ERROR_INVALID_VALUE;
+    for (size_t i = 0; i < count && rc == CUDA_SUCCESS; i++)
+        rc = copy(dsts[i], srcs[i], sizes[i], NULL, hStream, false);
+    return rc;
+}
+#endif
+
 CUresult CUDAAPI cuMemcpyHtoD(CUdeviceptr dstDevice, const void *srcHost, size_t ByteCount)
 {
     CUresult rc = fake_enter(__func__, FAKE_CONTEXT);

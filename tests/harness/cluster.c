@@ -151,32 +151,6 @@ int cluster_coordinator_start(struct cluster *c)
     return c->coordinator > 0 ? cluster_wait_listening(c) : -1;
 }
 
-int cluster_start(struct cluster *c, const struct cluster_options *options)
-{
-    memset(c, 0, sizeof(*c));
-    c->options = *options;
-    const char *bin = options->bin ? options->bin : getenv("EEP_BIN");
-    snprintf(c->bin, sizeof(c->bin), "%s", bin ? bin : "build");
-    const char *tmp = getenv("TMPDIR");
-    bool fits = tmp && tmp[0] && strlen(tmp) < 60; /* the path of a unix socket has at most 107 characters */
-    snprintf(c->dir, sizeof(c->dir), "%s/eep.XXXXXX", fits ? tmp : "/tmp");
-    if (!mkdtemp(c->dir)) {
-        fprintf(stderr, "cannot create a folder in %s: %s; set TMPDIR to a folder that exists and can be written\n",
-                fits ? tmp : "/tmp", strerror(errno));
-        c->dir[0] = '\0';
-        return -1;
-    }
-    snprintf(c->address, sizeof(c->address), "unix:%s/coordinator.sock", c->dir);
-    cluster_choose_memory(c);
-    if (strcmp(c->options.memory, "cuda") == 0 && (c->gpus = cluster_count_gpus(c)) == 0) {
-        char *text = cluster_read(c, "gpus.log");
-        fprintf(stderr, "no GPU to keep weights on: %s\n", text ? text : "");
-        free(text);
-        return -1;
-    }
-    return cluster_coordinator_start(c);
-}
-
 /* What --list-gpus says: a line for each. */
 static int cluster_count_gpus(const struct cluster *c)
 {
@@ -218,9 +192,35 @@ static void cluster_choose_memory(struct cluster *c)
         c->options.transport = transport ? transport : "host";
 }
 
+int cluster_start(struct cluster *c, const struct cluster_options *options)
+{
+    memset(c, 0, sizeof(*c));
+    c->options = *options;
+    const char *bin = options->bin ? options->bin : getenv("EEP_BIN");
+    snprintf(c->bin, sizeof(c->bin), "%s", bin ? bin : "build");
+    const char *tmp = getenv("TMPDIR");
+    bool fits = tmp && tmp[0] && strlen(tmp) < 60; /* the path of a unix socket has at most 107 characters */
+    snprintf(c->dir, sizeof(c->dir), "%s/eep.XXXXXX", fits ? tmp : "/tmp");
+    if (!mkdtemp(c->dir)) {
+        fprintf(stderr, "cannot create a folder in %s: %s; set TMPDIR to a folder that exists and can be written\n",
+                fits ? tmp : "/tmp", strerror(errno));
+        c->dir[0] = '\0';
+        return -1;
+    }
+    snprintf(c->address, sizeof(c->address), "unix:%s/coordinator.sock", c->dir);
+    cluster_choose_memory(c);
+    if (strcmp(c->options.memory, "cuda") == 0 && (c->gpus = cluster_count_gpus(c)) == 0) {
+        char *text = cluster_read(c, "gpus.log");
+        fprintf(stderr, "no GPU to keep weights on: %s\n", text ? text : "");
+        free(text);
+        return -1;
+    }
+    return cluster_coordinator_start(c);
+}
+
 int cluster_agent_start(struct cluster *c, int i)
 {
-    char id[16], socket[192], log[32], memory[16];
+    char id[16], socket[192], log[32], memory[24];
     const char *args[ARGS_MAX] = {"--id", id, "--coordinator", c->address, "--engine-socket", socket, NULL};
     int n = 6;
     snprintf(id, sizeof(id), "gpu%d", i);

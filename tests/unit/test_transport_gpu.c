@@ -51,6 +51,16 @@ static struct transport *cuda_peer_open(const char *device, const char *address,
     return transport_cuda_peer_open(device, err);
 }
 
+/* Falls back to single copies where the driver has no batches. */
+static struct transport *batched_open(const char *device, const char *address, struct err *err)
+{
+    (void)address;
+    struct transport *t = transport_cuda_peer_open(device, err);
+    if (t)
+        (void)transport_cuda_peer_tune(t, &(struct peer_tuning){.streams = 2, .batched = true});
+    return t;
+}
+
 static int n_backends, n_gpus;
 static bool gpus_shared; /* by the parties of the present test */
 
@@ -63,7 +73,8 @@ static struct transport *nccl_open(const char *device, const char *address, stru
 }
 
 static const struct backend backends[] = {
-    {"host", false, host_open}, {"cuda_peer", true, cuda_peer_open}, {"nccl", true, nccl_open}};
+    {"host", false, host_open}, {"cuda_peer", true, cuda_peer_open}, {"nccl", true, nccl_open}, {"cuda_peer in batches", true, batched_open}};
+#define BATCHED 3
 
 /* How many GPUs a child sees: the driver must not be used before the forks. */
 static int gpus_count(void)
@@ -399,6 +410,13 @@ START_TEST(moves_arrive)
 }
 END_TEST
 
+START_TEST(moves_in_batches_arrive)
+{
+    troupe(BATCHED, 3, play_small_rounds);
+    troupe(BATCHED, 3, play_large_rounds);
+}
+END_TEST
+
 /* One item from party 0 to 1, in one piece. */
 static struct transfer one_item(struct party *p, size_t bytes)
 {
@@ -690,6 +708,8 @@ int main(void)
     TCase *t = tcase_create("contract");
     tcase_set_timeout(t, 120);
     tcase_add_loop_test(t, moves_arrive, 0, n_backends);
+    if (n_gpus > 0)
+        tcase_add_test(t, moves_in_batches_arrive);
     tcase_add_loop_test(t, progress_is_reported_on_both_sides, 0, n_backends);
     tcase_add_loop_test(t, different_plans_are_noticed, 0, n_backends);
     tcase_add_loop_test(t, a_party_that_does_not_come_is_named, 0, n_backends);
