@@ -139,10 +139,16 @@ $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libco
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
+# tests that call the driver themselves
+ifeq ($(HAVE_CUDA),1)
+GPU_TESTS := $(BUILD)/tests/test_libeep_gpu
+$(GPU_TESTS): override CPPFLAGS += -isystem $(CUDA_INC) -DHAVE_CUDA
+$(GPU_TESTS): $(BUILD)/tests/engine/kernels_image$(if $(HAVE_NVCC),,_stub).o
+endif
 HARNESS   := $(call obj,$(filter-out $(GPU_OUT),$(wildcard tests/harness/*.c)))
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(filter %.o,$^) $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
 $(BUILD)/tests/itest_%: tests/integration/itest_%.c $(HARNESS) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)

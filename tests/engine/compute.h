@@ -52,8 +52,10 @@ struct compute {
 };
 
 int compute_host_open(const struct decoder *model, struct compute **ret_compute, struct err *err) MUST_CHECK;
-/* The model's tensors are device pointers of this CUDA device; its rope table is copied. */
-int compute_cuda_open(const struct decoder *model, int device, struct compute **ret_compute, struct err *err) MUST_CHECK;
+/* The model's tensors are device pointers of this CUDA device; its rope table is copied.  There is room for so many
+ * sequences, each with `chunk` tokens in a step; it grows when more come, but in a step for which all ranks wait. */
+int compute_cuda_open(const struct decoder *model, int device, uint32_t sequences, uint32_t chunk,
+                      struct compute **ret_compute, struct err *err) MUST_CHECK;
 /* Copies to memory of the weights: plainly when device is -1.  Complete on return. */
 int compute_write(int device, void *dst, const void *src, size_t bytes, struct err *err) MUST_CHECK;
 

@@ -172,23 +172,29 @@ static int runs_find(struct compute_cuda *c, struct err *err)
     return 0;
 }
 
-static int step_room(struct compute_cuda *c, struct err *err)
+static int step_room(struct compute_cuda *c, uint32_t n, size_t scores, struct err *err)
 {
     const struct decoder_config *m = &c->base.model->config;
-    size_t hidden = (size_t)c->n * m->hidden * sizeof(float), scores = 0;
-    size_t q = (size_t)c->n * m->heads * m->head_dim * sizeof(float);
-    for (uint32_t i = 0; i < c->n_runs; i++) {
-        const struct run *r = &c->runs[i];
-        size_t need = (size_t)r->n * m->heads * (c->tokens[r->first].position + r->n) * sizeof(float);
-        scores = need > scores ? need : scores;
-    }
-    int rc = buffer_fit(c, &c->token, c->n * sizeof(int32_t), err);
+    size_t hidden = (size_t)n * m->hidden * sizeof(float), q = (size_t)n * m->heads * m->head_dim * sizeof(float);
+    int rc = buffer_fit(c, &c->token, n * sizeof(int32_t), err);
     struct buffer *const wide[] = {&c->x, &c->h, &c->y}, *const narrow[] = {&c->q, &c->att};
     for (size_t i = 0; i < 3 && rc == 0; i++)
         rc = buffer_fit(c, wide[i], hidden, err);
     for (size_t i = 0; i < 2 && rc == 0; i++)
         rc = buffer_fit(c, narrow[i], q, err);
-    return rc ? rc : buffer_fit(c, &c->scores, scores, err);
+    return rc ? rc : buffer_fit(c, &c->scores, scores * sizeof(float), err);
+}
+
+/* Of the run that needs most. */
+static size_t scores_of(const struct compute_cuda *c)
+{
+    size_t most = 0;
+    for (uint32_t i = 0; i < c->n_runs; i++) {
+        const struct run *r = &c->runs[i];
+        size_t need = (size_t)r->n * c->base.model->config.heads * (c->tokens[r->first].position + r->n);
+        most = need > most ? need : most;
+    }
+    return most;
 }
 
 static int cuda_begin(struct compute *self, const struct forward_token *tokens, uint32_t n, struct err *err)
@@ -199,7 +205,7 @@ static int cuda_begin(struct compute *self, const struct forward_token *tokens, 
     c->n = n;
     int rc = runs_find(c, err);
     if (rc == 0)
-        rc = step_room(c, err);
+        rc = step_room(c, n, scores_of(c), err);
     if (rc || n == 0)
         return rc;
     int32_t *ids = c->token.host;
@@ -313,6 +319,15 @@ static int cuda_logits(struct compute *self, struct err *err)
 
 /* ---- routing and experts ---- */
 
+static int route_room(struct compute_cuda *c, uint32_t n, struct err *err)
+{
+    const struct decoder_config *m = &c->base.model->config;
+    int rc = buffer_fit(c, &c->route_h, (size_t)n * m->hidden * sizeof(float), err);
+    if (rc == 0)
+        rc = buffer_fit(c, &c->route_logits, (size_t)n * m->experts * sizeof(float), err);
+    return rc ? rc : buffer_fit(c, &c->choices, (size_t)n * m->top_k * sizeof(struct choice), err);
+}
+
 static int cuda_route(struct compute *self, uint32_t layer, const struct compute_maps *maps, uint32_t source,
                       const float *h, uint32_t n, struct choice *ret_choices, struct err *err)
 {
@@ -322,11 +337,7 @@ static int cuda_route(struct compute *self, uint32_t layer, const struct compute
     size_t bytes = (size_t)n * m->hidden * sizeof *h, choices = (size_t)n * m->top_k * sizeof *ret_choices;
     if (n == 0)
         return 0;
-    int rc = buffer_fit(c, &c->route_h, bytes, err);
-    if (rc == 0)
-        rc = buffer_fit(c, &c->route_logits, (size_t)n * m->experts * sizeof(float), err);
-    if (rc == 0)
-        rc = buffer_fit(c, &c->choices, choices, err);
+    int rc = route_room(c, n, err);
     if (rc == 0)
         rc = buffer_up(c, &c->route_h, h, bytes, err);
     if (rc == 0)
@@ -525,8 +536,10 @@ static int device_at(int device, struct cuda_device **ret_device, struct err *er
     return cuda_device_open(which, ret_device, err);
 }
 
-int compute_cuda_open(const struct decoder *model, int device, struct compute **ret_compute, struct err *err)
+int compute_cuda_open(const struct decoder *model, int device, uint32_t sequences, uint32_t chunk,
+                      struct compute **ret_compute, struct err *err)
 {
+    uint32_t tokens = sequences * chunk;
     struct compute_cuda *c = calloc(1, sizeof *c);
     if (!c)
         return err_set(err, ERR_NOMEM, "out of memory");
@@ -553,6 +566,14 @@ int compute_cuda_open(const struct decoder *model, int device, struct compute **
         rc = cuda_kernels(c, err);
     if (rc == 0)
         rc = cuda_rope(c, err);
+    if (rc == 0)
+        rc = step_room(c, tokens, (size_t)tokens * model->config.heads * 64, err);
+    if (rc == 0)
+        rc = route_room(c, tokens, err);
+    if (rc == 0)
+        rc = items_room(c, tokens * model->config.top_k, err);
+    if (rc == 0)
+        rc = buffer_fit(c, &c->logits, (size_t)sequences * model->config.vocab * sizeof(float), err);
     if (rc) {
         cuda_close(&c->base);
         return rc;

@@ -3,9 +3,10 @@
 
 #include "tests/engine/compute.h"
 
-int compute_cuda_open(const struct decoder *model, int device, struct compute **ret_compute, struct err *err)
+int compute_cuda_open(const struct decoder *model, int device, uint32_t sequences, uint32_t chunk,
+                      struct compute **ret_compute, struct err *err)
 {
-    (void)model, (void)ret_compute;
+    (void)model, (void)sequences, (void)chunk, (void)ret_compute;
     return err_set(err, ERR_UNSUPPORTED, "the weights lie on GPU %d, and this build of the engine has no cuda.h", device);
 }
 

@@ -64,7 +64,8 @@ static int engine_bind(struct engine *e, struct err *err)
     decoder_done(&e->decoder);
     e->decoder = decoder;
     rc = model.device < 0 ? compute_host_open(&e->decoder, &e->compute, err)
-                          : compute_cuda_open(&e->decoder, model.device, &e->compute, err);
+                          : compute_cuda_open(&e->decoder, model.device, e->options.max_batch, e->options.prefill,
+                                            &e->compute, err);
     if (rc)
         return rc;
     e->batch.compute = e->dispatch.compute = e->compute;
