@@ -19,7 +19,7 @@ int main(void)
 #include "agent/libeep/gate.h"
 #include "tests/engine/kernels.h"
 
-#define SLOW_MS 150u
+#define SLOW_MS 250u
 
 static struct cuda_device *gpu;
 static const struct cuda_driver *cu;
@@ -201,19 +201,55 @@ static int attach_elsewhere(const char *at)
     return 0;
 }
 
-START_TEST(an_engine_that_sees_other_gpus_is_told_so)
+/* This program again, as an engine; what it says at first. */
+static FILE *engine_elsewhere(const char *environment, const char *how, char line[512])
 {
-    char command[512], line[512] = "", self[256] = "";
+    char command[512], self[256] = "";
     ck_assert_int_gt(readlink("/proc/self/exe", self, sizeof self - 1), 0);
-    snprintf(command, sizeof command, "CUDA_VISIBLE_DEVICES= '%s' --attach '%s'", self, path);
+    snprintf(command, sizeof command, "%s exec '%s' %s '%s'", environment, self, how, path);
     FILE *f = popen(command, "r");
     ck_assert_ptr_nonnull(f);
-    ck_assert_ptr_nonnull(fgets(line, sizeof line, f));
-    pclose(f);
+    ck_assert_ptr_nonnull(fgets(line, 512, f));
+    return f;
+}
+
+START_TEST(an_engine_that_sees_other_gpus_is_told_so)
+{
+    char line[512] = "";
+    pclose(engine_elsewhere("CUDA_VISIBLE_DEVICES=", "--attach", line));
     ck_assert_msg(strstr(line, "the agent's weights lie on GPU GPU-") != NULL, "%s", line);
     ck_assert_msg(atoi(line) == ERR_NOTFOUND || atoi(line) == ERR_UNSUPPORTED, "%s", line);
     records_expect(&agent.events, AE_ENGINE_ATTACHED);
     records_expect(&agent.events, AE_ENGINE_DETACHED);
+}
+END_TEST
+
+/* Its connection is lost, its process is not: its stream could still write to the page. */
+static int attach_and_desert(const char *at)
+{
+    attach_elsewhere(at);
+    printf("%ld\n", (long)getpid());
+    fflush(stdout);
+    for (int fd = 3; fd < 256; fd++)
+        shutdown(fd, SHUT_RDWR);
+    sleep(60);
+    return 0;
+}
+
+START_TEST(no_engine_while_its_predecessor_lives)
+{
+    char line[512] = "";
+    FILE *f = engine_elsewhere("", "--desert", line);
+    ck_assert_int_eq(atoi(line), 0);
+    ck_assert_ptr_nonnull(fgets(line, sizeof line, f));
+    records_expect(&agent.events, AE_ENGINE_ATTACHED);
+    records_expect(&agent.events, AE_ENGINE_DETACHED);
+    struct eep_options o = options_make();
+    ck_assert_int_eq(eep_attach(&o, &eep), ERR_CONFLICT);
+    ck_assert_msg(strstr(eep_last_error(), "has not ended") != NULL, "%s", eep_last_error());
+    ck_assert_int_eq(kill((pid_t)atol(line), SIGKILL), 0);
+    pclose(f);
+    attach();
 }
 END_TEST
 
@@ -512,6 +548,8 @@ int main(int argc, char **argv)
     struct err err = {.text = ""};
     if (argc == 3 && strcmp(argv[1], "--attach") == 0)
         return attach_elsewhere(argv[2]);
+    if (argc == 3 && strcmp(argv[1], "--desert") == 0)
+        return attach_and_desert(argv[2]);
     /* In a process of its own: neither driver nor context survives the forks of the tests. */
     pid_t pid = fork();
     if (pid == 0)
@@ -529,6 +567,7 @@ int main(int argc, char **argv)
     tcase_add_test(tc, the_agents_regions_are_mapped);
     tcase_add_test(tc, a_layout_of_its_own_is_sealed);
     tcase_add_test(tc, an_engine_that_sees_other_gpus_is_told_so);
+    tcase_add_test(tc, no_engine_while_its_predecessor_lives);
     tcase_add_test(tc, maps_change_in_stream_order);
     tcase_add_test(tc, load_counters_come_to_the_agent);
     suite_add_tcase(suite, tc);
