@@ -31,20 +31,18 @@ static int gpu_open(const char *uuid, struct cuda_device **ret_gpu, struct err *
     struct cuda_driver cu;
     CUcontext before = NULL;
     int rc = cuda_driver_load(&cu, err);
-    if (rc)
-        return err_wrap(err, "the agent's weights lie on GPU %s", uuid);
-    (void)cu.cuCtxGetCurrent(&before);
-    rc = cuda_device_open(uuid, ret_gpu, err);
+    if (rc == 0) {
+        (void)cu.cuCtxGetCurrent(&before);
+        rc = cuda_device_open(uuid, ret_gpu, err);
+        (void)cu.cuCtxSetCurrent(before);
+        cuda_driver_unload(&cu);
+    }
     if (rc == ERR_NOTFOUND)
-        err_set(err, rc,
-                "the agent's weights lie on GPU %s, which this process does not see: CUDA_VISIBLE_DEVICES must name the "
-                "same GPU for both",
-                uuid);
-    else if (rc)
-        err_wrap(err, "the agent's weights lie on GPU %s", uuid);
-    (void)cu.cuCtxSetCurrent(before);
-    cuda_driver_unload(&cu);
-    return rc;
+        return err_set(err, rc,
+                       "the agent's weights lie on GPU %s, which this process does not see: its CUDA_VISIBLE_DEVICES must "
+                       "not hide it",
+                       uuid);
+    return rc ? err_wrap(err, "the agent's weights lie on GPU %s", uuid) : 0;
 }
 
 /* The word that the stream writes.  Without it, host functions do. */

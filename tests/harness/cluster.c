@@ -240,8 +240,8 @@ int cluster_agent_start(struct cluster *c, int i)
 int cluster_engine_start(struct cluster *c, int i)
 {
     char socket[192], step[16], busy[16], log[32];
-    const char *args[ARGS_MAX] = {"--socket", socket, "--step-ms", step, "--busy-us", busy, NULL};
-    int n = 6;
+    const char *args[ARGS_MAX] = {"--socket", socket, "--step-ms", step, "--busy-us", busy, "--attach-ms", "30000", NULL};
+    int n = 8;
     snprintf(log, sizeof(log), "engine-%d", i);
     snprintf(socket, sizeof(socket), "%s/engine-%d.sock", c->dir, i);
     snprintf(step, sizeof(step), "%d", c->options.step_ms);
