@@ -132,6 +132,9 @@ $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libco
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
+ifeq ($(HAVE_CUDA),1) # without it these skip themselves
+$(BUILD)/tests/test_fakecuda $(BUILD)/tests/test_cuda_faults: override CPPFLAGS += -isystem $(CUDA_INC) -DHAVE_CUDA
+endif
 HARNESS   := $(call obj,$(wildcard tests/harness/*.c))
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
