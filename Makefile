@@ -139,10 +139,10 @@ $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libco
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
-# tests that call the driver themselves
+# tests that call the driver themselves; without it they skip themselves, or a part
 ifeq ($(HAVE_CUDA),1)
 GPU_TESTS := $(BUILD)/tests/test_libeep_gpu $(BUILD)/tests/test_reference_model
-$(GPU_TESTS): override CPPFLAGS += -isystem $(CUDA_INC) -DHAVE_CUDA
+$(GPU_TESTS) $(BUILD)/tests/test_fakecuda $(BUILD)/tests/test_cuda_faults: override CPPFLAGS += -isystem $(CUDA_INC) -DHAVE_CUDA
 $(GPU_TESTS): $(BUILD)/tests/engine/kernels_image$(if $(HAVE_NVCC),,_stub).o
 endif
 $(BUILD)/tests/test_reference_model: $(BUILD)/tests/engine/compute_cuda$(if $(HAVE_CUDA),,_stub).o

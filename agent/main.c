@@ -46,7 +46,8 @@ static const struct argp_option option_table[] = {
     {"memory", KEY_MEMORY, "NAME", 0,
      "where the weights lie: host (default), cuda (the first GPU), cuda:INDEX or cuda:GPU-UUID", 1},
     {"transport", KEY_TRANSPORT, "NAME", 0,
-     "how weights move: host (default), cuda_peer (between the GPUs of one host), or nccl", 1},
+     "how weights move: host (default); with --memory cuda: auto (default: copies between GPUs of one host that reach "
+     "each other, NCCL for the others), cuda_peer (copies only), or nccl", 1},
     {"shared-gpu", KEY_SHARED_GPU, 0, 0,
      "for development and tests: let several agents, each with this option, use one GPU; without it a second agent on "
      "a GPU is refused", 1},
@@ -342,7 +343,7 @@ int main(int argc, char **argv)
         .level = LOG_LEVEL_INFO,
         .stop_after_ms = 30000,
         .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
-                    .data_listen = "127.0.0.1:0", .memory = "host", .transport = "host", .transfer_timeout_ms = 60000},
+                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000},
     };
     argp_err_exit_status = 2;
     if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, &o))

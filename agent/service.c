@@ -315,23 +315,25 @@ static const struct {
     struct transport *(*open)(const char *device, int listen_fd, struct err *err);
 } transport_table[] = {
     {"host", false, true, open_host},
+    {"auto", true, true, transport_gpu_auto_open},
     {"cuda_peer", true, false, open_cuda_peer},
     {"nccl", true, true, open_nccl},
 };
 
 static int open_transport(struct service *s, struct transport **ret_transport, struct err *err)
 {
-    const char *name = s->config.transport, *device = memory_device(s->config.memory);
+    const char *device = memory_device(s->config.memory);
+    const char *name = s->config.transport ? s->config.transport : device ? "auto" : "host";
     char actual[ADDRESS_TEXT_MAX];
     int fd = -1, rc = 0;
     size_t i = 0, n = sizeof transport_table / sizeof transport_table[0];
     while (i < n && strcmp(transport_table[i].name, name) != 0)
         i++;
     if (i == n)
-        return err_set(err, ERR_INVALID, "there is no transport '%s': use host, cuda_peer or nccl", name);
+        return err_set(err, ERR_INVALID, "there is no transport '%s': use host, auto, cuda_peer or nccl", name);
     if (transport_table[i].on_gpu != (device != NULL))
         return err_set(err, ERR_INVALID, "transport '%s' does not reach the memory of --memory %s: use --%s", name,
-                       s->config.memory, device ? "transport cuda_peer or nccl" : "memory cuda with it");
+                       s->config.memory, device ? "transport auto, cuda_peer or nccl" : "memory cuda with it");
     if (transport_table[i].listens) {
         rc = address_listen(s->config.data_listen, 0600, &fd, actual, err);
         if (rc == 0)

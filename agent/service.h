@@ -21,7 +21,7 @@ struct service_config {
     const char *advertise;            /* host that others reach this one by; NULL = as listened on */
     const char *engine_socket;        /* path */
     const char *checkpoint;           /* folder, or NULL: joins only, or has an engine that seals */
-    const char *memory, *transport;   /* backends by name */
+    const char *memory, *transport;   /* backends by name; transport NULL: what suits the memory */
     uint32_t slots, node, transfer_timeout_ms;
     bool insecure;
     bool shared_gpu; /* other agents may use the GPU too, if they say the same */

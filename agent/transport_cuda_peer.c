@@ -45,30 +45,19 @@ struct call_job {
 static int take_hello(struct peer_group *g, uint32_t peer, const struct note_head *head, struct err *err)
 {
     const struct cuda_device *device = g->transport->device;
-    const struct cuda_driver *cu = &device->driver;
     uint64_t words[2] = {htole64(head->a), htole64(head->b)};
-    CUuuid theirs, uuid;
-    int n = 0, can = 0;
-    memcpy(theirs.bytes, words, sizeof words);
+    unsigned char uuid[16];
+    int index;
+    bool reaches;
+    memcpy(uuid, words, sizeof words);
     g->links[peer].want_hello = false;
-    int rc = cuda_check(cu, cu->cuDeviceGetCount(&n), err, "count the GPUs");
-    for (int i = 0; i < n && rc == 0; i++) {
-        CUdevice other;
-        if (cu->cuDeviceGet(&other, i) != CUDA_SUCCESS || cu->cuDeviceGetUuid(&uuid, other) != CUDA_SUCCESS ||
-            memcmp(uuid.bytes, theirs.bytes, sizeof uuid.bytes) != 0)
-            continue;
-        if (other == device->device)
-            return 0;
-        rc = cuda_check(cu, cu->cuDeviceCanAccessPeer(&can, device->device, other), err,
-                        "ask whether GPU %d reaches GPU %d", device->gpu.index, i);
-        if (rc == 0 && !can)
-            rc = err_set(err, ERR_UNSUPPORTED, "GPU %d cannot reach GPU %d of party %s; use another transport",
-                         device->gpu.index, i, g->base.links[peer].name);
-        return rc;
-    }
-    if (rc == 0)
-        rc = err_set(err, ERR_UNSUPPORTED, "the GPU of party %s is not visible here; see CUDA_VISIBLE_DEVICES",
-                     g->base.links[peer].name);
+    int rc = peer_gpu_reach(device, uuid, &index, &reaches, err);
+    if (rc == 0 && index < 0)
+        return err_set(err, ERR_UNSUPPORTED, "the GPU of party %s is not visible here; see CUDA_VISIBLE_DEVICES",
+                       g->base.links[peer].name);
+    if (rc == 0 && !reaches)
+        rc = err_set(err, ERR_UNSUPPORTED, "GPU %d cannot reach GPU %d of party %s; use another transport",
+                     device->gpu.index, index, g->base.links[peer].name);
     return rc;
 }
 
@@ -381,7 +370,7 @@ static int broadcast_offered(struct call_job *job, uint32_t peer, const struct o
     for (uint32_t i = 0; i < g->base.n; i++) {
         if (i == peer)
             place = senders;
-        senders += job->have[i] != 0;
+        senders += job->have[i] == TRANSPORT_HAS;
     }
     for (uint64_t chunk = 0; chunk * CHUNK_BYTES < total; chunk++) {
         if ((chunk + g->base.self) % senders != place)
@@ -499,15 +488,15 @@ static int broadcast_run(struct peer_group *g, const struct list *list, struct c
     uint32_t senders = 0;
     int rc = 0;
     for (uint32_t i = 0; i < g->base.n; i++)
-        senders += have[i] != 0;
+        senders += have[i] == TRANSPORT_HAS;
     if (senders == 0)
         return err_set(err, ERR_INVALID, "no party has the bytes that are to be broadcast");
     for (uint32_t i = 0; i < g->base.n && rc == 0; i++) {
-        if (i == g->base.self || have[i] == have[g->base.self] || list->total == 0)
+        if (i == g->base.self || list->total == 0)
             continue;
-        if (have[g->base.self]) {
+        if (have[g->base.self] == TRANSPORT_HAS && have[i] == TRANSPORT_WANTS) {
             rc = offer(g, i, list, err);
-        } else if (have[i]) {
+        } else if (have[g->base.self] == TRANSPORT_WANTS && have[i] == TRANSPORT_HAS) {
             job->to[i] = list->v;
             g->links[i].expected = list->total;
             g->links[i].want_offer = true;

@@ -1,5 +1,6 @@
 /* What the files of the transport over GPU memory share: transport_cuda_peer.c (the table, groups, plans),
- * transport_cuda_peer_link.c (messages and descriptors between agents), transport_cuda_peer_copy.c (the copies).
+ * transport_cuda_peer_link.c (messages and descriptors between agents), transport_cuda_peer_copy.c (the copies),
+ * transport_cuda_peer_reach.c (who can be reached).
  *
  *   source                                            receiver
  *     a descriptor for each region that the other
@@ -122,6 +123,10 @@ int peer_link_receive(struct peer_group *g, uint32_t peer,
                       void *job, struct err *err) MUST_CHECK;
 bool peer_link_waits(const struct peer_link *link);
 void peer_link_done(struct peer_group *g, uint32_t peer);
+
+/* The GPU of this UUID: its index here (-1: not visible), and whether ours reaches it. */
+int peer_gpu_reach(const struct cuda_device *device, const unsigned char uuid[16], int *ret_index, bool *ret_reaches,
+                   struct err *err) MUST_CHECK;
 
 int peer_copies_add(struct copies *copies, CUdeviceptr dst, CUdeviceptr src, size_t len, struct err *err) MUST_CHECK;
 /* Starts batches while there is something to copy and room for them. */

@@ -194,7 +194,8 @@ static int nccl_health(struct transport *self, struct err *err)
 static void nccl_close(struct transport *self)
 {
     struct transport_nccl *nccl = (struct transport_nccl *)self;
-    nccl->mesh->close(nccl->mesh);
+    if (!nccl->mesh_is_theirs)
+        nccl->mesh->close(nccl->mesh);
     nccl_shared_close(nccl->shared);
     free(nccl);
 }
@@ -220,7 +221,8 @@ static int nccl_parts(struct transport_nccl *nccl, const struct transport_nccl_o
         cuda_device_close(device);
         return err_set(err, ERR_NOMEM, "out of memory");
     }
-    nccl->mesh = transport_host_open(options->listen_fd, err);
+    nccl->mesh_is_theirs = options->mesh != NULL;
+    nccl->mesh = options->mesh ? options->mesh : transport_host_open(options->listen_fd, err);
     if (!nccl->mesh) {
         nccl_shared_close(nccl->shared);
         return ERR_NOMEM;

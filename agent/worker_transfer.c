@@ -250,7 +250,7 @@ static int dense_broadcast(struct worker *w, const struct job *job, struct trans
         return err_set(err, ERR_NOMEM, "out of memory");
     n = weights_dense(w->weights, extents, n);
     for (uint32_t i = 0; i < w->group_n; i++)
-        have[i] = i < job->work.dense_from;
+        have[i] = i < job->work.dense_from ? TRANSPORT_HAS : TRANSPORT_WANTS;
     uint64_t received = 0;
     int rc = w->config.transport->broadcast(w->group, extents, n, have, &t->call, &received, err);
     free(extents);

@@ -51,10 +51,12 @@ int worker_dense_verify(struct worker *w, int (*found)(void *user, int rc, struc
 
 /* ---- eepctl verify ---- */
 
-/* A mismatch is a finding, not a failure: all of them are counted. */
+/* A mismatch is a finding, not a failure: all of them are counted.  Bytes that cannot be read are no finding. */
 static int verify_count(void *user, int rc, struct err *err)
 {
     struct worker_result *result = user;
+    if (rc < 0 && rc != ERR_CORRUPT)
+        return rc;
     if (rc < 0 && result->bad++ == 0)
         snprintf(result->text, sizeof result->text, "%.*s", (int)sizeof result->text - 1, err->text);
     return 0;
