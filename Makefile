@@ -1,7 +1,7 @@
 # eep: elastic expert parallelism.  `make help` lists the targets.
 #
 # Variables: BUILD (folder of outputs), CC, SANITIZE (address,undefined or thread), WERROR=1, CUDA=0 or NCCL=0 (build
-# without), CUDA_HOME, NCCL_HOME (where they are).
+# without), CUDA_HOME, NCCL_HOME (where they are), LINK=static (third-party libraries inside the programs: the bundle).
 
 BUILD    ?= build
 comma    := ,
@@ -25,7 +25,10 @@ endif
 # The caller's own flags, from the environment or the command line, are added to ours and come last.
 override CPPFLAGS := -I. -I$(BUILD)/proto $(CPPFLAGS)
 override CFLAGS   := $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP $(CFLAGS)
-LIBS     := -levent -levent_pthreads -lprotobuf-c -llmdb -ljansson -lpthread -ldl -lm
+# Libraries that are not libc's own: shared, or with LINK=static inside the programs.
+third     = $(if $(filter static,$(LINK)),-Wl$(comma)-Bstatic $(1) -Wl$(comma)-Bdynamic,$(1))
+LIBS     := $(call third,-levent_pthreads -levent -lprotobuf-c -llmdb -ljansson) -lpthread -ldl -lm
+CHECK_LIBS = $(call third,$(filter-out -lrt -lm,$(shell pkg-config --libs check 2>/dev/null))) -lrt
 
 # ---- GPUs: only headers and nvcc are needed to build; libcuda and libnccl are loaded at run time ----
 first_with = $(firstword $(foreach d,$(2),$(if $(wildcard $(d)/$(1)),$(d))))
@@ -135,7 +138,7 @@ $(BUILD)/eep-agent: $(call obj,agent/main.c) $(BUILD)/libagent.a $(BUILD)/libcom
 $(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libcommon.a
-	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ -lprotobuf-c -lpthread -ldl
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ $(call third,-lprotobuf-c) -lpthread -ldl
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
@@ -149,10 +152,10 @@ $(BUILD)/tests/test_reference_model: $(BUILD)/tests/engine/compute_cuda$(if $(HA
 HARNESS   := $(call obj,$(filter-out $(GPU_OUT),$(wildcard tests/harness/*.c)))
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(filter %.o,$^) $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(filter %.o,$^) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
 $(BUILD)/tests/itest_%: tests/integration/itest_%.c $(HARNESS) $(TEST_LIBS)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
 $(BUILD)/tests/bench_%: tests/bench/bench_%.c $(HARNESS) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(LIBS)
@@ -202,7 +205,7 @@ deps-test: ## install what only the tests need (as root, once)
 
 # "make -j deps demo" must not build before the packages are there
 ifneq ($(filter deps deps-test,$(MAKECMDGOALS)),)
-demo check check-unit sim bench: $(filter deps deps-test,$(MAKECMDGOALS))
+demo check check-unit sim bench bundle bundle-test: $(filter deps deps-test,$(MAKECMDGOALS))
 endif
 demo:      ## watch a served model go 2 -> 4 -> 3 -> 2 -> 4 ranks under load
 	@[ -x $(BUILD)/tests/eep-demo ] || echo "building in $(BUILD), which takes less than a minute"
@@ -245,11 +248,13 @@ install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr
 	for unit in $(notdir $(wildcard systemd/*.service)); do \
 	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
 
+include systemd/bundle/rules.mk
+
 format:    ## lay out the code
 	clang-format -i $$(git ls-files '*.c' '*.h')
 clean:
 	rm -rf $(BUILD)
 help:      ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
