@@ -1,12 +1,12 @@
-/* Region memory on a GPU: one allocation of CUDA's virtual memory management a region, exported as a descriptor, so that
- * an engine in another process maps the same memory.  Sizes are rounded up to the device's granularity (2 MiB) for each
- * region, and the address stays for the life of the region.
+/* Region memory on a GPU: one allocation of CUDA's virtual memory management a region, exported as a descriptor, so
+ * that an engine in another process maps the same memory.  Sizes are rounded up to the device's granularity (2 MiB) for
+ * each region, and the address stays for the life of the region.
  *
- * Everything goes over one stream.  write() copies into pinned buffers and returns while they are still on their way,
- * so that reading a file and copying overlap; what follows on the stream - digest(), copy(), release() - comes after
- * it, and digest() and copy() return when all of it is done.  So bytes that are handed to anybody else have to be
- * digested first, as every loaded weight is.  Worker thread, whose current context is the device's from the first call
- * on. */
+ * Everything goes over one stream.  write() and stage_write() send pinned buffers (at most MEMORY_STAGES of
+ * MEMORY_STAGE_BYTES, 64 MiB) and return while they are still on their way, so that reading files and copying overlap;
+ * what follows on the stream - digest(), copy(), release() - comes after it, and digest() and copy() return when all of
+ * it is done.  So bytes that are handed to anybody else have to be digested first, as every loaded weight is.  Worker
+ * thread, whose current context is the device's from the first call on. */
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,26 +18,29 @@
 #include "agent/memory_backend.h"
 #include "common/digest.h"
 
-#define STAGES      4u
-#define STAGE_BYTES ((size_t)8 << 20) /* a multiple of 8: pieces of a digest on the CPU */
+#define WRITE_STAGES    4u   /* write() and digests on the CPU make no more buffers than that */
+#define DIGESTS_AT_ONCE 256u /* between two waits for the device */
 
-/* A pinned buffer; `busy` is passed on the stream when it is free again. */
+/* A pinned buffer of MEMORY_STAGE_BYTES; `busy` is passed on the stream when it is free again. */
 struct stage {
     void *data;
     CUevent busy;
+    bool lent;
+    uint64_t sent; /* when, counted in copies */
 };
 
 struct memory_cuda {
     struct memory_backend base; /* first: the pointers are exchanged */
     struct cuda_device *device;
     CUstream stream;
-    struct stage stages[STAGES];
-    unsigned next_stage;
+    struct stage stages[MEMORY_STAGES];
+    unsigned n_stages; /* that have been made */
+    uint64_t sent;
     size_t granularity;
     CUmodule module; /* NULL: digests on the CPU */
     CUfunction digest;
-    CUdeviceptr sum;     /* 8 bytes on the device */
-    uint64_t *sum_host;  /* pinned */
+    CUdeviceptr sums;    /* [DIGESTS_AT_ONCE] of u64 on the device */
+    uint64_t *sums_host; /* the same, pinned */
     unsigned blocks_max; /* that run at once */
 };
 
@@ -188,15 +191,64 @@ static int cuda_adopt(struct memory_backend *self, int fd, size_t bytes, struct 
 
 /* ---- bytes ---- */
 
-/* A pinned buffer that no copy uses any more. */
-static int stage_next(struct memory_cuda *m, struct stage **ret_stage, struct err *err)
+/* The buffer that was sent away first, and so comes back first; NULL when all of them are lent. */
+static struct stage *stage_oldest(struct memory_cuda *m)
+{
+    struct stage *oldest = NULL;
+    for (unsigned i = 0; i < m->n_stages; i++)
+        if (!m->stages[i].lent && (!oldest || m->stages[i].sent < oldest->sent))
+            oldest = &m->stages[i];
+    return oldest;
+}
+
+static int stage_make(struct memory_cuda *m, struct stage **ret_stage, struct err *err)
 {
     const struct cuda_driver *cu = &m->device->driver;
-    struct stage *stage = &m->stages[m->next_stage++ % STAGES];
-    int rc = cuda_check(cu, cu->cuEventSynchronize(stage->busy), err, "wait for a copy to GPU %d",
-                        m->device->gpu.index);
+    struct stage *stage = &m->stages[m->n_stages];
+    *stage = (struct stage){0};
+    int rc = cuda_check(cu, cu->cuMemHostAlloc(&stage->data, MEMORY_STAGE_BYTES, 0), err,
+                        "pin %zu bytes of host memory", MEMORY_STAGE_BYTES);
+    if (rc < 0)
+        return rc;
+    rc = cuda_check(cu, cu->cuEventCreate(&stage->busy, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC), err,
+                    "create an event");
+    if (rc < 0) {
+        (void)cu->cuMemFreeHost(stage->data);
+        return rc;
+    }
+    m->n_stages++;
+    *ret_stage = stage;
+    return 0;
+}
+
+/* A pinned buffer that no copy uses any more; a new one while there are fewer than `most` and none is free at once. */
+static int stage_next(struct memory_cuda *m, unsigned most, struct stage **ret_stage, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    struct stage *stage = stage_oldest(m);
+    if (stage && cu->cuEventQuery(stage->busy) == CUDA_SUCCESS) {
+        *ret_stage = stage;
+        return 0;
+    }
+    if (m->n_stages < most)
+        return stage_make(m, ret_stage, err);
+    if (!stage)
+        return err_set(err, ERR_LIMIT, "all %u pinned buffers are lent", m->n_stages);
+    int rc =
+        cuda_check(cu, cu->cuEventSynchronize(stage->busy), err, "wait for a copy to GPU %d", m->device->gpu.index);
     if (rc == 0)
         *ret_stage = stage;
+    return rc;
+}
+
+static int stage_send(struct memory_cuda *m, struct stage *stage, CUdeviceptr to, size_t len, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    int rc = cuda_check(cu, cu->cuMemcpyHtoDAsync(to, stage->data, len, m->stream), err, "copy %zu bytes to GPU %d",
+                        len, m->device->gpu.index);
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuEventRecord(stage->busy, m->stream), err, "mark a copy");
+    stage->sent = ++m->sent;
     return rc;
 }
 
@@ -204,24 +256,69 @@ static int cuda_write(struct memory_backend *self, struct memory_region *region,
                       size_t len, struct err *err)
 {
     struct memory_cuda *m = (struct memory_cuda *)self;
-    const struct cuda_driver *cu = &m->device->driver;
     int rc = cuda_range_check(region, offset, len, err);
     if (rc == 0)
         rc = cuda_device_use(m->device, err);
     for (size_t done = 0; done < len && rc == 0;) {
         struct stage *stage;
-        size_t part = len - done < STAGE_BYTES ? len - done : STAGE_BYTES;
-        rc = stage_next(m, &stage, err);
+        size_t part = len - done < MEMORY_STAGE_BYTES ? len - done : MEMORY_STAGE_BYTES;
+        rc = stage_next(m, WRITE_STAGES, &stage, err);
         if (rc < 0)
             return rc;
         memcpy(stage->data, (const uint8_t *)data + done, part);
-        rc = cuda_check(cu, cu->cuMemcpyHtoDAsync(region_at(region, offset + done), stage->data, part, m->stream), err,
-                        "copy %zu bytes to GPU %d", part, m->device->gpu.index);
-        if (rc == 0)
-            rc = cuda_check(cu, cu->cuEventRecord(stage->busy, m->stream), err, "mark a copy");
+        rc = stage_send(m, stage, region_at(region, offset + done), part, err);
         done += part;
     }
     return rc;
+}
+
+static int cuda_stage_take(struct memory_backend *self, struct memory_region *region, size_t offset, size_t len,
+                           struct memory_stage *ret_stage, struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    struct stage *stage;
+    int rc = cuda_range_check(region, offset, len, err);
+    if (rc == 0 && len > MEMORY_STAGE_BYTES)
+        rc = err_set(err, ERR_INVALID, "a stage has at most %zu bytes, not %zu", MEMORY_STAGE_BYTES, len);
+    if (rc == 0)
+        rc = cuda_device_use(m->device, err);
+    if (rc == 0)
+        rc = stage_next(m, MEMORY_STAGES, &stage, err);
+    if (rc < 0)
+        return rc;
+    stage->lent = true;
+    *ret_stage = (struct memory_stage){
+        .region = region,
+        .offset = offset,
+        .len = len,
+        .data = stage->data,
+        .index = (unsigned)(stage - m->stages),
+    };
+    return 0;
+}
+
+static int cuda_stage_write(struct memory_backend *self, const struct memory_stage *stage, struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    struct stage *buffer = &m->stages[stage->index];
+    int rc = cuda_device_use(m->device, err);
+    buffer->lent = false;
+    if (rc == 0 && stage->len > 0)
+        rc = stage_send(m, buffer, region_at(stage->region, stage->offset), stage->len, err);
+    return rc;
+}
+
+static void cuda_stages_free(struct memory_backend *self)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    const struct cuda_driver *cu = &m->device->driver;
+    if (m->n_stages == 0 || cuda_device_use(m->device, NULL) < 0)
+        return;
+    (void)cu->cuStreamSynchronize(m->stream); /* copies may still read them */
+    for (; m->n_stages > 0; m->n_stages--) {
+        (void)cu->cuEventDestroy(m->stages[m->n_stages - 1].busy);
+        (void)cu->cuMemFreeHost(m->stages[m->n_stages - 1].data);
+    }
 }
 
 static int cuda_copy(struct memory_backend *self, struct memory_region *dst, size_t dst_offset,
@@ -249,8 +346,8 @@ static int cuda_digest_on_cpu(struct memory_cuda *m, CUdeviceptr at, size_t len,
     uint64_t digest = 0;
     for (size_t done = 0; done < len;) {
         struct stage *stage;
-        size_t part = len - done < STAGE_BYTES ? len - done : STAGE_BYTES;
-        int rc = stage_next(m, &stage, err);
+        size_t part = len - done < MEMORY_STAGE_BYTES ? len - done : MEMORY_STAGE_BYTES;
+        int rc = stage_next(m, WRITE_STAGES, &stage, err);
         if (rc == 0)
             rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(stage->data, at + done, part, m->stream), err,
                             "copy %zu bytes from GPU %d", part, m->device->gpu.index);
@@ -267,37 +364,70 @@ static int cuda_digest_on_cpu(struct memory_cuda *m, CUdeviceptr at, size_t len,
     return rc;
 }
 
-static int cuda_digest(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len,
-                       uint64_t first_word, uint64_t *ret_digest, struct err *err)
+/* Adds the digest of a run to sums[at], some time later. */
+static int digest_start(struct memory_cuda *m, const struct memory_run *run, size_t at, struct err *err)
 {
-    struct memory_cuda *m = (struct memory_cuda *)self;
     const struct cuda_driver *cu = &m->device->driver;
-    int rc = cuda_range_check(region, offset, len, err);
-    if (rc == 0)
-        rc = cuda_device_use(m->device, err);
-    if (rc < 0)
-        return rc;
-    CUdeviceptr at = region_at(region, offset);
-    if (!m->module || len == 0)
-        return cuda_digest_on_cpu(m, at, len, first_word, ret_digest, err);
-    unsigned long long bytes = len, first = first_word;
-    void *arguments[] = {&at, &bytes, &first, &m->sum};
-    size_t blocks = len / (DIGEST_KERNEL_THREADS * 16u) + 1; /* at least a pair of words for each thread */
+    CUdeviceptr data = region_at(run->region, run->offset), sum = m->sums + at * sizeof *m->sums_host;
+    unsigned long long bytes = run->len, first = run->first_word;
+    void *arguments[] = {&data, &bytes, &first, &sum};
+    size_t blocks = run->len / (DIGEST_KERNEL_THREADS * 16u) + 1; /* at least a pair of words for each thread */
     if (blocks > m->blocks_max)
         blocks = m->blocks_max;
-    rc = cuda_check(cu, cu->cuMemsetD8Async(m->sum, 0, sizeof *m->sum_host, m->stream), err, "clear a digest");
+    return cuda_check(cu,
+                      cu->cuLaunchKernel(m->digest, (unsigned)blocks, 1, 1, DIGEST_KERNEL_THREADS, 1, 1, 0, m->stream,
+                                         arguments, NULL),
+                      err, "start the digest of %zu bytes on GPU %d", run->len, m->device->gpu.index);
+}
+
+/* At most DIGESTS_AT_ONCE runs, by the kernel. */
+static int digests_by_kernel(struct memory_cuda *m, const struct memory_run *runs, size_t n, uint64_t *ret_digests,
+                             struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    size_t bytes = n * sizeof *m->sums_host;
+    int rc = cuda_check(cu, cu->cuMemsetD8Async(m->sums, 0, bytes, m->stream), err, "clear a digest");
+    for (size_t i = 0; i < n && rc == 0; i++)
+        if (runs[i].len > 0)
+            rc = digest_start(m, &runs[i], i, err);
     if (rc == 0)
-        rc = cuda_check(cu,
-                        cu->cuLaunchKernel(m->digest, (unsigned)blocks, 1, 1, DIGEST_KERNEL_THREADS, 1, 1, 0,
-                                           m->stream, arguments, NULL),
-                        err, "start the digest of %zu bytes on GPU %d", len, m->device->gpu.index);
-    if (rc == 0)
-        rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(m->sum_host, m->sum, sizeof *m->sum_host, m->stream), err,
-                        "fetch a digest");
+        rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(m->sums_host, m->sums, bytes, m->stream), err, "fetch a digest");
     if (rc == 0)
         rc = cuda_settle(m, "digest memory", err);
     if (rc == 0)
-        *ret_digest = *m->sum_host;
+        memcpy(ret_digests, m->sums_host, bytes);
+    return rc;
+}
+
+static int cuda_digests(struct memory_backend *self, const struct memory_run *runs, size_t n, uint64_t *ret_digests,
+                        struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    int rc = cuda_device_use(m->device, err);
+    for (size_t i = 0; i < n && rc == 0; i++)
+        rc = cuda_range_check(runs[i].region, runs[i].offset, runs[i].len, err);
+    if (!m->module) {
+        for (size_t i = 0; i < n && rc == 0; i++)
+            rc = cuda_digest_on_cpu(m, region_at(runs[i].region, runs[i].offset), runs[i].len, runs[i].first_word,
+                                    &ret_digests[i], err);
+        return rc;
+    }
+    for (size_t done = 0; done < n && rc == 0;) {
+        size_t some = n - done < DIGESTS_AT_ONCE ? n - done : DIGESTS_AT_ONCE;
+        rc = digests_by_kernel(m, runs + done, some, ret_digests + done, err);
+        done += some;
+    }
+    return rc;
+}
+
+static int cuda_digest(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len,
+                       uint64_t first_word, uint64_t *ret_digest, struct err *err)
+{
+    const struct memory_run run = {.region = region, .offset = offset, .len = len, .first_word = first_word};
+    uint64_t digest;
+    int rc = cuda_digests(self, &run, 1, &digest, err);
+    if (rc == 0)
+        *ret_digest = digest;
     return rc;
 }
 
@@ -310,18 +440,13 @@ static void cuda_close(struct memory_backend *self)
     if (cuda_device_use(m->device, NULL) == 0) {
         if (m->stream)
             (void)cu->cuStreamSynchronize(m->stream);
-        for (size_t i = 0; i < STAGES; i++) {
-            if (m->stages[i].busy)
-                (void)cu->cuEventDestroy(m->stages[i].busy);
-            if (m->stages[i].data)
-                (void)cu->cuMemFreeHost(m->stages[i].data);
-        }
+        cuda_stages_free(self);
         if (m->module)
             (void)cu->cuModuleUnload(m->module);
-        if (m->sum)
-            (void)cu->cuMemFree(m->sum);
-        if (m->sum_host)
-            (void)cu->cuMemFreeHost(m->sum_host);
+        if (m->sums)
+            (void)cu->cuMemFree(m->sums);
+        if (m->sums_host)
+            (void)cu->cuMemFreeHost(m->sums_host);
         if (m->stream)
             (void)cu->cuStreamDestroy(m->stream);
     }
@@ -350,10 +475,10 @@ static int cuda_open_kernel(struct memory_cuda *m, struct err *err)
             cu, cu->cuDeviceGetAttribute(&processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, m->device->device), err,
             "count the processors of GPU %d", m->device->gpu.index);
     if (rc == 0)
-        rc = cuda_check(cu, cu->cuMemAlloc(&m->sum, sizeof *m->sum_host), err, "allocate a digest");
+        rc = cuda_check(cu, cu->cuMemAlloc(&m->sums, DIGESTS_AT_ONCE * sizeof *m->sums_host), err, "allocate digests");
     if (rc == 0)
-        rc = cuda_check(cu, cu->cuMemHostAlloc((void **)&m->sum_host, sizeof *m->sum_host, 0), err,
-                        "allocate a digest");
+        rc = cuda_check(cu, cu->cuMemHostAlloc((void **)&m->sums_host, DIGESTS_AT_ONCE * sizeof *m->sums_host, 0), err,
+                        "allocate digests");
     m->blocks_max = 8u * (unsigned)(processors > 0 ? processors : 1);
     return rc;
 }
@@ -362,20 +487,11 @@ static int cuda_open(struct memory_cuda *m, struct err *err)
 {
     const struct cuda_driver *cu = &m->device->driver;
     const CUmemAllocationProp properties = cuda_properties(m, m->device->rdma);
-    int rc = cuda_check(cu,
-                        cu->cuMemGetAllocationGranularity(&m->granularity, &properties,
-                                                          CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
-                        err, "ask for the granularity of GPU memory");
+    int rc = cuda_check(
+        cu, cu->cuMemGetAllocationGranularity(&m->granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED), err,
+        "ask for the granularity of GPU memory");
     if (rc == 0)
         rc = cuda_check(cu, cu->cuStreamCreate(&m->stream, CU_STREAM_NON_BLOCKING), err, "create a stream");
-    for (size_t i = 0; i < STAGES && rc == 0; i++) {
-        rc = cuda_check(cu, cu->cuMemHostAlloc(&m->stages[i].data, STAGE_BYTES, 0), err,
-                        "pin %zu bytes of host memory", STAGE_BYTES);
-        if (rc == 0)
-            rc = cuda_check(cu,
-                            cu->cuEventCreate(&m->stages[i].busy, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC),
-                            err, "create an event");
-    }
     return rc < 0 ? rc : cuda_open_kernel(m, err);
 }
 
@@ -397,7 +513,11 @@ struct memory_backend *memory_cuda_open(const char *device, struct err *err)
         .adopt = cuda_adopt,
         .release = cuda_release,
         .write = cuda_write,
+        .stage_take = cuda_stage_take,
+        .stage_write = cuda_stage_write,
+        .stages_free = cuda_stages_free,
         .digest = cuda_digest,
+        .digests = cuda_digests,
         .copy = cuda_copy,
         .close = cuda_close,
     };

@@ -99,30 +99,57 @@ size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max)
     return n;
 }
 
-/* In a model 0 stands for "not known", so a digest that happens to be 0 is kept as 1. */
-static uint64_t digest_known(uint64_t digest)
+#define SLOTS_AT_ONCE 64u /* bounds what the stack holds */
+
+/* n <= SLOTS_AT_ONCE */
+static int slots_digest(struct weights *w, const struct slot_at *slots, size_t n, uint64_t *ret_digests,
+                        struct err *err)
 {
-    return digest ? digest : 1;
+    struct memory_run runs[SLOTS_AT_ONCE * SLOT_EXTENTS_MAX];
+    uint64_t digests[SLOTS_AT_ONCE * SLOT_EXTENTS_MAX];
+    size_t ends[SLOTS_AT_ONCE], n_runs = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct extent extents[SLOT_EXTENTS_MAX];
+        size_t parts = weights_slot(w, slots[i].layer, slots[i].slot, extents, SLOT_EXTENTS_MAX);
+        uint64_t words = 0;
+        if (parts == 0)
+            return err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", slots[i].slot,
+                           slots[i].layer);
+        for (size_t k = 0; k < parts; k++) {
+            runs[n_runs++] = (struct memory_run){extents[k].region, extents[k].offset, extents[k].len, words};
+            words += digest_words(extents[k].len);
+        }
+        ends[i] = n_runs;
+    }
+    int rc = w->memory->digests(w->memory, runs, n_runs, digests, err);
+    for (size_t i = 0, k = 0; i < n && rc == 0; i++) {
+        uint64_t sum = 0;
+        while (k < ends[i])
+            sum += digests[k++];
+        ret_digests[i] = weights_digest_known(sum);
+    }
+    return rc;
+}
+
+int weights_slots_digest(struct weights *w, const struct slot_at *slots, size_t n, uint64_t *ret_digests,
+                         struct err *err)
+{
+    int rc = 0;
+    for (size_t done = 0; done < n && rc == 0;) {
+        size_t some = n - done < SLOTS_AT_ONCE ? n - done : SLOTS_AT_ONCE;
+        rc = slots_digest(w, slots + done, some, ret_digests + done, err);
+        done += some;
+    }
+    return rc;
 }
 
 int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64_t *ret_digest, struct err *err)
 {
-    struct extent extents[SLOT_EXTENTS_MAX];
-    size_t n = weights_slot(w, layer, slot, extents, SLOT_EXTENTS_MAX);
-    if (n == 0)
-        return err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", slot, layer);
-    uint64_t sum = 0, words = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint64_t digest;
-        int rc =
-            w->memory->digest(w->memory, extents[i].region, extents[i].offset, extents[i].len, words, &digest, err);
-        if (rc < 0)
-            return rc;
-        sum += digest;
-        words += digest_words(extents[i].len);
-    }
-    *ret_digest = digest_known(sum);
-    return 0;
+    uint64_t digest;
+    int rc = weights_slots_digest(w, &(struct slot_at){layer, slot}, 1, &digest, err);
+    if (rc == 0)
+        *ret_digest = digest;
+    return rc;
 }
 
 int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_digest, struct err *err)
@@ -135,7 +162,7 @@ int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_
         uint64_t digest;
         int rc = w->memory->digest(w->memory, &w->regions[i], 0, (size_t)r->bytes, 0, &digest, err);
         if (rc == 0)
-            *ret_digest = digest_known(digest);
+            *ret_digest = weights_digest_known(digest);
         return rc;
     }
     return err_set(err, ERR_INVALID, "the weights have no dense region %u", dense_index);
@@ -147,7 +174,7 @@ int weights_slot_check(const struct weights *w, uint32_t layer, uint32_t slot, u
     const struct model *model = w->model;
     if (layer >= model->layers || expert >= model->logical)
         return err_set(err, ERR_INVALID, "the model has no expert %u in MoE layer %u", expert, layer);
-    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have = digest_known(digest);
+    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have = weights_digest_known(digest);
     if (want == 0)
         return err_set(err, ERR_CORRUPT, "layer %u slot %u cannot be verified: no digest of expert %u is known here",
                        layer, slot, expert);
