@@ -74,6 +74,10 @@ UNIT_BIN   := $(UNIT_SRC:tests/unit/%.c=$(BUILD)/tests/%)
 BENCH_SRC  := $(wildcard tests/bench/bench_*.c)
 BENCH_BIN  := $(BENCH_SRC:tests/bench/%.c=$(BUILD)/tests/%)
 
+# the CUDA driver on host memory, for tests; only where cuda.h is
+FAKECUDA_SRC := $(if $(HAVE_CUDA),$(wildcard tests/fakecuda/*.c))
+FAKECUDA   := $(if $(HAVE_CUDA),$(BUILD)/fakecuda/libcuda.so.1)
+
 obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst $(BUILD)/%,%,$(1)))
 
 BIN := $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eepctl $(BUILD)/libeep.so $(BUILD)/libeep.a
@@ -92,7 +96,7 @@ $(BUILD)/%.o: %.c | $(PROTO_HDR)
 	$(CC) $(CPPFLAGS) $(CFLAGS) -c -o $@ $<
 
 ifeq ($(HAVE_CUDA),1)
-$(call obj,$(CUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
+$(call obj,$(CUDA_SRC) $(FAKECUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
 $(call obj,$(NCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
 $(BUILD)/agent/digest_kernel.o: override CPPFLAGS += -DDIGEST_FATBIN='"$(BUILD)/agent/digest_kernel.fatbin"'
 $(BUILD)/agent/digest_kernel.o: $(BUILD)/agent/digest_kernel.fatbin
@@ -141,6 +145,10 @@ $(BUILD)/tests/bench_%: tests/bench/bench_%.c $(HARNESS) $(TEST_LIBS)
 $(BUILD)/tests/nccl_abort: tests/gpu/nccl_abort.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(LIBS)
+$(BUILD)/fakecuda/libcuda.so.1: $(call obj,$(FAKECUDA_SRC)) $(BUILD)/libcommon.a tests/fakecuda/export.map
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 -Wl,-z,nodelete -Wl,--version-script=tests/fakecuda/export.map \
+	  -o $@ $(filter-out %.map,$^) -lpthread
 $(BUILD)/tests/eep-sim: $(call obj,$(SIM_SRC)) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
@@ -195,10 +203,10 @@ check-deps:
 	@missing="$(call missing,$(DEPS_TEST))"; if [ -n "$$missing" ]; then \
 	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
 check: check-deps ## all tests: unit, simulation, integration with the real daemons
-	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim || { $(hint); }
+	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim $(FAKECUDA) || { $(hint); }
 	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
 check-unit: check-deps ## unit tests alone
-	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN)
+	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN) $(FAKECUDA)
 	@BUILD=$(BUILD) SIM_SEEDS=0 tests/run.sh $(notdir $(UNIT_BIN)) --
 sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/eep-sim
