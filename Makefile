@@ -222,6 +222,10 @@ soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800
 bench:     ## the figures of docs/figures.md
 	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
 	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests
+.PHONY: bench-load
+bench-load: ## the rate of loading a checkpoint of real shapes (4 GB, twice): BENCH_LOAD_MEMORY=cuda, BENCH_LOAD_DIR=/data/model
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_load $(BUILD)/tests/eep-make-checkpoint
+	@tests/bench/load.sh $(BUILD)/tests
 
 PREFIX ?= /usr/local
 install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr/local, DESTDIR=)

@@ -102,7 +102,8 @@ static int load_tensor(struct load *load, const struct safetensors_tensor *t, co
         if (rc < 0)
             return err_wrap(err, "%s: tensor \"%s\"", load->c->dir, t->name);
         sent->sum = to->sum;
-        struct reading reading = {.tensor = t, .from = done, .data = sent->stage.data, .len = len};
+        struct reading reading = {
+            .tensor = t, .from = done, .data = sent->stage.data, .len = len, .in_place = memory->in_place};
         if (load->digests) {
             reading.digest_len = done + len == t->bytes ? len + to->gap : len;
             reading.first_word = to->first_word + done / 8;

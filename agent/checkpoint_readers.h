@@ -19,6 +19,7 @@ struct reading {
     uint64_t from; /* in the tensor */
     void *data;
     size_t len;
+    bool in_place; /* data is shared memory, whose pages may not be mapped here yet */
     /* digest_len > 0: take the digest of so many bytes at data, len of them read now, while they are in the cache. */
     size_t digest_len;
     uint64_t first_word;
@@ -28,7 +29,8 @@ struct reading {
 };
 
 struct readers;
-/* n = 0: as many as there are processors for us, from 4 to READERS_MAX. */
+unsigned readers_default(void); /* as many as there are processors for us, from 4 to READERS_MAX */
+/* n = 0: readers_default(). */
 int readers_start(unsigned n, struct readers **ret_readers, struct err *err) MUST_CHECK;
 /* Ends the threads, once each has read what it is at, and forgets the rest; takes NULL. */
 void readers_stop(struct readers *r);

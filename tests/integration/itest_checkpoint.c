@@ -342,12 +342,17 @@ int main(void)
     tcase_add_test(t, the_lists_are_those_of_the_published_checkpoints);
     tcase_add_test(t, qwen_is_made_and_loaded);
     tcase_add_test(t, deepseek_is_made_and_loaded);
-    if (cuda)
-        tcase_add_test(t, a_gpu_gets_the_same_bytes);
     tcase_add_test(t, wrong_use_gets_a_sentence);
     tcase_add_test(t, a_failed_write_leaves_nothing);
     tcase_add_test(t, ctrl_c_leaves_nothing);
     suite_add_tcase(s, t);
+    if (cuda) {
+        TCase *gpu = tcase_create("GPU memory"); /* tests/gpu/sanitize.sh runs it alone */
+        tcase_add_checked_fixture(gpu, setup, teardown);
+        tcase_set_timeout(gpu, 400);
+        tcase_add_test(gpu, a_gpu_gets_the_same_bytes);
+        suite_add_tcase(s, gpu);
+    }
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);
     int failed = srunner_ntests_failed(r);
