@@ -42,7 +42,7 @@ for t in "$@"; do
     fi
     driver=()
     case $t in
-    test_memory | test_transport_gpu | itest_checkpoint)
+    test_memory | test_transport_gpu | test_fakecuda | test_cuda_faults | itest_checkpoint)
         [ -e "$fakecuda/libcuda.so.1" ] && driver=("${on_fakecuda[@]}")
         ;;
     esac

@@ -79,10 +79,22 @@ static void failures_read(const char *text)
     }
 }
 
+/* What puts something on a stream, which can fail later. */
+static bool queues(const char *function)
+{
+    static const char *const names[] = {"cuMemcpy", "cuMemset", "cuLaunch", "cuStreamW", "cuEventRecord"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+        if (strncmp(function, names[i], strlen(names[i])) == 0)
+            return true;
+    return false;
+}
+
 /* The name of the call, without the suffix of its version. */
 static bool failure_matches(const struct failure *f, const char *function)
 {
     size_t len = strlen(f->function);
+    if (f->late && !queues(function))
+        return false;
     if (strcmp(f->function, "*") == 0)
         return true;
     return strncmp(f->function, function, len) == 0 && (!function[len] || strncmp(function + len, "_v", 2) == 0);
