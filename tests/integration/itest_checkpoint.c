@@ -262,6 +262,31 @@ START_TEST(a_gpu_gets_the_same_bytes)
 }
 END_TEST
 
+static bool cancel_at(void *user, uint64_t bytes)
+{
+    return bytes >= *(uint64_t *)user;
+}
+
+/* Cancelled while pieces are being read and copied; then the same memory is loaded whole. */
+START_TEST(a_cancelled_load_can_be_repeated)
+{
+    struct loaded l;
+    struct err err = {0};
+    ck_assert_msg(MAKE("a", QWEN) == 0, "%s", output);
+    load(&l, "a", "cuda");
+    uint64_t dense = l.model->dense_digest[0], expert = l.model->expert_digest[5];
+    for (uint64_t at = 1; at < 130000000; at += 31000001) {
+        ck_assert_int_eq(checkpoint_load(l.c, l.w, l.map, 0, cancel_at, &at, &err), ERR_ABORTED);
+        ck_assert_ptr_nonnull(strstr(err.text, "loading was cancelled after"));
+    }
+    l.model->dense_digest[0] = l.model->expert_digest[5] = 0;
+    ck_assert_msg(checkpoint_load(l.c, l.w, l.map, 0, NULL, NULL, &err) == 0, "%s", err.text);
+    ck_assert_uint_eq(l.model->dense_digest[0], dense);
+    ck_assert_uint_eq(l.model->expert_digest[5], expert);
+    loaded_done(&l);
+}
+END_TEST
+
 /* ---- what goes wrong ---- */
 
 START_TEST(wrong_use_gets_a_sentence)
@@ -351,6 +376,7 @@ int main(void)
         tcase_add_checked_fixture(gpu, setup, teardown);
         tcase_set_timeout(gpu, 400);
         tcase_add_test(gpu, a_gpu_gets_the_same_bytes);
+        tcase_add_test(gpu, a_cancelled_load_can_be_repeated);
         suite_add_tcase(s, gpu);
     }
     SRunner *r = srunner_create(s);
