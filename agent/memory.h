@@ -17,8 +17,16 @@ struct memory_region {
     int fd;         /* exportable by SCM_RIGHTS; the region owns it */
 };
 
+/* Bytes [offset, offset + len) of a region, whose digest counts words from first_word. */
+struct memory_range {
+    const struct memory_region *region;
+    size_t offset, len;
+    uint64_t first_word;
+};
+
 struct memory_backend {
     const char *name; /* "host" */
+    const char *gpu;  /* UUID of the GPU whose memory it is; NULL: host memory */
     /* May block.  Zeroed memory.  ERR_NOMEM names the size and the region. */
     int (*alloc)(struct memory_backend *self, const char *label, size_t bytes, struct memory_region *ret_region, struct err *err);
     /* Adopts a descriptor that somebody else allocated (an engine's own region). */
@@ -29,7 +37,12 @@ struct memory_backend {
     int (*write)(struct memory_backend *self, struct memory_region *region, size_t offset, const void *data, size_t len, struct err *err);
     /* The digest of design section 5 over [offset, offset + len), word index counted from 0 at offset. */
     int (*digest)(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len, uint64_t first_word, uint64_t *ret_digest, struct err *err);
+    /* The digests of n ranges, as digest() gives them one by one; a device reads all of them in one go and is waited for
+     * once.  ret_digests[n] are undefined on failure. */
+    int (*digests)(struct memory_backend *self, const struct memory_range *ranges, size_t n, uint64_t *ret_digests, struct err *err);
     int (*copy)(struct memory_backend *self, struct memory_region *dst, size_t dst_offset, const struct memory_region *src, size_t src_offset, size_t len, struct err *err);
+    /* 0, or why nothing here works any more in this process (a GPU that is lost).  Never blocks.  NULL: cannot happen. */
+    int (*health)(struct memory_backend *self, struct err *err);
     void (*close)(struct memory_backend *self);
 };
 

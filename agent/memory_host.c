@@ -157,6 +157,16 @@ static int host_digest(struct memory_backend *self, const struct memory_region *
     return rc;
 }
 
+static int host_digests(struct memory_backend *self, const struct memory_range *ranges, size_t n, uint64_t *ret_digests,
+                        struct err *err)
+{
+    int rc = 0;
+    for (size_t i = 0; i < n && rc == 0; i++)
+        rc = host_digest(self, ranges[i].region, ranges[i].offset, ranges[i].len, ranges[i].first_word, &ret_digests[i],
+                         err);
+    return rc;
+}
+
 static int host_copy(struct memory_backend *self, struct memory_region *dst, size_t dst_offset,
                      const struct memory_region *src, size_t src_offset, size_t len, struct err *err)
 {
@@ -192,6 +202,7 @@ struct memory_backend *memory_host_open(const char *device, struct err *err)
         .release = host_release,
         .write = host_write,
         .digest = host_digest,
+        .digests = host_digests,
         .copy = host_copy,
         .close = host_close,
     };

@@ -37,6 +37,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "tests/engine/kernels.h"
+
 #define FAKE_GPUS_MAX    16
 #define FAKE_GRANULARITY ((size_t)2 << 20)
 
@@ -194,5 +196,10 @@ struct fake_kernel {
     unsigned char sizes[16]; /* of the parameters, in bytes; 0 ends them */
 };
 const struct fake_kernel *fake_kernel_find(const char *name);
+
+/* ---- kernels_engine.c: those of tests/engine/kernels.cu ---- */
+#define FAKE_ENGINE_KERNEL(name) CUresult fake_##name(struct fake_launch *launch, void **args);
+KERNEL_TABLE(FAKE_ENGINE_KERNEL)
+#undef FAKE_ENGINE_KERNEL
 
 #endif
