@@ -193,7 +193,36 @@ static struct stage *stage_oldest(struct memory_cuda *m)
 static int stage_make(struct memory_cuda *m, struct stage **ret_stage, struct err *err)
 {
     const struct cuda_driver *cu = &m->device->driver;
-    struct stage *stage = &m->stages[m->next_stage++ % STAGES];
+    struct stage *stage = &m->stages[m->n_stages];
+    *stage = (struct stage){0};
+    int rc = cuda_check(cu, cu->cuMemHostAlloc(&stage->data, MEMORY_STAGE_BYTES, 0), err,
+                        "pin %zu bytes of host memory", MEMORY_STAGE_BYTES);
+    if (rc < 0)
+        return rc;
+    rc = cuda_check(cu, cu->cuEventCreate(&stage->busy, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC), err,
+                    "create an event");
+    if (rc < 0) {
+        (void)cu->cuMemFreeHost(stage->data);
+        return rc;
+    }
+    m->n_stages++;
+    *ret_stage = stage;
+    return 0;
+}
+
+/* A pinned buffer that no copy uses any more; a new one while there are fewer than `most` and none is free at once. */
+static int stage_next(struct memory_cuda *m, unsigned most, struct stage **ret_stage, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    struct stage *stage = stage_oldest(m);
+    if (stage && cu->cuEventQuery(stage->busy) == CUDA_SUCCESS) {
+        *ret_stage = stage;
+        return 0;
+    }
+    if (m->n_stages < most)
+        return stage_make(m, ret_stage, err);
+    if (!stage)
+        return err_set(err, ERR_LIMIT, "all %u pinned buffers are lent", m->n_stages);
     int rc =
         cuda_check(cu, cu->cuEventSynchronize(stage->busy), err, "wait for a copy to GPU %d", m->device->gpu.index);
     if (rc == 0)
@@ -484,13 +513,6 @@ static int cuda_open(struct memory_cuda *m, struct err *err)
     int rc = cuda_granularity(m->device, &m->granularity, err);
     if (rc == 0)
         rc = cuda_check(cu, cu->cuStreamCreate(&m->stream, CU_STREAM_NON_BLOCKING), err, "create a stream");
-    for (size_t i = 0; i < STAGES && rc == 0; i++) {
-        rc = cuda_check(cu, cu->cuMemHostAlloc(&m->stages[i].data, STAGE_BYTES, 0), err, "pin %zu bytes of host memory",
-                        STAGE_BYTES);
-        if (rc == 0)
-            rc = cuda_check(cu, cu->cuEventCreate(&m->stages[i].busy, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC),
-                            err, "create an event");
-    }
     return rc < 0 ? rc : cuda_open_kernel(m, err);
 }
 
