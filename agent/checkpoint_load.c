@@ -31,8 +31,8 @@ struct load {
     bool digests; /* taken by the readers */
     struct readers *readers;
     struct piece_sent sent[READINGS];
-    size_t put, taken;     /* counted for sent[] */
-    struct slot_at *slots; /* that are loaded, and their digests, and whose they are */
+    size_t put, taken;           /* counted for sent[] */
+    struct weights_place *slots; /* that are loaded, and their digests, and whose they are */
     uint64_t *sums;
     uint64_t **targets;
     size_t n_slots;
@@ -150,7 +150,7 @@ static int load_expert(struct load *load, uint32_t layer, uint32_t slot, uint32_
     if (weights_slot(load->w, layer, slot, parts, RECIPES_MAX) != c->n_recipes)
         return err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", slot, layer);
     size_t at = load->n_slots++;
-    load->slots[at] = (struct slot_at){layer, slot};
+    load->slots[at] = (struct weights_place){layer, slot};
     load->targets[at] = &model->expert_digest[(size_t)layer * model->logical + expert];
     uint64_t words = 0;
     for (size_t i = 0; i < c->n_recipes; i++) {
@@ -205,7 +205,7 @@ static bool words_whole(const struct checkpoint *c)
 static int load_digests(struct load *load, uint64_t dense_sum, struct err *err)
 {
     struct model *model = load->w->model;
-    int rc = load->digests ? 0 : weights_slots_digest(load->w, load->slots, load->n_slots, load->sums, err);
+    int rc = load->digests ? 0 : weights_slot_digests(load->w, load->slots, load->n_slots, load->sums, err);
     for (size_t i = 0; i < load->n_slots && rc == 0; i++)
         *load->targets[i] = weights_digest_known(load->sums[i]);
     for (uint32_t i = 0; i < model->n_dense && rc == 0; i++)

@@ -28,8 +28,8 @@ struct memory_stage {
     unsigned index; /* the backend's */
 };
 
-/* A run of bytes to be digested, as digest() takes it. */
-struct memory_run {
+/* Bytes [offset, offset + len) of a region, whose digest counts words from first_word. */
+struct memory_range {
     const struct memory_region *region;
     size_t offset, len;
     uint64_t first_word;
@@ -37,6 +37,7 @@ struct memory_run {
 
 struct memory_backend {
     const char *name; /* "host" */
+    const char *gpu;  /* UUID of the GPU whose memory it is; NULL: host memory */
     bool in_place;    /* data of a stage is the region's own memory: what is written there is there */
     /* May block.  Zeroed memory.  ERR_NOMEM names the size and the region. */
     int (*alloc)(struct memory_backend *self, const char *label, size_t bytes, struct memory_region *ret_region, struct err *err);
@@ -56,9 +57,12 @@ struct memory_backend {
     void (*stages_free)(struct memory_backend *self);
     /* The digest of design section 5 over [offset, offset + len), word index counted from 0 at offset. */
     int (*digest)(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len, uint64_t first_word, uint64_t *ret_digest, struct err *err);
-    /* Those of n runs, without waiting for the device after each; undefined after a failure. */
-    int (*digests)(struct memory_backend *self, const struct memory_run *runs, size_t n, uint64_t *ret_digests, struct err *err);
+    /* The digests of n ranges, as digest() gives them one by one; a device reads all of them in one go and is waited for
+     * once.  ret_digests[n] are undefined on failure. */
+    int (*digests)(struct memory_backend *self, const struct memory_range *ranges, size_t n, uint64_t *ret_digests, struct err *err);
     int (*copy)(struct memory_backend *self, struct memory_region *dst, size_t dst_offset, const struct memory_region *src, size_t src_offset, size_t len, struct err *err);
+    /* 0, or why nothing here works any more in this process (a GPU that is lost).  Never blocks.  NULL: cannot happen. */
+    int (*health)(struct memory_backend *self, struct err *err);
     void (*close)(struct memory_backend *self);
 };
 

@@ -18,8 +18,14 @@
 #include "agent/memory_backend.h"
 #include "common/digest.h"
 
-#define WRITE_STAGES    4u   /* write() and digests on the CPU make no more buffers than that */
-#define DIGESTS_AT_ONCE 256u /* between two waits for the device */
+#define WRITE_STAGES 4u /* write() and digests on the CPU make no more buffers than that */
+
+/* Of digests: a launch has so many pieces at most (640 KiB of tables here and there), and so large that each block has
+ * several of them, but not so small that adding up costs more than reading. */
+#define PIECES_MAX      16384u
+#define PIECE_BYTES_MIN ((size_t)64 << 10)
+#define PIECE_BYTES_MAX ((size_t)1 << 20)
+#define PIECES_A_BLOCK  16u
 
 /* A pinned buffer of MEMORY_STAGE_BYTES; `busy` is passed on the stream when it is free again. */
 struct stage {
@@ -39,22 +45,15 @@ struct memory_cuda {
     size_t granularity;
     CUmodule module; /* NULL: digests on the CPU */
     CUfunction digest;
-    CUdeviceptr sums;    /* [DIGESTS_AT_ONCE] of u64 on the device */
-    uint64_t *sums_host; /* the same, pinned */
+    CUdeviceptr pieces, sums;         /* [PIECES_MAX] each, on the device */
+    struct digest_piece *pieces_host; /* pinned, as is the next */
+    uint64_t *sums_host;
     unsigned blocks_max; /* that run at once */
 };
 
 static CUdeviceptr region_at(const struct memory_region *region, size_t offset)
 {
     return (CUdeviceptr)(uintptr_t)region->base + offset;
-}
-
-static bool cuda_round(const struct memory_cuda *m, size_t bytes, size_t *ret_mapped)
-{
-    if (bytes == 0 || bytes > SIZE_MAX / 2)
-        return false;
-    *ret_mapped = (bytes + m->granularity - 1) / m->granularity * m->granularity;
-    return true;
 }
 
 static int cuda_range_check(const struct memory_region *region, size_t offset, size_t len, struct err *err)
@@ -72,16 +71,6 @@ static int cuda_settle(struct memory_cuda *m, const char *what, struct err *err)
 }
 
 /* ---- allocations ---- */
-
-static CUmemAllocationProp cuda_properties(const struct memory_cuda *m, bool rdma)
-{
-    return (CUmemAllocationProp){
-        .type = CU_MEM_ALLOCATION_TYPE_PINNED,
-        .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = m->device->device},
-        .allocFlags = {.gpuDirectRDMACapable = rdma},
-    };
-}
 
 static int cuda_export(struct memory_cuda *m, CUmemGenericAllocationHandle handle, int *ret_fd, struct err *err)
 {
@@ -109,10 +98,10 @@ static int cuda_create(struct memory_cuda *m, const char *label, size_t bytes, s
         return rc;
     CUresult result = CUDA_ERROR_OUT_OF_MEMORY;
     if (mapped <= total) { /* free memory may grow at any moment; what cannot fit is not tried */
-        CUmemAllocationProp properties = cuda_properties(m, m->device->rdma);
+        CUmemAllocationProp properties = cuda_properties(m->device, m->device->rdma);
         result = cu->cuMemCreate(ret_handle, mapped, &properties, 0);
         if (result == CUDA_ERROR_NOT_SUPPORTED && m->device->rdma) {
-            properties = cuda_properties(m, false); /* the device could, this system cannot */
+            properties = cuda_properties(m->device, false); /* the device could, this system cannot */
             result = cu->cuMemCreate(ret_handle, mapped, &properties, 0);
         }
     }
@@ -143,7 +132,7 @@ static int cuda_alloc(struct memory_backend *self, const char *label, size_t byt
     struct memory_region region = {.bytes = bytes, .fd = -1};
     CUmemGenericAllocationHandle handle;
     CUdeviceptr at = 0;
-    if (!cuda_round(m, bytes, &region.mapped))
+    if (!cuda_round(m->granularity, bytes, &region.mapped))
         return err_set(err, ERR_INVALID, "region \"%s\" cannot have %zu bytes", label, bytes);
     int rc = cuda_device_use(m->device, err);
     if (rc == 0)
@@ -177,7 +166,7 @@ static int cuda_adopt(struct memory_backend *self, int fd, size_t bytes, struct 
     struct memory_cuda *m = (struct memory_cuda *)self;
     CUdeviceptr at = 0;
     size_t mapped;
-    if (!cuda_round(m, bytes, &mapped))
+    if (!cuda_round(m->granularity, bytes, &mapped))
         return err_set(err, ERR_INVALID, "a region cannot have %zu bytes", bytes);
     int rc = cuda_device_use(m->device, err);
     if (rc == 0)
@@ -364,68 +353,87 @@ static int cuda_digest_on_cpu(struct memory_cuda *m, CUdeviceptr at, size_t len,
     return rc;
 }
 
-/* Adds the digest of a run to sums[at], some time later. */
-static int digest_start(struct memory_cuda *m, const struct memory_run *run, size_t at, struct err *err)
+/* One launch: `n` pieces into `sums` sums, which are in sums_host when this returns. */
+static int digest_launch(struct memory_cuda *m, unsigned n, size_t sums, struct err *err)
 {
     const struct cuda_driver *cu = &m->device->driver;
-    CUdeviceptr data = region_at(run->region, run->offset), sum = m->sums + at * sizeof *m->sums_host;
-    unsigned long long bytes = run->len, first = run->first_word;
-    void *arguments[] = {&data, &bytes, &first, &sum};
-    size_t blocks = run->len / (DIGEST_KERNEL_THREADS * 16u) + 1; /* at least a pair of words for each thread */
-    if (blocks > m->blocks_max)
-        blocks = m->blocks_max;
-    return cuda_check(cu,
-                      cu->cuLaunchKernel(m->digest, (unsigned)blocks, 1, 1, DIGEST_KERNEL_THREADS, 1, 1, 0, m->stream,
-                                         arguments, NULL),
-                      err, "start the digest of %zu bytes on GPU %d", run->len, m->device->gpu.index);
+    size_t bytes = sums * sizeof *m->sums_host;
+    void *arguments[] = {&m->pieces, &n, &m->sums};
+    int rc = cuda_check(cu, cu->cuMemsetD8Async(m->sums, 0, bytes, m->stream), err, "clear %zu digests", sums);
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuMemcpyHtoDAsync(m->pieces, m->pieces_host, n * sizeof *m->pieces_host, m->stream),
+                        err, "say what is to be digested");
+    if (rc == 0)
+        rc = cuda_check(cu,
+                        cu->cuLaunchKernel(m->digest, n < m->blocks_max ? n : m->blocks_max, 1, 1,
+                                           DIGEST_KERNEL_THREADS, 1, 1, 0, m->stream, arguments, NULL),
+                        err, "start digests on GPU %d", m->device->gpu.index);
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(m->sums_host, m->sums, bytes, m->stream), err, "fetch %zu digests",
+                        sums);
+    return rc == 0 ? cuda_settle(m, "digest memory", err) : rc;
 }
 
-/* At most DIGESTS_AT_ONCE runs, by the kernel. */
-static int digests_by_kernel(struct memory_cuda *m, const struct memory_run *runs, size_t n, uint64_t *ret_digests,
-                             struct err *err)
+static size_t piece_bytes(const struct memory_cuda *m, const struct memory_range *ranges, size_t n)
 {
-    const struct cuda_driver *cu = &m->device->driver;
-    size_t bytes = n * sizeof *m->sums_host;
-    int rc = cuda_check(cu, cu->cuMemsetD8Async(m->sums, 0, bytes, m->stream), err, "clear a digest");
-    for (size_t i = 0; i < n && rc == 0; i++)
-        if (runs[i].len > 0)
-            rc = digest_start(m, &runs[i], i, err);
-    if (rc == 0)
-        rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(m->sums_host, m->sums, bytes, m->stream), err, "fetch a digest");
-    if (rc == 0)
-        rc = cuda_settle(m, "digest memory", err);
-    if (rc == 0)
-        memcpy(ret_digests, m->sums_host, bytes);
-    return rc;
+    uint64_t total = 0;
+    for (size_t i = 0; i < n; i++)
+        total += ranges[i].len;
+    uint64_t size = total / (m->blocks_max * PIECES_A_BLOCK);
+    return size < PIECE_BYTES_MIN ? PIECE_BYTES_MIN : size > PIECE_BYTES_MAX ? PIECE_BYTES_MAX : size / 4096 * 4096;
 }
 
-static int cuda_digests(struct memory_backend *self, const struct memory_run *runs, size_t n, uint64_t *ret_digests,
+/* A range goes on in the next launch when the table is full; its sums are added up. */
+static int digests_on_gpu(struct memory_cuda *m, const struct memory_range *ranges, size_t n, uint64_t *ret_digests,
+                          struct err *err)
+{
+    const size_t size = piece_bytes(m, ranges, n);
+    size_t range = 0, at = 0;
+    memset(ret_digests, 0, n * sizeof *ret_digests);
+    while (range < n) {
+        unsigned pieces = 0;
+        size_t first = range;
+        for (; range < n && pieces < PIECES_MAX && range - first < PIECES_MAX; range++, at = 0) {
+            const struct memory_range *r = &ranges[range];
+            for (size_t len; at < r->len && pieces < PIECES_MAX; at += len) {
+                len = r->len - at < size ? r->len - at : size;
+                m->pieces_host[pieces++] = (struct digest_piece){region_at(r->region, r->offset + at), len,
+                                                                 r->first_word + at / 8, range - first};
+            }
+            if (at < r->len)
+                break;
+        }
+        size_t sums = range - first + (range < n && at > 0);
+        int rc = pieces > 0 ? digest_launch(m, pieces, sums, err) : cuda_settle(m, "write memory", err);
+        if (rc < 0)
+            return rc;
+        for (size_t i = 0; i < sums && pieces > 0; i++)
+            ret_digests[first + i] += m->sums_host[i];
+    }
+    return 0;
+}
+
+static int cuda_digests(struct memory_backend *self, const struct memory_range *ranges, size_t n, uint64_t *ret_digests,
                         struct err *err)
 {
     struct memory_cuda *m = (struct memory_cuda *)self;
     int rc = cuda_device_use(m->device, err);
     for (size_t i = 0; i < n && rc == 0; i++)
-        rc = cuda_range_check(runs[i].region, runs[i].offset, runs[i].len, err);
-    if (!m->module) {
-        for (size_t i = 0; i < n && rc == 0; i++)
-            rc = cuda_digest_on_cpu(m, region_at(runs[i].region, runs[i].offset), runs[i].len, runs[i].first_word,
-                                    &ret_digests[i], err);
-        return rc;
-    }
-    for (size_t done = 0; done < n && rc == 0;) {
-        size_t some = n - done < DIGESTS_AT_ONCE ? n - done : DIGESTS_AT_ONCE;
-        rc = digests_by_kernel(m, runs + done, some, ret_digests + done, err);
-        done += some;
-    }
+        rc = cuda_range_check(ranges[i].region, ranges[i].offset, ranges[i].len, err);
+    if (rc == 0 && m->module)
+        return digests_on_gpu(m, ranges, n, ret_digests, err);
+    for (size_t i = 0; i < n && rc == 0; i++)
+        rc = cuda_digest_on_cpu(m, region_at(ranges[i].region, ranges[i].offset), ranges[i].len, ranges[i].first_word,
+                                &ret_digests[i], err);
     return rc;
 }
 
 static int cuda_digest(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len,
                        uint64_t first_word, uint64_t *ret_digest, struct err *err)
 {
-    const struct memory_run run = {.region = region, .offset = offset, .len = len, .first_word = first_word};
+    const struct memory_range range = {region, offset, len, first_word};
     uint64_t digest;
-    int rc = cuda_digests(self, &run, 1, &digest, err);
+    int rc = cuda_digests(self, &range, 1, &digest, err);
     if (rc == 0)
         *ret_digest = digest;
     return rc;
@@ -443,8 +451,12 @@ static void cuda_close(struct memory_backend *self)
         cuda_stages_free(self);
         if (m->module)
             (void)cu->cuModuleUnload(m->module);
+        if (m->pieces)
+            (void)cu->cuMemFree(m->pieces);
         if (m->sums)
             (void)cu->cuMemFree(m->sums);
+        if (m->pieces_host)
+            (void)cu->cuMemFreeHost(m->pieces_host);
         if (m->sums_host)
             (void)cu->cuMemFreeHost(m->sums_host);
         if (m->stream)
@@ -452,6 +464,12 @@ static void cuda_close(struct memory_backend *self)
     }
     cuda_device_close(m->device);
     free(m);
+}
+
+static int memory_cuda_health(struct memory_backend *self, struct err *err)
+{
+    (void)self;
+    return cuda_health(err);
 }
 
 static int cuda_open_kernel(struct memory_cuda *m, struct err *err)
@@ -474,11 +492,17 @@ static int cuda_open_kernel(struct memory_cuda *m, struct err *err)
         rc = cuda_check(
             cu, cu->cuDeviceGetAttribute(&processors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, m->device->device), err,
             "count the processors of GPU %d", m->device->gpu.index);
+    const size_t pieces = PIECES_MAX * sizeof *m->pieces_host, sums = PIECES_MAX * sizeof *m->sums_host;
     if (rc == 0)
-        rc = cuda_check(cu, cu->cuMemAlloc(&m->sums, DIGESTS_AT_ONCE * sizeof *m->sums_host), err, "allocate digests");
+        rc = cuda_check(cu, cu->cuMemAlloc(&m->pieces, pieces), err, "allocate %zu bytes for digests", pieces);
     if (rc == 0)
-        rc = cuda_check(cu, cu->cuMemHostAlloc((void **)&m->sums_host, DIGESTS_AT_ONCE * sizeof *m->sums_host, 0), err,
-                        "allocate digests");
+        rc = cuda_check(cu, cu->cuMemAlloc(&m->sums, sums), err, "allocate %zu bytes for digests", sums);
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuMemHostAlloc((void **)&m->pieces_host, pieces, 0), err, "pin %zu bytes for digests",
+                        pieces);
+    if (rc == 0)
+        rc =
+            cuda_check(cu, cu->cuMemHostAlloc((void **)&m->sums_host, sums, 0), err, "pin %zu bytes for digests", sums);
     m->blocks_max = 8u * (unsigned)(processors > 0 ? processors : 1);
     return rc;
 }
@@ -486,10 +510,7 @@ static int cuda_open_kernel(struct memory_cuda *m, struct err *err)
 static int cuda_open(struct memory_cuda *m, struct err *err)
 {
     const struct cuda_driver *cu = &m->device->driver;
-    const CUmemAllocationProp properties = cuda_properties(m, m->device->rdma);
-    int rc = cuda_check(
-        cu, cu->cuMemGetAllocationGranularity(&m->granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED), err,
-        "ask for the granularity of GPU memory");
+    int rc = cuda_granularity(m->device, &m->granularity, err);
     if (rc == 0)
         rc = cuda_check(cu, cu->cuStreamCreate(&m->stream, CU_STREAM_NON_BLOCKING), err, "create a stream");
     return rc < 0 ? rc : cuda_open_kernel(m, err);
@@ -509,6 +530,7 @@ struct memory_backend *memory_cuda_open(const char *device, struct err *err)
     }
     m->base = (struct memory_backend){
         .name = "cuda",
+        .gpu = m->device->gpu.uuid,
         .alloc = cuda_alloc,
         .adopt = cuda_adopt,
         .release = cuda_release,
@@ -519,6 +541,7 @@ struct memory_backend *memory_cuda_open(const char *device, struct err *err)
         .digest = cuda_digest,
         .digests = cuda_digests,
         .copy = cuda_copy,
+        .health = memory_cuda_health,
         .close = cuda_close,
     };
     if (cuda_open(m, err) < 0) {

@@ -187,12 +187,13 @@ static int host_digest(struct memory_backend *self, const struct memory_region *
     return rc;
 }
 
-static int host_digests(struct memory_backend *self, const struct memory_run *runs, size_t n, uint64_t *ret_digests,
+static int host_digests(struct memory_backend *self, const struct memory_range *ranges, size_t n, uint64_t *ret_digests,
                         struct err *err)
 {
     int rc = 0;
     for (size_t i = 0; i < n && rc == 0; i++)
-        rc = host_digest(self, runs[i].region, runs[i].offset, runs[i].len, runs[i].first_word, &ret_digests[i], err);
+        rc = host_digest(self, ranges[i].region, ranges[i].offset, ranges[i].len, ranges[i].first_word, &ret_digests[i],
+                         err);
     return rc;
 }
 

@@ -2,6 +2,7 @@
 #include "agent/weights.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "common/digest.h"
 
@@ -99,54 +100,76 @@ size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max)
     return n;
 }
 
-#define SLOTS_AT_ONCE 64u /* bounds what the stack holds */
-
-/* n <= SLOTS_AT_ONCE */
-static int slots_digest(struct weights *w, const struct slot_at *slots, size_t n, uint64_t *ret_digests,
-                        struct err *err)
+/* Digests of parts, each part of ranges[i] counted into ret_digests[of[i]]. */
+static int digests_sum(struct weights *w, const struct memory_range *ranges, const size_t *of, size_t n,
+                       uint64_t *ret_digests, size_t n_digests, struct err *err)
 {
-    struct memory_run runs[SLOTS_AT_ONCE * SLOT_EXTENTS_MAX];
-    uint64_t digests[SLOTS_AT_ONCE * SLOT_EXTENTS_MAX];
-    size_t ends[SLOTS_AT_ONCE], n_runs = 0;
-    for (size_t i = 0; i < n; i++) {
-        struct extent extents[SLOT_EXTENTS_MAX];
-        size_t parts = weights_slot(w, slots[i].layer, slots[i].slot, extents, SLOT_EXTENTS_MAX);
-        uint64_t words = 0;
-        if (parts == 0)
-            return err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", slots[i].slot,
-                           slots[i].layer);
-        for (size_t k = 0; k < parts; k++) {
-            runs[n_runs++] = (struct memory_run){extents[k].region, extents[k].offset, extents[k].len, words};
-            words += digest_words(extents[k].len);
-        }
-        ends[i] = n_runs;
+    uint64_t *parts = calloc(n + 1, sizeof *parts);
+    int rc = parts ? w->memory->digests(w->memory, ranges, n, parts, err) : err_set(err, ERR_NOMEM, "out of memory");
+    if (rc == 0) {
+        memset(ret_digests, 0, n_digests * sizeof *ret_digests);
+        for (size_t i = 0; i < n; i++)
+            ret_digests[of[i]] += parts[i];
+        for (size_t i = 0; i < n_digests; i++)
+            ret_digests[i] = weights_digest_known(ret_digests[i]);
     }
-    int rc = w->memory->digests(w->memory, runs, n_runs, digests, err);
-    for (size_t i = 0, k = 0; i < n && rc == 0; i++) {
-        uint64_t sum = 0;
-        while (k < ends[i])
-            sum += digests[k++];
-        ret_digests[i] = weights_digest_known(sum);
-    }
+    free(parts);
     return rc;
 }
 
-int weights_slots_digest(struct weights *w, const struct slot_at *slots, size_t n, uint64_t *ret_digests,
+int weights_slot_digests(struct weights *w, const struct weights_place *places, size_t n, uint64_t *ret_digests,
                          struct err *err)
 {
-    int rc = 0;
-    for (size_t done = 0; done < n && rc == 0;) {
-        size_t some = n - done < SLOTS_AT_ONCE ? n - done : SLOTS_AT_ONCE;
-        rc = slots_digest(w, slots + done, some, ret_digests + done, err);
-        done += some;
+    struct memory_range *ranges = calloc(n * SLOT_EXTENTS_MAX + 1, sizeof *ranges);
+    size_t *of = calloc(n * SLOT_EXTENTS_MAX + 1, sizeof *of), n_ranges = 0;
+    int rc = ranges && of ? 0 : err_set(err, ERR_NOMEM, "out of memory");
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        struct extent extents[SLOT_EXTENTS_MAX];
+        size_t k = weights_slot(w, places[i].layer, places[i].slot, extents, SLOT_EXTENTS_MAX);
+        uint64_t words = 0;
+        if (k == 0)
+            rc = err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", places[i].slot,
+                         places[i].layer);
+        for (size_t part = 0; part < k; part++) {
+            ranges[n_ranges] =
+                (struct memory_range){extents[part].region, extents[part].offset, extents[part].len, words};
+            of[n_ranges++] = i;
+            words += digest_words(extents[part].len);
+        }
     }
+    if (rc == 0)
+        rc = digests_sum(w, ranges, of, n_ranges, ret_digests, n, err);
+    free(ranges);
+    free(of);
+    return rc;
+}
+
+int weights_dense_digests(struct weights *w, uint64_t *ret_digests, struct err *err)
+{
+    size_t max = w->model->n_dense, n;
+    struct extent *extents = calloc(max + 1, sizeof *extents);
+    struct memory_range *ranges = calloc(max + 1, sizeof *ranges);
+    size_t *of = calloc(max + 1, sizeof *of);
+    int rc = extents && ranges && of ? 0 : err_set(err, ERR_NOMEM, "out of memory");
+    if (rc == 0) {
+        n = weights_dense(w, extents, max);
+        for (size_t i = 0; i < n; i++) {
+            ranges[i] = (struct memory_range){extents[i].region, extents[i].offset, extents[i].len, 0};
+            of[i] = i;
+        }
+        rc = digests_sum(w, ranges, of, n, ret_digests, n, err);
+    }
+    free(extents);
+    free(ranges);
+    free(of);
     return rc;
 }
 
 int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64_t *ret_digest, struct err *err)
 {
+    const struct weights_place place = {layer, slot};
     uint64_t digest;
-    int rc = weights_slots_digest(w, &(struct slot_at){layer, slot}, 1, &digest, err);
+    int rc = weights_slot_digests(w, &place, 1, &digest, err);
     if (rc == 0)
         *ret_digest = digest;
     return rc;
@@ -189,4 +212,17 @@ int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32
     uint64_t digest;
     int rc = weights_slot_digest(w, layer, slot, &digest, err);
     return rc < 0 ? rc : weights_slot_check(w, layer, slot, expert, digest, err);
+}
+
+int weights_dense_check(const struct weights *w, uint32_t dense_index, uint64_t digest, struct err *err)
+{
+    const struct model *model = w->model;
+    uint64_t want = model->dense_digest[dense_index], have = weights_digest_known(digest);
+    if (want == 0)
+        return err_set(err, ERR_CORRUPT, "dense region %u cannot be verified: its digest is not known here",
+                       dense_index);
+    if (have != want)
+        return err_set(err, ERR_CORRUPT, "dense region %u has digest %016llx, not %016llx", dense_index,
+                       (unsigned long long)have, (unsigned long long)want);
+    return 0;
 }

@@ -71,7 +71,7 @@ static struct worker_result result_wait(struct story *s, uint32_t i)
     for (;;)
         if (!worker_next_result(s->workers[i], &result))
             poll(&(struct pollfd){.fd = worker_fd(s->workers[i]), .events = POLLIN}, 1, -1);
-        else if (!result.progress)
+        else if (!result.progress && !result.fatal)
             break;
     if (result.code < 0)
         said(s, result.code, result.text);
