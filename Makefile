@@ -242,7 +242,7 @@ bench:     ## the figures of docs/figures.md
 	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
 	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests
 .PHONY: bench-load
-bench-load: ## the rate of loading a checkpoint of real shapes (4 GB, twice): BENCH_LOAD_MEMORY=cuda, BENCH_LOAD_DIR=/data/model
+bench-load: ## how fast a checkpoint of real shapes loads (8 GB of memory, or BENCH_LOAD_MEMORY=cuda)
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_load $(BUILD)/tests/eep-make-checkpoint
 	@tests/bench/load.sh $(BUILD)/tests
 
