@@ -9,7 +9,7 @@ BUNDLE       = eep-$(shell sed -n 's/^\#define EEP_SOFTWARE "\(.*\)"/\1/p' commo
 BUNDLE_OPT   = $(OPT) -ffile-prefix-map=$(CURDIR)=. -ffile-prefix-map=$(BUILD)/bundle=build
 BUNDLE_MAKE  = $(MAKE) --no-print-directory -s -j2 BUILD=$(BUILD)/bundle LINK=static OPT='$(BUNDLE_OPT)'
 # what is to run on a machine where nothing can be built: instruments, among them all of tests/gpu
-BUNDLE_TESTS = eep-engine eep-feeder eep-demo test_memory test_transport_gpu $(BENCH_BIN:$(BUILD)/tests/%=%) \
+BUNDLE_TESTS = eep-engine eep-feeder eep-demo test_memory test_transport_gpu test_libeep_gpu test_reference_model $(BENCH_BIN:$(BUILD)/tests/%=%) \
                $(patsubst tests/gpu/%.c,%,$(wildcard tests/gpu/*.c))
 
 .PHONY: bundle bundle-test check-bundle bundle-programs bundle-test-programs

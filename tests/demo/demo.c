@@ -242,7 +242,7 @@ static const struct argp_option options[] = {
     {"concurrency", 'c', "N", 0, "requests in flight (default 12)", 0},
     {"busy-us", 'b', "US", 0, "spinning at the beginning of each engine step, where it is computed (default 0)", 0},
     {"memory", OPT_MEMORY, "host|cuda", 0, "where the weights lie; on GPUs, the agents share them (default $EEP_TEST_MEMORY, host)", 0},
-    {"transport", OPT_TRANSPORT, "NAME", 0, "of the agents: host, or with cuda cuda_peer, nccl or auto (default $EEP_TEST_TRANSPORT, host)", 0},
+    {"transport", OPT_TRANSPORT, "NAME", 0, "of the agents: host, or with cuda auto, cuda_peer or nccl (default $EEP_TEST_TRANSPORT)", 0},
     {"sequence", OPT_SEQUENCE, "N,N,...", 0, "ranks, one operation after the other (default 2,4,3,2,4)", 0},
     {"cycles", OPT_CYCLES, "N", 0, "the sequence so many times (default 1)", 0},
     {"settle-ms", 't', "MS", 0, "time to serve between two operations (default 1500)", 0},
@@ -401,9 +401,12 @@ int main(int argc, char **argv)
     else if (report)
         good = demo_report(&d, base, report, feeder) && resources_report(&d) && good;
     rpc_client_free(d.client);
+    int bad = cluster_engines_stop(&d.cluster);
+    if (!interrupted && report)
+        report_steps(&d);
     char dir[128];
     snprintf(dir, sizeof(dir), "%s", d.cluster.dir);
-    int bad = cluster_stop(&d.cluster, d.keep);
+    bad += cluster_stop(&d.cluster, d.keep);
     if (d.keep)
         printf("\nlogs and state are in %s\n", dir);
     for (int i = 0; i < d.n_results; i++)

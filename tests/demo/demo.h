@@ -64,6 +64,8 @@ void resources_take(struct demo *d, int ranks);
 bool resources_report(const struct demo *d);
 
 /* report.c */
+/* From the logs of engines that have ended. */
+void report_steps(const struct demo *d);
 bool demo_report(struct demo *d, const json_t *base, const json_t *report, int feeder);
 
 #endif

@@ -1,4 +1,5 @@
 /* What the demo says at the end. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -106,6 +107,38 @@ static void report_pauses(const struct demo *d, double *values)
     printf("\n  pause of an engine (held between two steps), over %d scale operations:\n"
            "            longest %.3f ms, p99 %.3f ms, median %.3f ms\n",
            n, values[n - 1], values[(n * 99 - 1) / 100], values[n / 2]);
+}
+
+/* A figure of the last line that says `event=end`; -1: none. */
+static double logged(const char *text, const char *key)
+{
+    const char *line = NULL;
+    for (const char *at = text; at && (at = strstr(at, "event=end")); at++)
+        line = at;
+    const char *at = line ? strstr(line, key) : NULL;
+    return at ? strtod(at + strlen(key), NULL) : -1;
+}
+
+void report_steps(const struct demo *d)
+{
+    double p50[CLUSTER_AGENTS_MAX], p99 = 0, longest = 0;
+    int n = 0;
+    for (int i = 0; i < d->agents; i++) {
+        char name[32];
+        snprintf(name, sizeof(name), "engine-%d.log", i);
+        char *text = cluster_read(&d->cluster, name);
+        if (logged(text, "step_max_us=") > 0) {
+            p50[n++] = logged(text, "step_p50_us=") / 1e3;
+            p99 = fmax(p99, logged(text, "step_p99_us=") / 1e3);
+            longest = fmax(longest, logged(text, "step_max_us=") / 1e3);
+        }
+        free(text);
+    }
+    if (n == 0)
+        return;
+    qsort(p50, (size_t)n, sizeof(p50[0]), by_value);
+    printf("\n  steps of %d engines: median %.2f ms, the worst engine's p99 %.2f ms, longest %.2f ms\n", n,
+           p50[n / 2], p99, longest);
 }
 
 bool demo_report(struct demo *d, const json_t *base, const json_t *report, int feeder)
