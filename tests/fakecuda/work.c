@@ -177,7 +177,10 @@ static CUresult value_wait_run(struct fake_op *op, int device)
         fake_use_done(&use);
         if (!word)
             return CUDA_ERROR_ILLEGAL_ADDRESS;
-        if (reached)
+        fake_lock();
+        bool lost = fake.sticky != CUDA_SUCCESS;
+        fake_unlock();
+        if (reached || lost)
             return CUDA_SUCCESS;
         usleep(POLL_US);
     }
