@@ -6,8 +6,9 @@
  * it was on return.  Any thread; the device_step_* functions and device_maps_write are the stepping thread's.
  *
  * The words of a step: its work is *launched* when step_end returns, and *done* when the stream has come to that point.
- * `done` is written in stream order, by the stream itself where the device can write to host memory (cuStreamWriteValue64
- * to the control page), else by a host function.  So it may come when no thread of the engine passes a boundary. */
+ * `done` is written in stream order, by the stream itself where the device can write to host memory
+ * (cuStreamWriteValue64 to the control page), else by a host function.  So it may come when no thread of the engine
+ * passes a boundary. */
 #ifndef EEP_LIBEEP_DEVICE_H
 #define EEP_LIBEEP_DEVICE_H
 

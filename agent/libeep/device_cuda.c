@@ -38,10 +38,11 @@ static int gpu_open(const char *uuid, struct cuda_device **ret_gpu, struct err *
         cuda_driver_unload(&cu);
     }
     if (rc == ERR_NOTFOUND)
-        return err_set(err, rc,
-                       "the agent's weights lie on GPU %s, which this process does not see: its CUDA_VISIBLE_DEVICES must "
-                       "not hide it",
-                       uuid);
+        return err_set(
+            err, rc,
+            "the agent's weights lie on GPU %s, which this process does not see: its CUDA_VISIBLE_DEVICES must "
+            "not hide it",
+            uuid);
     return rc ? err_wrap(err, "the agent's weights lie on GPU %s", uuid) : 0;
 }
 
@@ -283,7 +284,8 @@ static int maps_enqueue(struct device *d, struct device_maps *m, const struct ee
     return rc ? rc : cuda_check(cu, cu->cuEventRecord(stage->busy, stream), err, "mark a copy of the expert maps");
 }
 
-int device_maps_write(struct device *d, struct device_maps *m, const struct eep_maps *maps, void *stream, struct err *err)
+int device_maps_write(struct device *d, struct device_maps *m, const struct eep_maps *maps, void *stream,
+                      struct err *err)
 {
     const struct cuda_driver *cu = &d->gpu->driver;
     CUcontext before;

@@ -29,10 +29,10 @@ struct device {
     pthread_mutex_t lock;
     /* under lock */
     struct device_step steps[DEVICE_STEPS_AHEAD];
-    unsigned begun, seen; /* steps since the start; seen <= begun: known to have ended, and timed */
+    unsigned begun, seen;            /* steps since the start; seen <= begun: known to have ended, and timed */
     uint64_t ns[DEVICE_STEPS_AHEAD]; /* of those not told yet */
     unsigned n_ns;
-    bool busy; /* device_drain gave up */
+    bool busy;     /* device_drain gave up */
     CUstream last; /* of the latest step */
 };
 

@@ -6,10 +6,11 @@ int device_open(const char *gpu, struct control_page *page, size_t page_bytes, s
                 struct err *err)
 {
     (void)page, (void)page_bytes, (void)ret_device;
-    return err_set(err, ERR_UNSUPPORTED,
-                   "the agent's weights lie on GPU %s, and this libeep was built without cuda.h: use one that was built "
-                   "with it",
-                   gpu);
+    return err_set(
+        err, ERR_UNSUPPORTED,
+        "the agent's weights lie on GPU %s, and this libeep was built without cuda.h: use one that was built "
+        "with it",
+        gpu);
 }
 
 void device_close(struct device *d)

@@ -337,7 +337,10 @@ static int begun(struct eep *eep, bool flip, bool wave_start, struct eep_step *r
     if (taken && eep->device && !s->device.code && device_step_begin(eep->device, s->stream, &s->device))
         taken = false;
     if (!taken || s->device.code) {
-        gate_fail(eep->page, &s->gate);
+        if (eep->device)
+            gate_left(eep->page, &s->gate); /* older steps may still run: the next one that ends says done */
+        else
+            gate_fail(eep->page, &s->gate);
         atomic_store(&eep->in_step, false);
         return s->device.code ? eep_fail_err(&s->device) : eep_fail_dead(eep);
     }

@@ -209,11 +209,13 @@ static int demo_run(struct demo *d, json_t **ret_base, json_t **ret_report, int 
     }
     printf("started: a coordinator, %d agents, %d engines; only gpu0 and gpu1 read the model\n", d->agents, d->agents);
     if (c->gpus)
-        printf("weights in GPU memory (%d GPU%s), moved by %s\n", c->gpus, c->gpus > 1 ? "s" : "", c->options.transport);
+        printf("weights in GPU memory (%d GPU%s), moved by %s\n", c->gpus, c->gpus > 1 ? "s" : "",
+               c->options.transport);
     snprintf(title, sizeof(title), "cold start on %d ranks", d->sequence[0]);
     if (demo_scale(d, 0, d->sequence[0], title, NULL))
         return -1;
-    if (demo_feed(d, (const char *[]){"--duration", "4", NULL}) < 0 || demo_pause(d, "unscaled run, to compare", 4200) < 0)
+    if (demo_feed(d, (const char *[]){"--duration", "4", NULL}) < 0 ||
+        demo_pause(d, "unscaled run, to compare", 4200) < 0)
         return -1;
     if (cluster_feeder_wait(c, 30000) != 0) {
         if (!interrupted) {
@@ -236,13 +238,16 @@ enum { OPT_MEMORY = 256, OPT_TRANSPORT, OPT_SEQUENCE, OPT_CYCLES };
 
 static const struct argp_option options[] = {
     {"model", 'm', "DIR", 0, "checkpoint with its reference.safetensors (default tests/data/qwen3-moe-tiny)", 0},
-    {"layout", 'l', "loader|fused", 0, "who lays out the weights: the agent's loader, or the engine, which seals them", 0},
+    {"layout", 'l', "loader|fused", 0, "who lays out the weights: the agent's loader, or the engine, which seals them",
+     0},
     {"dispatch", 'd', "source|replicated", 0, "how the engines' dispatch reads the map", 0},
     {"step-ms", 's', "MS", 0, "shortest engine step (default 20)", 0},
     {"concurrency", 'c', "N", 0, "requests in flight (default 12)", 0},
     {"busy-us", 'b', "US", 0, "spinning at the beginning of each engine step, where it is computed (default 0)", 0},
-    {"memory", OPT_MEMORY, "host|cuda", 0, "where the weights lie; on GPUs, the agents share them (default $EEP_TEST_MEMORY, host)", 0},
-    {"transport", OPT_TRANSPORT, "NAME", 0, "of the agents: host, or with cuda cuda_peer, nccl or auto (default $EEP_TEST_TRANSPORT, host)", 0},
+    {"memory", OPT_MEMORY, "host|cuda", 0,
+     "where the weights lie; on GPUs, the agents share them (default $EEP_TEST_MEMORY, host)", 0},
+    {"transport", OPT_TRANSPORT, "NAME", 0,
+     "of the agents: host, or with cuda auto, cuda_peer or nccl (default $EEP_TEST_TRANSPORT)", 0},
     {"sequence", OPT_SEQUENCE, "N,N,...", 0, "ranks, one operation after the other (default 2,4,3,2,4)", 0},
     {"cycles", OPT_CYCLES, "N", 0, "the sequence so many times (default 1)", 0},
     {"settle-ms", 't', "MS", 0, "time to serve between two operations (default 1500)", 0},
@@ -339,13 +344,17 @@ static int demo_check(struct demo *d)
     for (size_t i = 0; i < sizeof(files) / sizeof(files[0]); i++) {
         if (snprintf(path, sizeof(path), "%s/%s", d->model, files[i]) < (int)sizeof(path) && access(path, R_OK) == 0)
             continue;
-        fprintf(stderr, "eep-demo: cannot read %s/%s: %s; --model names a checkpoint folder with its reference (run "
-                        "from the root of the source tree for the default)\n", d->model, files[i], strerror(errno));
+        fprintf(stderr,
+                "eep-demo: cannot read %s/%s: %s; --model names a checkpoint folder with its reference (run "
+                "from the root of the source tree for the default)\n",
+                d->model, files[i], strerror(errno));
         return -1;
     }
     if (snprintf(path, sizeof(path), "%s/eep-coordinator", d->bin) >= (int)sizeof(path) || access(path, X_OK) != 0) {
-        fprintf(stderr, "eep-demo: cannot run %s/eep-coordinator: %s; run `make`, or set EEP_BIN to the folder of the "
-                        "programs\n", d->bin, strerror(errno));
+        fprintf(stderr,
+                "eep-demo: cannot run %s/eep-coordinator: %s; run `make`, or set EEP_BIN to the folder of the "
+                "programs\n",
+                d->bin, strerror(errno));
         return -1;
     }
     return 0;
@@ -355,7 +364,8 @@ static int demo_check(struct demo *d)
 static void demo_find_bin(struct demo *d)
 {
     const char *env = getenv("EEP_BIN");
-    ssize_t n = env ? snprintf(d->bin, sizeof(d->bin), "%s", env) : readlink("/proc/self/exe", d->bin, sizeof(d->bin) - 1);
+    ssize_t n =
+        env ? snprintf(d->bin, sizeof(d->bin), "%s", env) : readlink("/proc/self/exe", d->bin, sizeof(d->bin) - 1);
     if (env || n <= 0)
         return;
     d->bin[n] = '\0';
@@ -369,8 +379,8 @@ static void demo_find_bin(struct demo *d)
 int main(int argc, char **argv)
 {
     static const struct argp argp = {
-        options, parse, NULL,
-        "Scales a served model from 2 to 4 ranks and back under load, on loopback, and reports.", NULL, NULL, NULL};
+        options, parse, NULL, "Scales a served model from 2 to 4 ranks and back under load, on loopback, and reports.",
+        NULL,    NULL,  NULL};
     struct demo d = {.model = "tests/data/qwen3-moe-tiny",
                      .step_ms = 20,
                      .concurrency = 12,
@@ -401,9 +411,12 @@ int main(int argc, char **argv)
     else if (report)
         good = demo_report(&d, base, report, feeder) && resources_report(&d) && good;
     rpc_client_free(d.client);
+    int bad = cluster_engines_stop(&d.cluster);
+    if (!interrupted && report)
+        report_steps(&d);
     char dir[128];
     snprintf(dir, sizeof(dir), "%s", d.cluster.dir);
-    int bad = cluster_stop(&d.cluster, d.keep);
+    bad += cluster_stop(&d.cluster, d.keep);
     if (d.keep)
         printf("\nlogs and state are in %s\n", dir);
     for (int i = 0; i < d.n_results; i++)
@@ -414,7 +427,7 @@ int main(int argc, char **argv)
     if (interrupted)
         return 128 + (int)interrupted;
     good = good && bad == 0;
-    printf("\n%s\n", good ? "good: all requests have exactly the reference's tokens; nothing is left behind"
-                          : "NOT GOOD");
+    printf("\n%s\n",
+           good ? "good: all requests have exactly the reference's tokens; nothing is left behind" : "NOT GOOD");
     return good ? 0 : 1;
 }

@@ -39,7 +39,7 @@ struct demo {
     int step_ms, busy_us, concurrency, settle_ms;
     bool keep, tty;
     struct rpc_client *client;
-    int lines; /* of the live view that are on the screen */
+    int lines;              /* of the live view that are on the screen */
     struct result *results; /* the cold start first */
     int n_results, room;
     struct resources resources[CYCLES_MAX];
@@ -48,7 +48,7 @@ struct demo {
 };
 
 /* demo.c */
-Pb__StatusReply *demo_status(struct demo *d); /* NULL: not to be had now; rpc_unpack_free */
+Pb__StatusReply *demo_status(struct demo *d);        /* NULL: not to be had now; rpc_unpack_free */
 json_t *demo_json(struct demo *d, const char *name); /* a file of the cluster's folder, or NULL */
 double demo_number(const json_t *root, const char *key);
 const char *demo_megabytes(uint64_t bytes, char *text, size_t size);
@@ -64,6 +64,8 @@ void resources_take(struct demo *d, int ranks);
 bool resources_report(const struct demo *d);
 
 /* report.c */
+/* From the logs of engines that have ended. */
+void report_steps(const struct demo *d);
 bool demo_report(struct demo *d, const json_t *base, const json_t *report, int feeder);
 
 #endif

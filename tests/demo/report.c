@@ -1,4 +1,5 @@
 /* What the demo says at the end. */
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,8 +22,8 @@ static void report_phases(const struct demo *d)
         size_t column = (size_t)printf("  %-26s", d->results[i].title);
         for (size_t k = 0; op && k < op->n_phases; k++) {
             char text[64];
-            size_t len = (size_t)snprintf(text, sizeof(text), " %s %.1f", op->phases[k]->phase,
-                                          (double)op->phases[k]->ns / 1e6);
+            size_t len =
+                (size_t)snprintf(text, sizeof(text), " %s %.1f", op->phases[k]->phase, (double)op->phases[k]->ns / 1e6);
             if (op->phases[k]->ns < 100000)
                 continue;
             if (column + len > width)
@@ -108,18 +109,52 @@ static void report_pauses(const struct demo *d, double *values)
            n, values[n - 1], values[(n * 99 - 1) / 100], values[n / 2]);
 }
 
+/* A figure of the last line that says `event=end`; -1: none. */
+static double logged(const char *text, const char *key)
+{
+    const char *line = NULL;
+    for (const char *at = text; at && (at = strstr(at, "event=end")); at++)
+        line = at;
+    const char *at = line ? strstr(line, key) : NULL;
+    return at ? strtod(at + strlen(key), NULL) : -1;
+}
+
+void report_steps(const struct demo *d)
+{
+    double p50[CLUSTER_AGENTS_MAX], p99 = 0, longest = 0;
+    int n = 0;
+    for (int i = 0; i < d->agents; i++) {
+        char name[32];
+        snprintf(name, sizeof(name), "engine-%d.log", i);
+        char *text = cluster_read(&d->cluster, name);
+        if (logged(text, "step_max_us=") > 0) {
+            p50[n++] = logged(text, "step_p50_us=") / 1e3;
+            p99 = fmax(p99, logged(text, "step_p99_us=") / 1e3);
+            longest = fmax(longest, logged(text, "step_max_us=") / 1e3);
+        }
+        free(text);
+    }
+    if (n == 0)
+        return;
+    qsort(p50, (size_t)n, sizeof(p50[0]), by_value);
+    printf("\n  steps of %d engines: median %.2f ms, the worst engine's p99 %.2f ms, longest %.2f ms\n", n, p50[n / 2],
+           p99, longest);
+}
+
 bool demo_report(struct demo *d, const json_t *base, const json_t *report, int feeder)
 {
-    double issued = demo_number(report, "issued"), completed = demo_number(report, "completed"), wrong = demo_number(report, "wrong");
+    double issued = demo_number(report, "issued"), completed = demo_number(report, "completed"),
+           wrong = demo_number(report, "wrong");
     bool good = feeder == 0 && issued > 0 && completed == issued && wrong == 0;
     printf("\nreport\n");
     printf("  requests: %.0f issued, %.0f completed, %.0f token for token equal to the reference;\n"
            "            %.0f moved to another rank\n",
-           issued, completed, completed - wrong, demo_number(report, "handed_back") + demo_number(report, "refused") + demo_number(report, "lost"));
+           issued, completed, completed - wrong,
+           demo_number(report, "handed_back") + demo_number(report, "refused") + demo_number(report, "lost"));
     printf("  longest gap between two tokens of one request: %.1f ms while scaling,\n"
            "            %.1f ms unscaled; median %.1f and %.1f ms\n",
-           demo_number(report, "longest_gap_ms"), demo_number(base, "longest_gap_ms"), demo_number(report, "median_gap_ms"),
-           demo_number(base, "median_gap_ms"));
+           demo_number(report, "longest_gap_ms"), demo_number(base, "longest_gap_ms"),
+           demo_number(report, "median_gap_ms"), demo_number(base, "median_gap_ms"));
     double *values = calloc((size_t)d->n_results + 1, sizeof(*values));
     if (!values)
         return false;

@@ -41,8 +41,8 @@ struct compute_cuda {
     uint32_t n;
     struct run *runs;
     uint32_t n_runs, room;
-    struct buffer token, x, h, q, att, scores, y;         /* of the own tokens */
-    struct buffer route_h, route_logits, choices;         /* of tokens that are routed */
+    struct buffer token, x, h, q, att, scores, y;          /* of the own tokens */
+    struct buffer route_h, route_logits, choices;          /* of tokens that are routed */
     struct buffer items, item_h, gate_up, act, out, wrong; /* of the experts' items */
     struct buffer logits;
 };
@@ -213,8 +213,7 @@ static int cuda_begin(struct compute *self, const struct forward_token *tokens, 
         ids[i] = tokens[i].token;
     rc = cuda_check(driver(c), driver(c)->cuMemcpyHtoDAsync(c->token.at, ids, n * sizeof *ids, c->stream), err,
                     "copy tokens to the GPU");
-    struct embed_args a = {m->embed,        on_device(c->token.at), on_device(c->x.at), n, m->config.hidden,
-                           m->config.vocab};
+    struct embed_args a = {m->embed, on_device(c->token.at), on_device(c->x.at), n, m->config.hidden, m->config.vocab};
     return rc ? rc : launch(c, KERNEL_embed, &a, (uint64_t)n * m->config.hidden, err);
 }
 
@@ -305,8 +304,8 @@ static int cuda_logits(struct compute *self, struct err *err)
         rc = norm(c, c->x.at, m->norm, c->h.at, c->n, m->config.hidden, err);
     for (uint32_t i = 0, at = 0; i < c->n && rc == 0; i++)
         if (c->tokens[i].logits)
-            rc = matmul(c, m->lm_head, c->h.at + (size_t)i * m->config.hidden * sizeof(float), c->logits.at + at++ * row,
-                        1, m->config.vocab, m->config.hidden, false, err);
+            rc = matmul(c, m->lm_head, c->h.at + (size_t)i * m->config.hidden * sizeof(float),
+                        c->logits.at + at++ * row, 1, m->config.vocab, m->config.hidden, false, err);
     if (rc == 0)
         rc = buffer_down(c, &c->logits, asked * row, err);
     if (rc == 0)
@@ -347,8 +346,7 @@ static int cuda_route(struct compute *self, uint32_t layer, const struct compute
         return rc;
     struct topk_args a = {
         .logits = on_device(c->route_logits.at),
-        .logical_to_physical_map =
-            p->device_logical_to_physical_map + (size_t)layer * p->logical * p->max_replicas,
+        .logical_to_physical_map = p->device_logical_to_physical_map + (size_t)layer * p->logical * p->max_replicas,
         .logical_replica_count = p->device_logical_replica_count + (size_t)layer * p->logical,
         .out = on_device(c->choices.at),
         .step = maps->step,
@@ -410,12 +408,27 @@ static int items_compute(struct compute_cuda *c, uint32_t layer, uint32_t n, str
     const struct decoder_layer *y = &m->layer[layer];
     uint32_t hidden = m->config.hidden, inner = m->config.expert_hidden;
     uint32_t transposed = m->layout == DECODER_LAYOUT_TRANSPOSED;
-    struct expert_args up = {on_device(c->items.at), y->w13, on_device(c->item_h.at), on_device(c->gate_up.at),
-                             y->w13_stride,          n,      hidden,                  2 * inner,
-                             m->slots,               transposed};
+    struct expert_args up = {on_device(c->items.at),
+                             y->w13,
+                             on_device(c->item_h.at),
+                             on_device(c->gate_up.at),
+                             y->w13_stride,
+                             n,
+                             hidden,
+                             2 * inner,
+                             m->slots,
+                             transposed};
     struct act_args act = {on_device(c->gate_up.at), on_device(c->act.at), n, inner};
-    struct expert_args down = {on_device(c->items.at), y->w2, on_device(c->act.at), on_device(c->out.at), y->w2_stride,
-                               n, inner, hidden, m->slots, transposed};
+    struct expert_args down = {on_device(c->items.at),
+                               y->w2,
+                               on_device(c->act.at),
+                               on_device(c->out.at),
+                               y->w2_stride,
+                               n,
+                               inner,
+                               hidden,
+                               m->slots,
+                               transposed};
     int rc = launch(c, KERNEL_expert, &up, (uint64_t)n * 2 * inner, err);
     if (rc == 0)
         rc = launch(c, KERNEL_act, &act, (uint64_t)n * inner, err);
@@ -466,8 +479,8 @@ static int cuda_kv_init(struct compute *self, uint32_t positions, struct decoder
     struct compute_cuda *c = (struct compute_cuda *)self;
     size_t bytes = decoder_kv_bytes(&self->model->config, positions);
     CUdeviceptr at;
-    int rc = cuda_check(driver(c), driver(c)->cuMemAlloc(&at, bytes), err, "allocate %zu bytes for keys and values",
-                        bytes);
+    int rc =
+        cuda_check(driver(c), driver(c)->cuMemAlloc(&at, bytes), err, "allocate %zu bytes for keys and values", bytes);
     if (rc == 0)
         *ret_kv = (struct decoder_kv){.positions = positions, .data = on_device(at)};
     return rc;
@@ -486,9 +499,9 @@ static void cuda_kv_done(struct compute *self, struct decoder_kv *kv)
 static void cuda_close(struct compute *self)
 {
     struct compute_cuda *c = (struct compute_cuda *)self;
-    struct buffer *const all[] = {&c->token,   &c->x,     &c->h,      &c->q,       &c->att, &c->scores,
-                                  &c->y,       &c->route_h, &c->route_logits, &c->choices, &c->items, &c->item_h,
-                                  &c->gate_up, &c->act,   &c->out,    &c->wrong,   &c->logits};
+    struct buffer *const all[] = {
+        &c->token,   &c->x,     &c->h,      &c->q,       &c->att, &c->scores, &c->y,     &c->route_h, &c->route_logits,
+        &c->choices, &c->items, &c->item_h, &c->gate_up, &c->act, &c->out,    &c->wrong, &c->logits};
     if (cuda_device_use(c->device, NULL) == 0) {
         if (c->stream)
             (void)driver(c)->cuStreamSynchronize(c->stream);
@@ -522,7 +535,8 @@ static int cuda_rope(struct compute_cuda *c, struct err *err)
 {
     const struct decoder *m = c->base.model;
     size_t bytes = (size_t)m->config.max_positions * m->config.head_dim * sizeof *m->rope;
-    int rc = cuda_check(driver(c), driver(c)->cuMemAlloc(&c->rope, bytes), err, "allocate %zu bytes of GPU memory", bytes);
+    int rc =
+        cuda_check(driver(c), driver(c)->cuMemAlloc(&c->rope, bytes), err, "allocate %zu bytes of GPU memory", bytes);
     if (rc == 0)
         rc = cuda_check(driver(c), driver(c)->cuMemcpyHtoDAsync(c->rope, m->rope, bytes, c->stream), err,
                         "copy the angles to the GPU");

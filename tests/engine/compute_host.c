@@ -107,8 +107,7 @@ static int host_experts(struct compute *self, uint32_t layer, const struct compu
     const struct eep_maps *maps = m->maps;
     size_t hidden = self->model->config.hidden;
     float scratch[3 * self->model->config.expert_hidden];
-    const int32_t *held = maps->physical_to_logical_map +
-                          ((size_t)layer * maps->max_ranks + m->self) * maps->slots;
+    const int32_t *held = maps->physical_to_logical_map + ((size_t)layer * maps->max_ranks + m->self) * maps->slots;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t slot = items[i].slot, expert = items[i].expert;
         if (slot >= maps->slots || (held[slot] >= 0 && (uint32_t)held[slot] != expert))

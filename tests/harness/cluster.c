@@ -176,10 +176,8 @@ static int cluster_memory_args(struct cluster *c, int i, const char **args, char
         if (c->options.agents > c->gpus)
             args[n++] = "--shared-gpu";
     }
-    if (strcmp(c->options.transport, "host") != 0) {
-        args[n++] = "--transport";
-        args[n++] = c->options.transport;
-    }
+    args[n++] = "--transport";
+    args[n++] = c->options.transport;
     return n;
 }
 
@@ -189,7 +187,7 @@ static void cluster_choose_memory(struct cluster *c)
     if (!c->options.memory)
         c->options.memory = memory ? memory : "host";
     if (!c->options.transport)
-        c->options.transport = transport ? transport : "host";
+        c->options.transport = transport ? transport : strcmp(c->options.memory, "cuda") == 0 ? "auto" : "host";
 }
 
 int cluster_start(struct cluster *c, const struct cluster_options *options)
@@ -443,7 +441,11 @@ static int cluster_end(pid_t *pid, const char *what, int i)
 {
     if (*pid <= 0)
         return 0;
-    int status = cluster_wait(pid, 8000);
+    int status = cluster_wait(pid, 4000);
+    if (*pid > 0 && strcmp(what, "agent") == 0) /* two SIGTERMs are one to a process that had no time between them */
+        kill(*pid, SIGTERM);
+    if (*pid > 0)
+        status = cluster_wait(pid, 4000);
     if (*pid > 0) {
         fprintf(stderr, "%s %d did not stop on SIGTERM\n", what, i);
         cluster_signal(pid, SIGKILL);
@@ -454,6 +456,16 @@ static int cluster_end(pid_t *pid, const char *what, int i)
     return status != 0;
 }
 
+int cluster_engines_stop(struct cluster *c)
+{
+    int bad = 0;
+    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
+        cluster_terminate(c->engine[i]);
+    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
+        bad += cluster_end(&c->engine[i], "engine", i);
+    return bad;
+}
+
 int cluster_stop(struct cluster *c, bool keep)
 {
     int bad = 0;
@@ -462,10 +474,7 @@ int cluster_stop(struct cluster *c, bool keep)
     if (c->feeder > 0)
         kill(c->feeder, SIGKILL);
     (void)cluster_wait(&c->feeder, 2000);
-    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
-        cluster_terminate(c->engine[i]);
-    for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
-        bad += cluster_end(&c->engine[i], "engine", i);
+    bad += cluster_engines_stop(c);
     /* the second SIGTERM says: at once, without waiting to be drained */
     for (int i = 0; i < CLUSTER_AGENTS_MAX; i++)
         cluster_terminate(c->agent[i]);

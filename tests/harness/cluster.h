@@ -22,8 +22,8 @@ struct cluster_options {
     const char *dispatch;     /* "source" (default) or "replicated" */
     int step_ms;              /* minimum duration of an engine step */
     int busy_us;              /* spinning at the beginning of each step, where it is computed */
-    /* Of the agents; NULL: $EEP_TEST_MEMORY and $EEP_TEST_TRANSPORT, or else "host".  With "cuda" the agents are spread
-       over the GPUs that there are, and share them. */
+    /* Of the agents; NULL: $EEP_TEST_MEMORY and $EEP_TEST_TRANSPORT, or else "host" (transport "auto" with memory "cuda").
+       With "cuda" the agents are spread over the GPUs that there are, and share them. */
     const char *memory, *transport;
     const char *coordinator_args[16]; /* NULL terminated */
     const volatile sig_atomic_t *interrupted; /* or NULL: once it is not 0, every wait but cluster_stop's gives up */
@@ -69,6 +69,8 @@ int cluster_wait_agents(struct cluster *c, int n, int timeout_ms);
 char *cluster_read(const struct cluster *c, const char *name);
 /* The last line of every log, to stderr. */
 void cluster_logs_show(const struct cluster *c);
+/* Ends the engines, which say in their logs then how long their steps took; how many did not end cleanly. */
+int cluster_engines_stop(struct cluster *c);
 /* Ends everything; keep: leaves the folder (to look at the logs).  Exit statuses other than 0 of daemons that had to
  * stop by SIGTERM are counted and returned: 0 = all clean. */
 int cluster_stop(struct cluster *c, bool keep);
