@@ -76,7 +76,8 @@ BENCH_BIN  := $(BENCH_SRC:tests/bench/%.c=$(BUILD)/tests/%)
 
 # the CUDA driver on host memory, for tests; only where cuda.h is
 FAKECUDA_SRC := $(if $(HAVE_CUDA),$(wildcard tests/fakecuda/*.c))
-FAKECUDA   := $(if $(HAVE_CUDA),$(BUILD)/fakecuda/libcuda.so.1)
+FAKENCCL_SRC := $(if $(HAVE_NCCL),$(wildcard tests/fakenccl/*.c))
+FAKECUDA   := $(if $(HAVE_CUDA),$(BUILD)/fakecuda/libcuda.so.1) $(if $(HAVE_NCCL),$(BUILD)/fakecuda/libnccl.so.2)
 
 obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst $(BUILD)/%,%,$(1)))
 
@@ -97,7 +98,7 @@ $(BUILD)/%.o: %.c | $(PROTO_HDR)
 
 ifeq ($(HAVE_CUDA),1)
 $(call obj,$(CUDA_SRC) $(FAKECUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
-$(call obj,$(NCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
+$(call obj,$(NCCL_SRC) $(FAKENCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
 $(BUILD)/agent/digest_kernel.o: override CPPFLAGS += -DDIGEST_FATBIN='"$(BUILD)/agent/digest_kernel.fatbin"'
 $(BUILD)/agent/digest_kernel.o: $(BUILD)/agent/digest_kernel.fatbin
 endif
@@ -152,6 +153,9 @@ $(BUILD)/fakecuda/libcuda.so.1: $(call obj,$(FAKECUDA_SRC)) $(BUILD)/libcommon.a
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 -Wl,-z,nodelete -Wl,--version-script=tests/fakecuda/export.map \
 	  -o $@ $(filter-out %.map,$^) -lpthread
+$(BUILD)/fakecuda/libnccl.so.2: $(call obj,$(FAKENCCL_SRC)) tests/fakenccl/export.map | $(BUILD)/fakecuda/libcuda.so.1
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libnccl.so.2 -Wl,--version-script=tests/fakenccl/export.map -o $@ \
+	  $(filter-out %.map,$^) $(BUILD)/fakecuda/libcuda.so.1 -lpthread
 $(BUILD)/tests/eep-sim: $(call obj,$(SIM_SRC)) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)

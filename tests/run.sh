@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the test programs one after another and counts: unit tests, the simulation, integration tests.
-# Tests of GPU paths run on the CUDA driver of tests/fakecuda (where the build has one); on a GPU tests/gpu/contract.sh
+# Tests of GPU paths run on the CUDA driver of tests/fakecuda and the NCCL of tests/fakenccl (where the build has one); on a GPU tests/gpu/contract.sh
 # runs them.
 # usage: BUILD=build SIM_SEEDS=2000 tests/run.sh UNIT... -- INTEGRATION...
 set -u
