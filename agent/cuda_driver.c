@@ -126,7 +126,7 @@ int cuda_driver_load(struct cuda_driver *ret_driver, struct err *err)
         void *symbol = dlsym(cu.library, function_table[i].name);
         if (!symbol) {
             dlclose(cu.library);
-            return err_set(err, ERR_UNSUPPORTED, "the CUDA driver is too old: it has no %s; 11.4 or newer is needed",
+            return err_set(err, ERR_UNSUPPORTED, "the CUDA driver is too old: it has no %s; 11.7 or newer is needed",
                            function_table[i].name);
         }
         memcpy((char *)&cu + function_table[i].offset, &symbol, sizeof symbol);

@@ -1,7 +1,7 @@
 /* The CUDA driver (libcuda.so.1), loaded at run time, and one GPU of it.
  *
  * Only files that the Makefile compiles when it found cuda.h include this: memory_cuda.c, transport_cuda_peer.c,
- * transport_nccl.c and their parts.  There is no libcudart: contexts are the devices' primary ones, which NCCL and
+ * transport_nccl.c and their parts, libeep/device_cuda.c.  There is no libcudart: contexts are the devices' primary ones, which NCCL and
  * anything that uses the runtime share.
  *
  * Functions are members of `struct cuda_driver` under the names of cuda.h, whose macros put the version suffix on both
@@ -19,18 +19,20 @@
 #include "agent/gpu.h"
 #include "common/err.h"
 
-/* What is looked up; all of it is in every driver since CUDA 11.4. */
+/* What is looked up; all of it is in every driver since CUDA 11.7. */
 #define CUDA_DRIVER_FUNCTIONS(X)                                                                                       \
     X(cuInit) X(cuDriverGetVersion) X(cuGetErrorName) X(cuGetErrorString)                                              \
     X(cuDeviceGet) X(cuDeviceGetCount) X(cuDeviceGetName) X(cuDeviceGetUuid) X(cuDeviceGetAttribute)                   \
     X(cuDeviceTotalMem) X(cuDeviceCanAccessPeer)                                                                       \
     X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease) X(cuCtxSetCurrent) X(cuCtxGetCurrent) X(cuCtxSynchronize) \
     X(cuMemGetInfo) X(cuMemAlloc) X(cuMemFree) X(cuMemHostAlloc) X(cuMemFreeHost) X(cuMemHostGetDevicePointer)         \
+    X(cuMemHostRegister) X(cuMemHostUnregister)                                                                        \
     X(cuMemGetAllocationGranularity) X(cuMemCreate) X(cuMemRelease) X(cuMemAddressReserve) X(cuMemAddressFree)         \
     X(cuMemMap) X(cuMemUnmap) X(cuMemSetAccess) X(cuMemExportToShareableHandle) X(cuMemImportFromShareableHandle)      \
     X(cuMemGetAllocationPropertiesFromHandle)                                                                          \
     X(cuMemcpyHtoDAsync) X(cuMemcpyDtoHAsync) X(cuMemcpyDtoDAsync) X(cuMemsetD8Async)                                  \
     X(cuStreamCreate) X(cuStreamDestroy) X(cuStreamSynchronize) X(cuStreamQuery) X(cuStreamWaitEvent)                  \
+    X(cuStreamWriteValue64) X(cuLaunchHostFunc)                                                                        \
     X(cuEventCreate) X(cuEventDestroy) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)                          \
     X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuLaunchKernel)
 
@@ -77,6 +79,12 @@ bool cuda_is_sticky(CUresult result);
 int cuda_health(struct err *err) MUST_CHECK;
 
 /* ---- memory (cuda_memory.c); the context must be current ---- */
+
+/* How regions are allocated, and the granularity of their sizes, which agent and engine reckon alike. */
+CUmemAllocationProp cuda_properties(const struct cuda_device *device, bool rdma);
+int cuda_granularity(const struct cuda_device *device, size_t *ret_granularity, struct err *err) MUST_CHECK;
+/* bytes rounded up; false when that makes no size. */
+bool cuda_round(size_t granularity, size_t bytes, size_t *ret_mapped);
 
 /* Maps an allocation, with access from this device, at an address of its own.  The handle may be released afterwards:
  * the mapping holds the memory. */

@@ -3,6 +3,34 @@
 
 #include <string.h>
 
+CUmemAllocationProp cuda_properties(const struct cuda_device *device, bool rdma)
+{
+    return (CUmemAllocationProp){
+        .type = CU_MEM_ALLOCATION_TYPE_PINNED,
+        .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = device->device},
+        .allocFlags = {.gpuDirectRDMACapable = rdma},
+    };
+}
+
+int cuda_granularity(const struct cuda_device *device, size_t *ret_granularity, struct err *err)
+{
+    const struct cuda_driver *cu = &device->driver;
+    const CUmemAllocationProp properties = cuda_properties(device, device->rdma);
+    return cuda_check(cu,
+                      cu->cuMemGetAllocationGranularity(ret_granularity, &properties,
+                                                        CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+                      err, "ask for the granularity of GPU memory");
+}
+
+bool cuda_round(size_t granularity, size_t bytes, size_t *ret_mapped)
+{
+    if (bytes == 0 || bytes > SIZE_MAX / 2)
+        return false;
+    *ret_mapped = (bytes + granularity - 1) / granularity * granularity;
+    return true;
+}
+
 int cuda_map(const struct cuda_device *device, CUmemGenericAllocationHandle handle, size_t mapped, CUdeviceptr *ret_at,
              struct err *err)
 {

@@ -26,6 +26,7 @@ struct memory_range {
 
 struct memory_backend {
     const char *name; /* "host" */
+    const char *gpu;  /* UUID of the GPU whose memory it is; NULL: host memory */
     /* May block.  Zeroed memory.  ERR_NOMEM names the size and the region. */
     int (*alloc)(struct memory_backend *self, const char *label, size_t bytes, struct memory_region *ret_region, struct err *err);
     /* Adopts a descriptor that somebody else allocated (an engine's own region). */

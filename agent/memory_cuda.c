@@ -54,14 +54,6 @@ static CUdeviceptr region_at(const struct memory_region *region, size_t offset)
     return (CUdeviceptr)(uintptr_t)region->base + offset;
 }
 
-static bool cuda_round(const struct memory_cuda *m, size_t bytes, size_t *ret_mapped)
-{
-    if (bytes == 0 || bytes > SIZE_MAX / 2)
-        return false;
-    *ret_mapped = (bytes + m->granularity - 1) / m->granularity * m->granularity;
-    return true;
-}
-
 static int cuda_range_check(const struct memory_region *region, size_t offset, size_t len, struct err *err)
 {
     if (offset > region->bytes || len > region->bytes - offset)
@@ -77,16 +69,6 @@ static int cuda_settle(struct memory_cuda *m, const char *what, struct err *err)
 }
 
 /* ---- allocations ---- */
-
-static CUmemAllocationProp cuda_properties(const struct memory_cuda *m, bool rdma)
-{
-    return (CUmemAllocationProp){
-        .type = CU_MEM_ALLOCATION_TYPE_PINNED,
-        .requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
-        .location = {.type = CU_MEM_LOCATION_TYPE_DEVICE, .id = m->device->device},
-        .allocFlags = {.gpuDirectRDMACapable = rdma},
-    };
-}
 
 static int cuda_export(struct memory_cuda *m, CUmemGenericAllocationHandle handle, int *ret_fd, struct err *err)
 {
@@ -114,10 +96,10 @@ static int cuda_create(struct memory_cuda *m, const char *label, size_t bytes, s
         return rc;
     CUresult result = CUDA_ERROR_OUT_OF_MEMORY;
     if (mapped <= total) { /* free memory may grow at any moment; what cannot fit is not tried */
-        CUmemAllocationProp properties = cuda_properties(m, m->device->rdma);
+        CUmemAllocationProp properties = cuda_properties(m->device, m->device->rdma);
         result = cu->cuMemCreate(ret_handle, mapped, &properties, 0);
         if (result == CUDA_ERROR_NOT_SUPPORTED && m->device->rdma) {
-            properties = cuda_properties(m, false); /* the device could, this system cannot */
+            properties = cuda_properties(m->device, false); /* the device could, this system cannot */
             result = cu->cuMemCreate(ret_handle, mapped, &properties, 0);
         }
     }
@@ -148,7 +130,7 @@ static int cuda_alloc(struct memory_backend *self, const char *label, size_t byt
     struct memory_region region = {.bytes = bytes, .fd = -1};
     CUmemGenericAllocationHandle handle;
     CUdeviceptr at = 0;
-    if (!cuda_round(m, bytes, &region.mapped))
+    if (!cuda_round(m->granularity, bytes, &region.mapped))
         return err_set(err, ERR_INVALID, "region \"%s\" cannot have %zu bytes", label, bytes);
     int rc = cuda_device_use(m->device, err);
     if (rc == 0)
@@ -182,7 +164,7 @@ static int cuda_adopt(struct memory_backend *self, int fd, size_t bytes, struct 
     struct memory_cuda *m = (struct memory_cuda *)self;
     CUdeviceptr at = 0;
     size_t mapped;
-    if (!cuda_round(m, bytes, &mapped))
+    if (!cuda_round(m->granularity, bytes, &mapped))
         return err_set(err, ERR_INVALID, "a region cannot have %zu bytes", bytes);
     int rc = cuda_device_use(m->device, err);
     if (rc == 0)
@@ -437,10 +419,7 @@ static int cuda_open_kernel(struct memory_cuda *m, struct err *err)
 static int cuda_open(struct memory_cuda *m, struct err *err)
 {
     const struct cuda_driver *cu = &m->device->driver;
-    const CUmemAllocationProp properties = cuda_properties(m, m->device->rdma);
-    int rc = cuda_check(
-        cu, cu->cuMemGetAllocationGranularity(&m->granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED), err,
-        "ask for the granularity of GPU memory");
+    int rc = cuda_granularity(m->device, &m->granularity, err);
     if (rc == 0)
         rc = cuda_check(cu, cu->cuStreamCreate(&m->stream, CU_STREAM_NON_BLOCKING), err, "create a stream");
     for (size_t i = 0; i < STAGES && rc == 0; i++) {
@@ -467,6 +446,7 @@ struct memory_backend *memory_cuda_open(const char *device, struct err *err)
     }
     m->base = (struct memory_backend){
         .name = "cuda",
+        .gpu = m->device->gpu.uuid,
         .alloc = cuda_alloc,
         .adopt = cuda_adopt,
         .release = cuda_release,

@@ -243,6 +243,11 @@ const struct weights *worker_weights(struct worker *w)
     return weights;
 }
 
+const char *worker_gpu(const struct worker *w)
+{
+    return w->config.memory->gpu;
+}
+
 void worker_weights_set(struct worker *w, struct weights *weights)
 {
     pthread_mutex_lock(&w->lock);

@@ -27,8 +27,12 @@ static CUresult digest_kernel(struct fake_launch *launch, void **args)
     return CUDA_SUCCESS;
 }
 
+/* tests/engine/kernels.cu, in kernels_engine.c */
+#define ENGINE_ENTRY(name) {#name "_kernel", fake_##name, {sizeof(struct name##_args)}},
+
 static const struct fake_kernel kernels[] = {
     {DIGEST_KERNEL_NAME, digest_kernel, {8, 4, 8}},
+    KERNEL_TABLE(ENGINE_ENTRY)
 };
 
 const struct fake_kernel *fake_kernel_find(const char *name)

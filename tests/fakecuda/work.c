@@ -177,7 +177,10 @@ static CUresult value_wait_run(struct fake_op *op, int device)
         fake_use_done(&use);
         if (!word)
             return CUDA_ERROR_ILLEGAL_ADDRESS;
-        if (reached)
+        fake_lock();
+        bool lost = fake.sticky != CUDA_SUCCESS;
+        fake_unlock();
+        if (reached || lost)
             return CUDA_SUCCESS;
         usleep(POLL_US);
     }
@@ -338,6 +341,12 @@ CUresult CUDAAPI cuModuleGetFunction(CUfunction *hfunc, CUmodule hmod, const cha
     return rc;
 }
 
+/* Of the copy of a parameter, which keeps them aligned. */
+static size_t param_room(size_t size)
+{
+    return (size + 15) / 16 * 16;
+}
+
 static CUresult launch_run(struct fake_op *op, int device)
 {
     struct fake_launch launch = {.use = {.device = device}};
@@ -345,7 +354,7 @@ static CUresult launch_run(struct fake_op *op, int device)
     void *args[sizeof op->kernel->sizes];
     memcpy(launch.grid, op->grid, sizeof launch.grid);
     memcpy(launch.block, op->block, sizeof launch.block);
-    for (size_t i = 0; i < sizeof op->kernel->sizes && op->kernel->sizes[i]; i++, at += 16)
+    for (size_t i = 0; i < sizeof op->kernel->sizes && op->kernel->sizes[i]; at += param_room(op->kernel->sizes[i++]))
         args[i] = at;
     CUresult rc = op->kernel->run(&launch, args);
     fake_use_done(&launch.use);
@@ -385,10 +394,13 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction f, unsigned int gridDimX, unsigned in
     op->kernel = kernel;
     memcpy(op->grid, (unsigned[3]){gridDimX, gridDimY, gridDimZ}, sizeof op->grid);
     memcpy(op->block, (unsigned[3]){blockDimX, blockDimY, blockDimZ}, sizeof op->block);
-    op->owned = calloc(sizeof kernel->sizes, 16); /* one parameter has at most 16 bytes */
-    if (!op->owned)
+    size_t room = 1;
+    for (size_t i = 0; i < sizeof kernel->sizes; i++)
+        room += param_room(kernel->sizes[i]);
+    unsigned char *at = op->owned = calloc(1, room);
+    if (!at)
         fake_abort("out of memory");
-    for (size_t i = 0; i < sizeof kernel->sizes && kernel->sizes[i]; i++)
-        memcpy((unsigned char *)op->owned + i * 16, kernelParams[i], kernel->sizes[i]);
+    for (size_t i = 0; i < sizeof kernel->sizes && kernel->sizes[i]; at += param_room(kernel->sizes[i++]))
+        memcpy(at, kernelParams[i], kernel->sizes[i]);
     return fake_enqueue(hStream, op, false);
 }
