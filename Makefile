@@ -163,6 +163,9 @@ $(BUILD)/tests/bench_%: tests/bench/bench_%.c $(HARNESS) $(TEST_LIBS)
 $(BUILD)/tests/nccl_abort: tests/gpu/nccl_abort.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(LIBS)
+$(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c) $(BUILD)/libcommon.a
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ -lpthread
 .PHONY: fakecuda
 fakecuda: $(FAKECUDA)
 $(BUILD)/fakecuda/libcuda.so.1: $(call obj,$(FAKECUDA_SRC)) $(BUILD)/libcommon.a tests/fakecuda/export.map
@@ -186,7 +189,7 @@ $(BUILD)/tests/eep-demo: $(call obj,$(wildcard tests/demo/*.c)) $(HARNESS) $(TES
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 .PHONY: test-tools
-test-tools: $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo
+test-tools: $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
@@ -242,6 +245,10 @@ soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800
 bench:     ## the figures of docs/figures.md
 	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
 	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests
+.PHONY: bench-load
+bench-load: ## the rate of loading a checkpoint of real shapes (4 GB, twice): BENCH_LOAD_MEMORY=cuda, BENCH_LOAD_DIR=/data/model
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_load $(BUILD)/tests/eep-make-checkpoint
+	@tests/bench/load.sh $(BUILD)/tests
 
 PREFIX ?= /usr/local
 install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr/local, DESTDIR=)

@@ -2,11 +2,11 @@
  * that an engine in another process maps the same memory.  Sizes are rounded up to the device's granularity (2 MiB) for
  * each region, and the address stays for the life of the region.
  *
- * Everything goes over one stream.  write() copies into pinned buffers and returns while they are still on their way,
- * so that reading a file and copying overlap; what follows on the stream - digest(), copy(), release() - comes after
- * it, and digest() and copy() return when all of it is done.  So bytes that are handed to anybody else have to be
- * digested first, as every loaded weight is.  Worker thread, whose current context is the device's from the first call
- * on. */
+ * Everything goes over one stream.  write() and stage_write() send pinned buffers (at most MEMORY_STAGES of
+ * MEMORY_STAGE_BYTES, 64 MiB) and return while they are still on their way, so that reading files and copying overlap;
+ * what follows on the stream - digest(), copy(), release() - comes after it, and digest() and copy() return when all of
+ * it is done.  So bytes that are handed to anybody else have to be digested first, as every loaded weight is.  Worker
+ * thread, whose current context is the device's from the first call on. */
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,8 +18,7 @@
 #include "agent/memory_backend.h"
 #include "common/digest.h"
 
-#define STAGES      4u
-#define STAGE_BYTES ((size_t)8 << 20) /* a multiple of 8: pieces of a digest on the CPU */
+#define WRITE_STAGES 4u /* write() and digests on the CPU make no more buffers than that */
 
 /* Of digests: a launch has so many pieces at most (640 KiB of tables here and there), and so large that each block has
  * several of them, but not so small that adding up costs more than reading. */
@@ -28,18 +27,21 @@
 #define PIECE_BYTES_MAX ((size_t)1 << 20)
 #define PIECES_A_BLOCK  16u
 
-/* A pinned buffer; `busy` is passed on the stream when it is free again. */
+/* A pinned buffer of MEMORY_STAGE_BYTES; `busy` is passed on the stream when it is free again. */
 struct stage {
     void *data;
     CUevent busy;
+    bool lent;
+    uint64_t sent; /* when, counted in copies */
 };
 
 struct memory_cuda {
     struct memory_backend base; /* first: the pointers are exchanged */
     struct cuda_device *device;
     CUstream stream;
-    struct stage stages[STAGES];
-    unsigned next_stage;
+    struct stage stages[MEMORY_STAGES];
+    unsigned n_stages; /* that have been made */
+    uint64_t sent;
     size_t granularity;
     CUmodule module; /* NULL: digests on the CPU */
     CUfunction digest;
@@ -178,11 +180,49 @@ static int cuda_adopt(struct memory_backend *self, int fd, size_t bytes, struct 
 
 /* ---- bytes ---- */
 
-/* A pinned buffer that no copy uses any more. */
-static int stage_next(struct memory_cuda *m, struct stage **ret_stage, struct err *err)
+/* The buffer that was sent away first, and so comes back first; NULL when all of them are lent. */
+static struct stage *stage_oldest(struct memory_cuda *m)
+{
+    struct stage *oldest = NULL;
+    for (unsigned i = 0; i < m->n_stages; i++)
+        if (!m->stages[i].lent && (!oldest || m->stages[i].sent < oldest->sent))
+            oldest = &m->stages[i];
+    return oldest;
+}
+
+static int stage_make(struct memory_cuda *m, struct stage **ret_stage, struct err *err)
 {
     const struct cuda_driver *cu = &m->device->driver;
-    struct stage *stage = &m->stages[m->next_stage++ % STAGES];
+    struct stage *stage = &m->stages[m->n_stages];
+    *stage = (struct stage){0};
+    int rc = cuda_check(cu, cu->cuMemHostAlloc(&stage->data, MEMORY_STAGE_BYTES, 0), err,
+                        "pin %zu bytes of host memory", MEMORY_STAGE_BYTES);
+    if (rc < 0)
+        return rc;
+    rc = cuda_check(cu, cu->cuEventCreate(&stage->busy, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC), err,
+                    "create an event");
+    if (rc < 0) {
+        (void)cu->cuMemFreeHost(stage->data);
+        return rc;
+    }
+    m->n_stages++;
+    *ret_stage = stage;
+    return 0;
+}
+
+/* A pinned buffer that no copy uses any more; a new one while there are fewer than `most` and none is free at once. */
+static int stage_next(struct memory_cuda *m, unsigned most, struct stage **ret_stage, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    struct stage *stage = stage_oldest(m);
+    if (stage && cu->cuEventQuery(stage->busy) == CUDA_SUCCESS) {
+        *ret_stage = stage;
+        return 0;
+    }
+    if (m->n_stages < most)
+        return stage_make(m, ret_stage, err);
+    if (!stage)
+        return err_set(err, ERR_LIMIT, "all %u pinned buffers are lent", m->n_stages);
     int rc =
         cuda_check(cu, cu->cuEventSynchronize(stage->busy), err, "wait for a copy to GPU %d", m->device->gpu.index);
     if (rc == 0)
@@ -190,28 +230,84 @@ static int stage_next(struct memory_cuda *m, struct stage **ret_stage, struct er
     return rc;
 }
 
+static int stage_send(struct memory_cuda *m, struct stage *stage, CUdeviceptr to, size_t len, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    int rc = cuda_check(cu, cu->cuMemcpyHtoDAsync(to, stage->data, len, m->stream), err, "copy %zu bytes to GPU %d",
+                        len, m->device->gpu.index);
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuEventRecord(stage->busy, m->stream), err, "mark a copy");
+    stage->sent = ++m->sent;
+    return rc;
+}
+
 static int cuda_write(struct memory_backend *self, struct memory_region *region, size_t offset, const void *data,
                       size_t len, struct err *err)
 {
     struct memory_cuda *m = (struct memory_cuda *)self;
-    const struct cuda_driver *cu = &m->device->driver;
     int rc = cuda_range_check(region, offset, len, err);
     if (rc == 0)
         rc = cuda_device_use(m->device, err);
     for (size_t done = 0; done < len && rc == 0;) {
         struct stage *stage;
-        size_t part = len - done < STAGE_BYTES ? len - done : STAGE_BYTES;
-        rc = stage_next(m, &stage, err);
+        size_t part = len - done < MEMORY_STAGE_BYTES ? len - done : MEMORY_STAGE_BYTES;
+        rc = stage_next(m, WRITE_STAGES, &stage, err);
         if (rc < 0)
             return rc;
         memcpy(stage->data, (const uint8_t *)data + done, part);
-        rc = cuda_check(cu, cu->cuMemcpyHtoDAsync(region_at(region, offset + done), stage->data, part, m->stream), err,
-                        "copy %zu bytes to GPU %d", part, m->device->gpu.index);
-        if (rc == 0)
-            rc = cuda_check(cu, cu->cuEventRecord(stage->busy, m->stream), err, "mark a copy");
+        rc = stage_send(m, stage, region_at(region, offset + done), part, err);
         done += part;
     }
     return rc;
+}
+
+static int cuda_stage_take(struct memory_backend *self, struct memory_region *region, size_t offset, size_t len,
+                           struct memory_stage *ret_stage, struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    struct stage *stage;
+    int rc = cuda_range_check(region, offset, len, err);
+    if (rc == 0 && len > MEMORY_STAGE_BYTES)
+        rc = err_set(err, ERR_INVALID, "a stage has at most %zu bytes, not %zu", MEMORY_STAGE_BYTES, len);
+    if (rc == 0)
+        rc = cuda_device_use(m->device, err);
+    if (rc == 0)
+        rc = stage_next(m, MEMORY_STAGES, &stage, err);
+    if (rc < 0)
+        return rc;
+    stage->lent = true;
+    *ret_stage = (struct memory_stage){
+        .region = region,
+        .offset = offset,
+        .len = len,
+        .data = stage->data,
+        .index = (unsigned)(stage - m->stages),
+    };
+    return 0;
+}
+
+static int cuda_stage_write(struct memory_backend *self, const struct memory_stage *stage, struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    struct stage *buffer = &m->stages[stage->index];
+    int rc = cuda_device_use(m->device, err);
+    buffer->lent = false;
+    if (rc == 0 && stage->len > 0)
+        rc = stage_send(m, buffer, region_at(stage->region, stage->offset), stage->len, err);
+    return rc;
+}
+
+static void cuda_stages_free(struct memory_backend *self)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    const struct cuda_driver *cu = &m->device->driver;
+    if (m->n_stages == 0 || cuda_device_use(m->device, NULL) < 0)
+        return;
+    (void)cu->cuStreamSynchronize(m->stream); /* copies may still read them */
+    for (; m->n_stages > 0; m->n_stages--) {
+        (void)cu->cuEventDestroy(m->stages[m->n_stages - 1].busy);
+        (void)cu->cuMemFreeHost(m->stages[m->n_stages - 1].data);
+    }
 }
 
 static int cuda_copy(struct memory_backend *self, struct memory_region *dst, size_t dst_offset,
@@ -239,8 +335,8 @@ static int cuda_digest_on_cpu(struct memory_cuda *m, CUdeviceptr at, size_t len,
     uint64_t digest = 0;
     for (size_t done = 0; done < len;) {
         struct stage *stage;
-        size_t part = len - done < STAGE_BYTES ? len - done : STAGE_BYTES;
-        int rc = stage_next(m, &stage, err);
+        size_t part = len - done < MEMORY_STAGE_BYTES ? len - done : MEMORY_STAGE_BYTES;
+        int rc = stage_next(m, WRITE_STAGES, &stage, err);
         if (rc == 0)
             rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(stage->data, at + done, part, m->stream), err,
                             "copy %zu bytes from GPU %d", part, m->device->gpu.index);
@@ -352,12 +448,7 @@ static void cuda_close(struct memory_backend *self)
     if (cuda_device_use(m->device, NULL) == 0) {
         if (m->stream)
             (void)cu->cuStreamSynchronize(m->stream);
-        for (size_t i = 0; i < STAGES; i++) {
-            if (m->stages[i].busy)
-                (void)cu->cuEventDestroy(m->stages[i].busy);
-            if (m->stages[i].data)
-                (void)cu->cuMemFreeHost(m->stages[i].data);
-        }
+        cuda_stages_free(self);
         if (m->module)
             (void)cu->cuModuleUnload(m->module);
         if (m->pieces)
@@ -422,13 +513,6 @@ static int cuda_open(struct memory_cuda *m, struct err *err)
     int rc = cuda_granularity(m->device, &m->granularity, err);
     if (rc == 0)
         rc = cuda_check(cu, cu->cuStreamCreate(&m->stream, CU_STREAM_NON_BLOCKING), err, "create a stream");
-    for (size_t i = 0; i < STAGES && rc == 0; i++) {
-        rc = cuda_check(cu, cu->cuMemHostAlloc(&m->stages[i].data, STAGE_BYTES, 0), err, "pin %zu bytes of host memory",
-                        STAGE_BYTES);
-        if (rc == 0)
-            rc = cuda_check(cu, cu->cuEventCreate(&m->stages[i].busy, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC),
-                            err, "create an event");
-    }
     return rc < 0 ? rc : cuda_open_kernel(m, err);
 }
 
@@ -451,6 +535,9 @@ struct memory_backend *memory_cuda_open(const char *device, struct err *err)
         .adopt = cuda_adopt,
         .release = cuda_release,
         .write = cuda_write,
+        .stage_take = cuda_stage_take,
+        .stage_write = cuda_stage_write,
+        .stages_free = cuda_stages_free,
         .digest = cuda_digest,
         .digests = cuda_digests,
         .copy = cuda_copy,

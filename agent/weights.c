@@ -100,12 +100,6 @@ size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max)
     return n;
 }
 
-/* In a model 0 stands for "not known", so a digest that happens to be 0 is kept as 1. */
-static uint64_t digest_known(uint64_t digest)
-{
-    return digest ? digest : 1;
-}
-
 /* Digests of parts, each part of ranges[i] counted into ret_digests[of[i]]. */
 static int digests_sum(struct weights *w, const struct memory_range *ranges, const size_t *of, size_t n,
                        uint64_t *ret_digests, size_t n_digests, struct err *err)
@@ -117,7 +111,7 @@ static int digests_sum(struct weights *w, const struct memory_range *ranges, con
         for (size_t i = 0; i < n; i++)
             ret_digests[of[i]] += parts[i];
         for (size_t i = 0; i < n_digests; i++)
-            ret_digests[i] = digest_known(ret_digests[i]);
+            ret_digests[i] = weights_digest_known(ret_digests[i]);
     }
     free(parts);
     return rc;
@@ -191,7 +185,7 @@ int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_
         uint64_t digest;
         int rc = w->memory->digest(w->memory, &w->regions[i], 0, (size_t)r->bytes, 0, &digest, err);
         if (rc == 0)
-            *ret_digest = digest_known(digest);
+            *ret_digest = weights_digest_known(digest);
         return rc;
     }
     return err_set(err, ERR_INVALID, "the weights have no dense region %u", dense_index);
@@ -203,7 +197,7 @@ int weights_slot_check(const struct weights *w, uint32_t layer, uint32_t slot, u
     const struct model *model = w->model;
     if (layer >= model->layers || expert >= model->logical)
         return err_set(err, ERR_INVALID, "the model has no expert %u in MoE layer %u", expert, layer);
-    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have = digest_known(digest);
+    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have = weights_digest_known(digest);
     if (want == 0)
         return err_set(err, ERR_CORRUPT, "layer %u slot %u cannot be verified: no digest of expert %u is known here",
                        layer, slot, expert);
@@ -223,7 +217,7 @@ int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32
 int weights_dense_check(const struct weights *w, uint32_t dense_index, uint64_t digest, struct err *err)
 {
     const struct model *model = w->model;
-    uint64_t want = model->dense_digest[dense_index], have = digest_known(digest);
+    uint64_t want = model->dense_digest[dense_index], have = weights_digest_known(digest);
     if (want == 0)
         return err_set(err, ERR_CORRUPT, "dense region %u cannot be verified: its digest is not known here",
                        dense_index);

@@ -35,6 +35,11 @@ int weights_dense_digests(struct weights *w, uint64_t *ret_digests, struct err *
 
 /* digest(slot) = sum over parts of the digest of the part's bytes, words counted on across the parts */
 int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64_t *ret_digest, struct err *err) MUST_CHECK;
+/* In a model 0 stands for "not known", so a digest that happens to be 0 is kept as 1. */
+static inline uint64_t weights_digest_known(uint64_t digest)
+{
+    return digest ? digest : 1;
+}
 int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_digest, struct err *err) MUST_CHECK;
 /* ERR_CORRUPT with layer, expert, slot when the slot does not hold `expert`. */
 int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, struct err *err) MUST_CHECK;

@@ -42,7 +42,8 @@ for t in "$@"; do
     fi
     driver=()
     case $t in
-    test_memory | test_transport_gpu | test_libeep_gpu | test_reference_model | test_fakecuda | test_cuda_faults)
+    test_memory | test_transport_gpu | test_libeep_gpu | test_reference_model | test_fakecuda | test_cuda_faults | \
+        itest_checkpoint)
         [ -e "$fakecuda/libcuda.so.1" ] && driver=("${on_fakecuda[@]}")
         ;;
     esac

@@ -176,7 +176,8 @@ CUresult fake_enter(const char *function, enum fake_need need)
     X(CUDA_ERROR_INVALID_VALUE, "invalid argument")                                                                    \
     X(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")                                                                       \
     X(CUDA_ERROR_NOT_INITIALIZED, "initialization error")                                                              \
-    X(CUDA_ERROR_DEINITIALIZED, "driver shutting down") X(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected")  \
+    X(CUDA_ERROR_DEINITIALIZED, "driver shutting down")                                                                \
+    X(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected")                                                      \
         X(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal") X(CUDA_ERROR_INVALID_CONTEXT, "invalid device context") \
             X(CUDA_ERROR_ECC_UNCORRECTABLE, "uncorrectable ECC error encountered")                                     \
                 X(CUDA_ERROR_INVALID_HANDLE, "invalid resource handle")                                                \
@@ -412,10 +413,10 @@ CUresult CUDAAPI cuDevicePrimaryCtxRelease(CUdevice dev)
     if (rc == CUDA_SUCCESS && !fake_device_valid(dev))
         rc = CUDA_ERROR_INVALID_DEVICE;
     if (rc != CUDA_SUCCESS) {
-        fake_streams_join();
-        return rc;
         if (!fake.forked)
             fake_streams_join();
+        return rc;
+    }
     fake_lock();
     CUcontext context = &fake.contexts[dev];
     if (context->refs == 0)

@@ -3,6 +3,7 @@
  * backend can read. */
 #include <check.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -233,6 +234,75 @@ START_TEST(digests_of_any_place_and_length)
         ck_assert_msg(digest == digest_bytes(data + offset, len, first), "%zu bytes at %zu", len, offset);
     }
     free(data);
+    m->release(m, &r);
+    m->close(m);
+}
+END_TEST
+
+/* As the loader does it: threads fill what is lent, the pieces go in another order. */
+static void *stage_fill(void *user)
+{
+    struct memory_stage *stage = user;
+    for (size_t i = 0; i < stage->len; i++)
+        ((uint8_t *)stage->data)[i] = (uint8_t)((stage->offset + i) * 2654435761u >> 13);
+    return NULL;
+}
+
+#define LENT 12
+START_TEST(stages_are_filled_by_other_threads)
+{
+    const size_t bytes = 3 * LENT * MEMORY_STAGE_BYTES + 12345;
+    struct memory_backend *m = backend_open(_i);
+    struct memory_region r;
+    struct err err = {0};
+    struct memory_stage stages[LENT], all = {.len = bytes, .data = malloc(bytes)};
+    ck_assert_int_eq(m->alloc(m, "staged", bytes, &r, &err), 0);
+    stage_fill(&all);
+    for (size_t at = 0; at < bytes;) {
+        pthread_t threads[LENT];
+        int n = 0;
+        for (; n < LENT && at < bytes; n++) {
+            size_t len = bytes - at < MEMORY_STAGE_BYTES ? bytes - at : MEMORY_STAGE_BYTES;
+            ck_assert_msg(m->stage_take(m, &r, at, len, &stages[n], &err) == 0, "%s", err.text);
+            ck_assert_int_eq(pthread_create(&threads[n], NULL, stage_fill, &stages[n]), 0);
+            at += len;
+        }
+        for (int i = n - 1; i >= 0; i--) {
+            ck_assert_int_eq(pthread_join(threads[i], NULL), 0);
+            ck_assert_msg(m->stage_write(m, &stages[i], &err) == 0, "%s", err.text);
+        }
+    }
+    ck_assert(holds(m, &r, 0, all.data, bytes));
+    free(all.data);
+    m->release(m, &r);
+    m->close(m);
+}
+END_TEST
+
+START_TEST(stages_have_limits_and_can_be_given_up)
+{
+    struct memory_backend *m = backend_open(_i);
+    struct memory_region r;
+    struct err err = {0};
+    struct memory_stage stage = {.len = 77};
+    ck_assert_int_eq(m->alloc(m, "staged", 2 * MEMORY_STAGE_BYTES, &r, &err), 0);
+    ck_assert_int_eq(m->stage_take(m, &r, 0, MEMORY_STAGE_BYTES + 1, &stage, &err), ERR_INVALID);
+    ck_assert_int_eq(m->stage_take(m, &r, 2 * MEMORY_STAGE_BYTES - 4, 5, &stage, &err), ERR_INVALID);
+    ck_assert_uint_eq(stage.len, 77); /* untouched on failure */
+    for (int round = 0; round < 2; round++) {
+        for (unsigned i = 0; i < MEMORY_STAGES; i++)
+            ck_assert_msg(m->stage_take(m, &r, i, 8, &stage, &err) == 0, "%s", err.text);
+        if (!m->in_place)
+            ck_assert_int_eq(m->stage_take(m, &r, 0, 8, &stage, &err), ERR_LIMIT);
+        m->stages_free(m);
+    }
+    ck_assert_int_eq(m->write(m, &r, 3, "fine", 4, &err), 0);
+    ck_assert_int_eq(m->stage_take(m, &r, 7, 4, &stage, &err), 0);
+    memcpy(stage.data, "also", 4);
+    ck_assert_int_eq(m->stage_write(m, &stage, &err), 0);
+    ck_assert(holds(m, &r, 3, "finealso", 8));
+    m->stages_free(m);
+    m->stages_free(m); /* again: nothing */
     m->release(m, &r);
     m->close(m);
 }
@@ -497,6 +567,8 @@ int main(void)
     tcase_add_loop_test(t, what_is_no_memory_is_not_adopted, 0, n_backends);
     tcase_add_loop_test(t, digests_of_any_place_and_length, 0, n_backends);
     tcase_add_loop_test(t, many_digests_at_once_are_those_one_by_one, 0, n_backends);
+    tcase_add_loop_test(t, stages_are_filled_by_other_threads, 0, n_backends);
+    tcase_add_loop_test(t, stages_have_limits_and_can_be_given_up, 0, n_backends);
     tcase_add_loop_test(t, ranges_are_checked, 0, n_backends);
     tcase_add_loop_test(t, copies_and_digests_agree_with_the_bytes, 0, n_backends);
     tcase_add_loop_test(t, slots_are_the_ranges_of_all_parts, 0, n_backends);
