@@ -10,7 +10,7 @@ BUNDLE_OPT   = $(OPT) -ffile-prefix-map=$(CURDIR)=. -ffile-prefix-map=$(BUILD)/b
 BUNDLE_MAKE  = $(MAKE) --no-print-directory -s -j2 BUILD=$(BUILD)/bundle LINK=static OPT='$(BUNDLE_OPT)'
 # what is to run on a machine where nothing can be built: instruments
 BUNDLE_TESTS = eep-engine eep-feeder eep-demo eep-make-checkpoint nccl_abort test_memory test_transport_gpu test_libeep_gpu \
-               $(BENCH_BIN:$(BUILD)/tests/%=%)
+               itest_gpu_faults $(GPU_BENCH:$(BUILD)/tests/%=%) $(BENCH_BIN:$(BUILD)/tests/%=%)
 
 .PHONY: bundle bundle-test check-bundle bundle-programs bundle-test-programs
 bundle:    ## a tarball that runs on any Linux with glibc 2.34 or newer (INSTALL in it)
