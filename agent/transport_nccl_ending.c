@@ -113,7 +113,8 @@ static bool ending_keep(struct nccl_ending *e)
             e->shared->handed = kept;
         }
         if (asked || over) {
-            e->asked = e->kept = false;
+            e->kept = false;
+            e->shared->answered = e->shared->answered || asked;
             pthread_cond_broadcast(&e->shared->ended);
         }
         pthread_mutex_unlock(&e->shared->lock);
@@ -275,12 +276,13 @@ struct nccl_kept *nccl_kept_take(struct nccl_shared *shared)
 {
     pthread_mutex_lock(&shared->lock);
     struct nccl_ending *e = shared->endings;
-    while (e && !e->kept)
+    while (e && (!e->kept || e->drop))
         e = e->next;
     if (e) {
         e->asked = true;
+        shared->answered = false;
         bell_ring(e->wake_fd);
-        while (e->asked) /* it looks at once, and does nothing else meanwhile */
+        while (!shared->answered) /* it looks at once, and does nothing else meanwhile; it may be freed by then */
             pthread_cond_wait(&shared->ended, &shared->lock);
     }
     struct nccl_kept *kept = shared->handed;

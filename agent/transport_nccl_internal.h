@@ -22,7 +22,8 @@ struct nccl_shared {
     pthread_mutex_t lock; /* of all that follows */
     pthread_cond_t ended;
     struct nccl_ending *endings;
-    struct nccl_kept *handed; /* by an ending that was asked for what it keeps */
+    struct nccl_kept *handed; /* by an ending that was asked for what it keeps ... */
+    bool answered;            /* ... or it had to let go of it */
     bool hurry;  /* endings wait for no peer any more */
     bool closed; /* the last ending frees this */
 };
