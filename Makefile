@@ -79,7 +79,8 @@ BENCH_BIN  := $(BENCH_SRC:tests/bench/%.c=$(BUILD)/tests/%)
 
 # the CUDA driver on host memory, for tests; only where cuda.h is
 FAKECUDA_SRC := $(if $(HAVE_CUDA),$(wildcard tests/fakecuda/*.c))
-FAKECUDA   := $(if $(HAVE_CUDA),$(BUILD)/fakecuda/libcuda.so.1)
+FAKENCCL_SRC := $(if $(HAVE_NCCL),$(wildcard tests/fakenccl/*.c))
+FAKECUDA   := $(if $(HAVE_CUDA),$(BUILD)/fakecuda/libcuda.so.1) $(if $(HAVE_NCCL),$(BUILD)/fakecuda/libnccl.so.2)
 
 obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst $(BUILD)/%,%,$(1)))
 
@@ -100,7 +101,7 @@ $(BUILD)/%.o: %.c | $(PROTO_HDR)
 
 ifeq ($(HAVE_CUDA),1)
 $(call obj,$(CUDA_SRC) $(FAKECUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
-$(call obj,$(NCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
+$(call obj,$(NCCL_SRC) $(FAKENCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
 $(BUILD)/agent/digest_kernel.o: override CPPFLAGS += -DDIGEST_FATBIN='"$(BUILD)/agent/digest_kernel.fatbin"'
 $(BUILD)/agent/digest_kernel.o: $(BUILD)/agent/digest_kernel.fatbin
 $(BUILD)/tests/engine/kernels_image.o: override CPPFLAGS += -DKERNELS_FATBIN='"$(BUILD)/tests/engine/kernels.fatbin"'
@@ -162,6 +163,11 @@ $(BUILD)/tests/bench_%: tests/bench/bench_%.c $(HARNESS) $(TEST_LIBS)
 $(BUILD)/tests/nccl_abort: tests/gpu/nccl_abort.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(LIBS)
+# of GPUs: only where the headers are that they include
+GPU_BENCH := $(if $(HAVE_CUDA),$(BUILD)/tests/bench_peer) $(if $(HAVE_NCCL),$(BUILD)/tests/bench_nccl)
+$(BUILD)/tests/gpu/bench%.o: override CPPFLAGS += $(if $(HAVE_CUDA),-isystem $(CUDA_INC)) $(if $(HAVE_NCCL),-isystem $(NCCL_INC))
+$(GPU_BENCH): $(BUILD)/tests/bench_%: $(BUILD)/tests/gpu/bench_%.o $(BUILD)/tests/gpu/bench.o $(TEST_LIBS)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c) $(BUILD)/libcommon.a
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ -lpthread
@@ -171,6 +177,9 @@ $(BUILD)/fakecuda/libcuda.so.1: $(call obj,$(FAKECUDA_SRC)) $(BUILD)/libcommon.a
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 -Wl,-z,nodelete -Wl,--version-script=tests/fakecuda/export.map \
 	  -o $@ $(filter-out %.map,$^) -lpthread -lm
+$(BUILD)/fakecuda/libnccl.so.2: $(call obj,$(FAKENCCL_SRC)) tests/fakenccl/export.map | $(BUILD)/fakecuda/libcuda.so.1
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libnccl.so.2 -Wl,--version-script=tests/fakenccl/export.map -o $@ \
+	  $(filter-out %.map,$^) $(BUILD)/fakecuda/libcuda.so.1 -lpthread
 $(BUILD)/tests/eep-sim: $(call obj,$(SIM_SRC)) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)

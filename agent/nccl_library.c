@@ -54,9 +54,8 @@ int nccl_library_load(struct nccl_library *ret_library, struct err *err)
 void nccl_library_describe(const struct nccl_library *library, char *ret_text, size_t size)
 {
     int v = library->version;
-    snprintf(ret_text, size, "NCCL %d.%d.%d%s%s%s", v / 10000, v / 100 % 100, v % 100,
-             library->ncclCommSplit ? " with split" : "", library->ncclCommShrink ? ", shrink" : "",
-             library->ncclCommRevoke ? ", revoke" : "");
+    snprintf(ret_text, size, "NCCL %d.%d.%d%s", v / 10000, v / 100 % 100, v % 100,
+             NCCL_HAS_SHRINK(library) ? " with shrink" : "");
 }
 
 /* The last error without its "file:line NCCL WARN" and on one line. */

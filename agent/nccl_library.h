@@ -17,10 +17,17 @@
     X(ncclGetVersion)                                                                                                  \
     X(ncclGetUniqueId)                                                                                                 \
     X(ncclCommInitRankConfig)                                                                                          \
-    X(ncclCommGetAsyncError) X(ncclCommAbort) X(ncclGroupStart) X(ncclGroupEnd) X(ncclSend) X(ncclRecv)                \
-        X(ncclGetErrorString) X(ncclGetLastError)
-/* ... and what came later: split 2.18, shrink 2.27, revoke 2.28.7. */
-#define NCCL_OPTIONAL_FUNCTIONS(X) X(ncclCommSplit) X(ncclCommShrink) X(ncclCommRevoke)
+    X(ncclCommGetAsyncError)                                                                                           \
+    X(ncclCommAbort) X(ncclGroupStart) X(ncclGroupEnd) X(ncclSend) X(ncclRecv) X(ncclGetErrorString)                   \
+        X(ncclGetLastError)
+/* ... and what came later: used where both the headers of the build and the library have it. */
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 3)
+#define NCCL_OPTIONAL_FUNCTIONS(X) X(ncclCommShrink)
+#define NCCL_HAS_SHRINK(library)   ((library)->ncclCommShrink != NULL)
+#else
+#define NCCL_OPTIONAL_FUNCTIONS(X)
+#define NCCL_HAS_SHRINK(library) ((void)(library), false)
+#endif
 
 #define NCCL_LIBRARY_MEMBER(name) __typeof__(name) *name;
 struct nccl_library {
@@ -34,7 +41,7 @@ struct nccl_library {
 /* ERR_UNSUPPORTED when there is no libnccl.so.2, or it is too old; says which of the two. */
 int nccl_library_load(struct nccl_library *ret_library, struct err *err) MUST_CHECK;
 
-/* "NCCL 2.28.9 with split, shrink, revoke", for people. */
+/* "NCCL 2.28.9 with shrink", for people. */
 void nccl_library_describe(const struct nccl_library *library, char *ret_text, size_t size);
 
 /* Turns a ncclResult_t into an error: "cannot <what>: <NCCL's words> (<its last error>)".  0 for ncclSuccess and

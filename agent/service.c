@@ -305,7 +305,8 @@ static struct transport *open_cuda_peer(const char *device, int listen_fd, struc
 
 static struct transport *open_nccl(const char *device, int listen_fd, struct err *err)
 {
-    return transport_nccl_open(&(struct transport_nccl_options){.listen_fd = listen_fd, .gpu = device}, err);
+    return transport_nccl_open(&(struct transport_nccl_options){.listen_fd = listen_fd, .gpu = device,
+                                                                 .keep_ms = TRANSPORT_NCCL_KEEP_MS}, err);
 }
 
 static const struct {

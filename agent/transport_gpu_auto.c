@@ -15,8 +15,10 @@ struct gpu_auto {
 static struct transport *far_open(void *user, struct err *err)
 {
     struct gpu_auto *g = user;
-    return transport_nccl_open(&(struct transport_nccl_options){.listen_fd = -1, .mesh = g->mesh, .gpu = g->device},
-                               err);
+    return transport_nccl_open(
+        &(struct transport_nccl_options){
+            .listen_fd = -1, .mesh = g->mesh, .gpu = g->device, .keep_ms = TRANSPORT_NCCL_KEEP_MS},
+        err);
 }
 
 static int near_card(void *user, uint8_t ret_card[TRANSPORT_CARD_BYTES], struct err *err)

@@ -205,6 +205,11 @@ const char *transport_nccl_version(const struct transport *transport)
     return ((const struct transport_nccl *)transport)->shared->version;
 }
 
+struct transport_nccl_counts transport_nccl_counts(const struct transport *transport)
+{
+    return ((const struct transport_nccl *)transport)->counts;
+}
+
 static int nccl_parts(struct transport_nccl *nccl, const struct transport_nccl_options *options, struct err *err)
 {
     struct nccl_library library;
@@ -221,6 +226,7 @@ static int nccl_parts(struct transport_nccl *nccl, const struct transport_nccl_o
         cuda_device_close(device);
         return err_set(err, ERR_NOMEM, "out of memory");
     }
+    nccl->keep_ms = options->keep_ms;
     nccl->mesh_is_theirs = options->mesh != NULL;
     nccl->mesh = options->mesh ? options->mesh : transport_host_open(options->listen_fd, err);
     if (!nccl->mesh) {

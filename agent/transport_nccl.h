@@ -9,15 +9,25 @@ struct transport_nccl_options {
     int listen_fd; /* as for transport_host_open: the parties also talk beside NCCL; owned by the transport once open */
     struct transport *mesh; /* a host transport to use instead, which stays the caller's and outlives this; or NULL */
     const char *gpu; /* as for cuda_device_open: "" = the first, an index, or a UUID; must be the regions' GPU */
+    uint32_t keep_ms; /* for how long a communicator that its group has ended with is kept for the next group, which may
+                       * have the same parties or fewer: its buffers stay on the GPU meanwhile.  0: not at all */
     bool shared_gpu; /* several agents use this GPU: gives the process a NCCL_HOSTID of its own, unless it has one.
                       * Changes the environment: open before there are other threads, and before any use of NCCL */
 };
+
+#define TRANSPORT_NCCL_KEEP_MS 60000u /* what agents use: operations that follow each other */
 
 /* Moves between regions of the "cuda" memory backend of the same GPU.  NULL and a sentence when there is no libnccl,
  * no driver or no such GPU; may block for a second. */
 struct transport *transport_nccl_open(const struct transport_nccl_options *options, struct err *err);
 
-/* "NCCL 2.28.9 with split, shrink, revoke": what the transport found. */
+/* "NCCL 2.28.9 with shrink": what the transport found. */
 const char *transport_nccl_version(const struct transport *transport);
+
+/* How the communicators of its groups came about. */
+struct transport_nccl_counts {
+    unsigned made, reused, shrunk;
+};
+struct transport_nccl_counts transport_nccl_counts(const struct transport *transport);
 
 #endif

@@ -23,7 +23,7 @@
 #define CULPRIT_NS    300000000u
 #define NS_PER_US     1000u
 
-enum message_kind { MESSAGE_SECRET = 1, MESSAGE_PLAN, MESSAGE_BEAT, MESSAGE_DONE, MESSAGE_LEAVE };
+enum message_kind { MESSAGE_SECRET = 1, MESSAGE_PLAN, MESSAGE_BEAT, MESSAGE_DONE, MESSAGE_LEAVE, MESSAGE_WORD };
 
 struct message {
     enum message_kind kind;
@@ -41,6 +41,8 @@ struct control_link {
     bool left;        /* it said LEAVE ... */
     uint32_t blamed;  /* ... because of this party; itself for reasons of its own */
     bool blamed_late; /* which was late, not gone */
+    uint64_t words[CONTROL_WORDS];
+    bool worded[CONTROL_WORDS];
     /* in the present call */
     bool watched, planned, done;
     struct control_plan plan; /* what it sends us */
@@ -117,7 +119,7 @@ static bool message_read(const uint8_t *p, struct message *ret_message)
         .a = le64toh(longs[1]),
         .b = le64toh(longs[2]),
     };
-    return le32toh(words[0]) == MESSAGE_MAGIC && kind >= MESSAGE_SECRET && kind <= MESSAGE_LEAVE;
+    return le32toh(words[0]) == MESSAGE_MAGIC && kind >= MESSAGE_SECRET && kind <= MESSAGE_WORD;
 }
 
 static int plan_take(struct control *c, struct control_link *link, const struct message *m, struct err *err)
@@ -151,6 +153,13 @@ static int message_take(struct control *c, struct control_link *link, const stru
         return 0;
     case MESSAGE_DONE:
         link->done = true;
+        return 0;
+    case MESSAGE_WORD:
+        if (m->b >= CONTROL_WORDS)
+            return err_set(err, ERR_PROTOCOL, "party %s says word %llu of a group", link->name,
+                           (unsigned long long)m->b);
+        link->words[m->b] = m->a;
+        link->worded[m->b] = true;
         return 0;
     case MESSAGE_LEAVE:
         link->left = true;
@@ -421,6 +430,46 @@ int control_secret(struct control *c, uint8_t secret[CONTROL_SECRET_BYTES], cons
     return rc;
 }
 
+void control_word_say(struct control *c, uint32_t which, uint64_t mine)
+{
+    struct control_link *own = &c->links[c->self];
+    if (own->worded[which])
+        return;
+    own->words[which] = mine;
+    own->worded[which] = true;
+    for (uint32_t i = 0; i < c->n; i++)
+        if (i != c->self)
+            link_say(&c->links[i], &(struct message){.kind = MESSAGE_WORD, .seq = c->seq, .a = mine, .b = which}, NULL);
+}
+
+bool control_word_said(const struct control *c, uint32_t which, uint64_t word)
+{
+    for (uint32_t i = 0; i < c->n; i++)
+        if (c->links[i].worded[which] && c->links[i].words[which] == word)
+            return true;
+    return false;
+}
+
+static bool all_worded(const struct control *c, uint32_t which)
+{
+    for (uint32_t i = 0; i < c->n; i++)
+        if (!c->links[i].worded[which])
+            return false;
+    return true;
+}
+
+int control_word(struct control *c, uint32_t which, uint64_t mine, uint64_t *ret_words,
+                 const struct transport_call *call, struct err *err)
+{
+    control_word_say(c, which, mine);
+    int rc = control_catch_up(c, err);
+    while (rc == 0 && !all_worded(c, which))
+        rc = control_sleep(c, call, err);
+    for (uint32_t i = 0; i < c->n && rc == 0; i++)
+        ret_words[i] = c->links[i].words[which];
+    return rc;
+}
+
 static bool all_done(const struct control *c)
 {
     for (uint32_t i = 0; i < c->n; i++)
@@ -475,6 +524,22 @@ bool control_ended(struct control *c, uint32_t wait_ms)
         return true; /* it says something else: it has no part in this group any more */
     for (uint32_t i = 0; i < c->n; i++)
         if (i != c->self && !c->links[i].left && !c->links[i].gone)
+            return false;
+    return true;
+}
+
+bool control_all_there(struct control *c, int wake_fd, uint32_t wait_ms)
+{
+    for (uint32_t i = 0; i < c->n; i++) {
+        if (i != c->self && (!c->links[i].left || c->links[i].gone))
+            return false;
+        c->polls[i] = (struct pollfd){.fd = i == c->self ? -1 : c->links[i].fd, .events = POLLIN | POLLRDHUP};
+    }
+    c->polls[c->n] = (struct pollfd){.fd = wake_fd, .events = POLLIN};
+    if (poll(c->polls, c->n + 1u, (int)wait_ms) <= 0)
+        return true;
+    for (uint32_t i = 0; i < c->n; i++)
+        if (c->polls[i].fd >= 0 && c->polls[i].revents != 0) /* nobody says anything any more */
             return false;
     return true;
 }

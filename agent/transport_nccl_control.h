@@ -6,7 +6,8 @@
  *
  *     every pair that has bytes for each other, once a call:
  *         PLAN{bytes, shape} <-> PLAN   BEAT{groups done} ... <-> BEAT ...   DONE <-> DONE
- *     when a group is created, party 0 first sends SECRET{NCCL's unique id}
+ *     when a group is created, all first tell each other by WORDs whether they still have a communicator that will do;
+ *     if not all have, party 0 sends SECRET{NCCL's unique id}
  *     a party that gives up says LEAVE{who is to blame, why}, so that the others blame the same one, not this one;
  *     at the group's end each says LEAVE without a reason
  *
@@ -44,6 +45,16 @@ int control_agree(struct control *c, const struct control_plan *out, const struc
 int control_secret(struct control *c, uint8_t secret[CONTROL_SECRET_BYTES], const struct transport_call *call,
                    struct err *err) MUST_CHECK;
 
+/* Everybody tells everybody a word (CONTROL_WORDS of them while a group is created, counted from 0); ret_words[n] is
+ * what they said.  Everybody must be watched. */
+#define CONTROL_WORDS 2u
+int control_word(struct control *c, uint32_t which, uint64_t mine, uint64_t *ret_words, const struct transport_call *call,
+                 struct err *err) MUST_CHECK;
+/* Says it without waiting for the others; control_word with the same one then only waits. */
+void control_word_say(struct control *c, uint32_t which, uint64_t mine);
+/* Whether somebody has said this by now. */
+bool control_word_said(const struct control *c, uint32_t which, uint64_t word);
+
 /* Sleeps for at most wait_us, keeping beats going.  An error when cancelled, late, or when a watched peer that has not
  * said DONE is gone.  Reports progress of others by call->progress, which renews deadlines. */
 int control_wait(struct control *c, uint64_t wait_us, const struct transport_call *call, struct err *err) MUST_CHECK;
@@ -59,6 +70,10 @@ int control_finish(struct control *c, const struct transport_call *call, struct 
 void control_end(struct control *c);
 /* Whether the others have come to their end as well, or are gone; waits for at most wait_ms for news of it. */
 bool control_ended(struct control *c, uint32_t wait_ms);
+
+/* After control_ended: whether all have left in order, and nobody has closed the connection since.  Returns after at most
+ * wait_ms, or when wake_fd becomes readable. */
+bool control_all_there(struct control *c, int wake_fd, uint32_t wait_ms);
 
 /* After an error that NCCL reported: waits a moment for the connection of a dead peer to close, which tells its name.
  * Returns it, or NULL. */

@@ -6,13 +6,19 @@
  * since NCCL may pass bytes between two parties through a third, a party waits until the others have left the group
  * too.
  *
+ * What ended in order, with every party still there, may be kept for a while before that: the next group can take it
+ * over, whole or shrunk.  Its connections stay open meanwhile; when one closes, a party is gone or has let go, and so
+ * does this one.
+ *
  * An abort may never return (a kernel that does not see it, a driver that hangs): the worker goes on, and
  * nccl_endings_check tells of it, so that the agent can restart and adopt its weights again.
  *
  * Threads: those started here, under `lock`; the functions of the header on the worker's. */
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "agent/transport_nccl_internal.h"
 #include "common/clock.h"
@@ -22,13 +28,22 @@
 #define OVERDUE_NS      15000000000u /* then something is wrong with this process */
 #define CLOSE_LIMIT_MS  8000u
 #define POLL_NS         500000
+#define KEEP_LOOK_MS    200u
 
 struct nccl_ending {
     struct nccl_shared *shared;
     struct nccl_ending *next; /* in shared->endings */
     struct nccl_gear gear;
-    struct control *control; /* NULL after a failure */
+    struct control *control; /* NULL after a failure, and when it has been left */
+    struct nccl_keep *keep;  /* or NULL */
+    int wake_fd;             /* of what is kept; else -1 */
     uint64_t since_ns;
+    /* under the lock */
+    bool failed;
+    bool kept;    /* it can be asked for */
+    bool asked;   /* ... and was */
+    bool drop;    /* another one is kept instead */
+    bool lingers; /* it waits or is kept; an abort has not begun */
 };
 
 static void shared_free(struct nccl_shared *shared)
@@ -52,21 +67,85 @@ static bool ending_hurries(const struct nccl_ending *e)
     return hurries;
 }
 
+static void bell_ring(int fd)
+{
+    uint64_t one = 1;
+    if (fd >= 0 && write(fd, &one, sizeof one) < 0)
+        return; /* it is rung already */
+}
+
 static void ending_wait(const struct nccl_ending *e)
 {
     while (!control_ended(e->control, OTHERS_LOOK_MS) && clock_now_ns() - e->since_ns < OTHERS_LIMIT_NS &&
            !ending_hurries(e))
         ;
-    control_close(e->control, 0);
 }
 
-static void ending_run(const struct nccl_ending *e)
+/* From now on it can be asked for; whatever was kept before is let go. */
+static void ending_offer(struct nccl_ending *e, bool offer)
+{
+    pthread_mutex_lock(&e->shared->lock);
+    for (struct nccl_ending *other = e->shared->endings; other && offer; other = other->next)
+        if (other->kept) {
+            other->drop = true;
+            bell_ring(other->wake_fd);
+        }
+    e->kept = offer && !e->shared->hurry;
+    pthread_mutex_unlock(&e->shared->lock);
+}
+
+/* True when it was asked for; what it had is handed over then. */
+static bool ending_keep(struct nccl_ending *e)
+{
+    const uint64_t until = clock_now_ns() + e->keep->ms * UINT64_C(1000000);
+    struct nccl_kept *kept = calloc(1, sizeof *kept);
+    bool asked = false, over = !kept || !control_all_there(e->control, -1, 0);
+    if (!over)
+        ending_offer(e, true);
+    while (!over && !asked) {
+        over = !control_all_there(e->control, e->wake_fd, KEEP_LOOK_MS) || clock_now_ns() >= until;
+        pthread_mutex_lock(&e->shared->lock);
+        over = over || e->drop || e->shared->hurry;
+        e->kept = e->kept && !over;
+        asked = e->asked;
+        if (asked && !over) {
+            *kept = (struct nccl_kept){.who = *e->keep, .gear = e->gear, .control = e->control};
+            e->shared->handed = kept;
+        }
+        if (asked || over) {
+            e->kept = false;
+            e->shared->answered = e->shared->answered || asked;
+            pthread_cond_broadcast(&e->shared->ended);
+        }
+        pthread_mutex_unlock(&e->shared->lock);
+    }
+    if (asked && !over)
+        return true;
+    free(kept);
+    return false;
+}
+
+/* True when nothing is left to be ended. */
+static bool ending_linger(struct nccl_ending *e)
+{
+    ending_wait(e);
+    if (e->keep && ending_keep(e))
+        return true;
+    control_close(e->control, 0);
+    pthread_mutex_lock(&e->shared->lock);
+    e->lingers = false;
+    e->since_ns = clock_now_ns();
+    pthread_mutex_unlock(&e->shared->lock);
+    return false;
+}
+
+static void ending_run(struct nccl_ending *e)
 {
     const struct nccl_library *nccl = &e->shared->library;
     const struct cuda_driver *cu = &e->shared->device->driver;
     (void)!cuda_device_use(e->shared->device, NULL);
-    if (e->control)
-        ending_wait(e);
+    if (e->control && ending_linger(e))
+        return;
     if (cuda_health(NULL) < 0)
         return; /* the end of the process frees it */
     if (e->gear.comm)
@@ -96,6 +175,9 @@ static void *ending_main(void *arg)
     bool last = shared->closed && !shared->endings;
     pthread_cond_broadcast(&shared->ended);
     pthread_mutex_unlock(&shared->lock);
+    if (e->wake_fd >= 0)
+        close(e->wake_fd);
+    free(e->keep);
     free(e);
     if (last)
         shared_free(shared);
@@ -115,7 +197,8 @@ static int ending_thread(struct nccl_ending *e)
     return rc;
 }
 
-void nccl_ending_start(struct nccl_shared *shared, const struct nccl_gear *gear, struct control *control)
+void nccl_ending_start(struct nccl_shared *shared, const struct nccl_gear *gear, struct control *control,
+                       const struct nccl_keep *keep)
 {
     struct nccl_ending *e = calloc(1, sizeof *e);
     if (!e)
@@ -124,8 +207,17 @@ void nccl_ending_start(struct nccl_shared *shared, const struct nccl_gear *gear,
         .shared = shared,
         .gear = *gear,
         .control = control,
+        .wake_fd = -1,
         .since_ns = clock_now_ns(),
+        .failed = !control,
+        .lingers = control != NULL,
     };
+    if (control && keep && keep->ms > 0 && keep->key != 0) {
+        e->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+        e->keep = e->wake_fd >= 0 ? malloc(sizeof *e->keep) : NULL; /* without, it is not kept */
+        if (e->keep)
+            *e->keep = *keep;
+    }
     pthread_mutex_lock(&shared->lock);
     e->next = shared->endings;
     shared->endings = e;
@@ -138,7 +230,7 @@ void nccl_ending_start(struct nccl_shared *shared, const struct nccl_gear *gear,
 static bool endings_run(const struct nccl_shared *shared, bool failed_only)
 {
     for (const struct nccl_ending *e = shared->endings; e; e = e->next)
-        if (!failed_only || !e->control)
+        if (!failed_only || e->failed)
             return true;
     return false;
 }
@@ -167,7 +259,8 @@ int nccl_endings_check(struct nccl_shared *shared, struct err *err)
     uint64_t now = clock_now_ns(), oldest = 0;
     pthread_mutex_lock(&shared->lock);
     for (const struct nccl_ending *e = shared->endings; e; e = e->next)
-        oldest = now - e->since_ns > oldest ? now - e->since_ns : oldest;
+        if (!e->lingers && now > e->since_ns)
+            oldest = now - e->since_ns > oldest ? now - e->since_ns : oldest;
     pthread_mutex_unlock(&shared->lock);
     if (oldest < OVERDUE_NS)
         return 0;
@@ -175,6 +268,35 @@ int nccl_endings_check(struct nccl_shared *shared, struct err *err)
                    "the abort of an NCCL communicator has not returned for %llu s; restart this agent, it takes its "
                    "weights over",
                    (unsigned long long)(oldest / 1000000000u));
+}
+
+/* ---- what is kept ---- */
+
+struct nccl_kept *nccl_kept_take(struct nccl_shared *shared)
+{
+    pthread_mutex_lock(&shared->lock);
+    struct nccl_ending *e = shared->endings;
+    while (e && (!e->kept || e->drop))
+        e = e->next;
+    if (e) {
+        e->asked = true;
+        shared->answered = false;
+        bell_ring(e->wake_fd);
+        while (!shared->answered) /* it looks at once, and does nothing else meanwhile; it may be freed by then */
+            pthread_cond_wait(&shared->ended, &shared->lock);
+    }
+    struct nccl_kept *kept = shared->handed;
+    shared->handed = NULL;
+    pthread_mutex_unlock(&shared->lock);
+    return kept;
+}
+
+void nccl_kept_drop(struct nccl_shared *shared, struct nccl_kept *kept)
+{
+    if (!kept)
+        return;
+    nccl_ending_start(shared, &kept->gear, kept->control, NULL); /* all have left: it waits for nobody */
+    free(kept);
 }
 
 struct nccl_shared *nccl_shared_new(struct nccl_library library, struct cuda_device *device)

@@ -4,11 +4,14 @@
  * NCCL's id is made here and not with the group's own secret (which the coordinator carries), because making it starts
  * a thread and a listener of NCCL that live until every party has come: an operation given up before that would leave
  * both behind.  It goes over connections on which each side has proved that it knows the group's secret.  It is in no
- * log, and wiped after use.  Worker thread. */
+ * log, and wiped after use.  A communicator of the group before may serve instead: transport_nccl_keep.c.  Worker
+ * thread. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "agent/transport_nccl_internal.h"
+#include "common/digest.h"
 
 _Static_assert(sizeof(ncclUniqueId) == CONTROL_SECRET_BYTES, "the secret is NCCL's unique id");
 
@@ -94,14 +97,32 @@ static int group_make(struct transport_group *group, const struct transport_call
     control_begin(group->control, "creating the group");
     for (uint32_t i = 0; i < group->n; i++)
         control_watch(group->control, i);
-    int rc = group_gear(group, err);
-    if (rc == 0 && group->n > 1)
+    int rc = nccl_group_inherit(group, call, err);
+    bool inherited = group->gear.comm != NULL;
+    if (rc == 0 && !inherited)
+        rc = group_gear(group, err);
+    if (rc == 0 && !inherited && group->n > 1) {
         rc = group_communicator(group, call, err);
+        group->nccl->counts.made += rc == 0;
+    }
     if (rc == 0 && group->n > 1)
         rc = group_warm(group, call, err);
     if (rc == 0)
         rc = control_finish(group->control, call, err);
     return rc;
+}
+
+/* For keeping: the key is made of the group's id, which no other group has, and tells nothing of it. */
+static void group_who(struct transport_group *group, const struct blob *id, const struct member *parties)
+{
+    struct nccl_keep *who = &group->who;
+    *who = (struct nccl_keep){.ms = group->nccl->keep_ms, .n = group->n};
+    if (id && group->n > 1)
+        who->key = digest_bytes(id->data, id->len, group->n) | 1;
+    for (uint32_t i = 0; i < group->n && i < RANKS_MAX; i++) {
+        who->parties[i].incarnation = parties[i].incarnation;
+        snprintf(who->parties[i].id, sizeof who->parties[i].id, "%s", parties[i].id);
+    }
 }
 
 int nccl_group_create(struct transport *self, const struct blob *id, const struct member *parties, uint32_t n,
@@ -118,6 +139,7 @@ int nccl_group_create(struct transport *self, const struct blob *id, const struc
     if (!group)
         return err_set(err, ERR_NOMEM, "out of memory");
     *group = (struct transport_group){.nccl = nccl, .n = n, .self = self_party};
+    group_who(group, id, parties);
     rc = control_open(nccl->mesh, id, parties, n, self_party, call, &group->control, err);
     if (rc < 0) {
         free(group);
@@ -139,7 +161,7 @@ void nccl_group_destroy(struct transport_group *group)
         return;
     if (!group->broken) {
         control_end(group->control);
-        nccl_ending_start(group->nccl->shared, &group->gear, group->control);
+        nccl_ending_start(group->nccl->shared, &group->gear, group->control, &group->who);
     }
     free(group);
 }

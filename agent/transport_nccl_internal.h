@@ -9,6 +9,7 @@
 #include "agent/cuda_driver.h"
 #include "agent/nccl_library.h"
 #include "agent/transport.h"
+#include "agent/transport_nccl.h"
 #include "agent/transport_nccl_control.h"
 
 #define GROUPS_IN_FLIGHT 4u /* so that the GPU never waits for the next launch */
@@ -21,6 +22,8 @@ struct nccl_shared {
     pthread_mutex_t lock; /* of all that follows */
     pthread_cond_t ended;
     struct nccl_ending *endings;
+    struct nccl_kept *handed; /* by an ending that was asked for what it keeps ... */
+    bool answered;            /* ... or it had to let go of it */
     bool hurry;  /* endings wait for no peer any more */
     bool closed; /* the last ending frees this */
 };
@@ -30,6 +33,8 @@ struct transport_nccl {
     struct transport *mesh;
     bool mesh_is_theirs;
     struct nccl_shared *shared;
+    uint32_t keep_ms;
+    struct transport_nccl_counts counts;
 };
 
 /* What a group has on the GPU; handed to an ending as a whole. */
@@ -40,10 +45,30 @@ struct nccl_gear {
     CUdeviceptr warm; /* [2n] words for the first exchange */
 };
 
+/* The parties of a group and their ranks in its communicator, for the next group, which may have the same ones or
+ * fewer. */
+struct nccl_keep {
+    uint64_t key; /* the same for all parties of the communicator, and only for them; 0: not to be kept */
+    uint32_t ms;
+    uint32_t n;
+    struct nccl_party {
+        char id[AGENT_ID_MAX];
+        uint64_t incarnation;
+        uint32_t rank;
+    } parties[RANKS_MAX];
+};
+/* A communicator that its group has ended with, all of whose parties are still there. */
+struct nccl_kept {
+    struct nccl_keep who;
+    struct nccl_gear gear;
+    struct control *control; /* closed at a party's end of it: its connections are how the others learn that */
+};
+
 struct transport_group {
     struct transport_nccl *nccl;
     struct control *control; /* NULL once broken */
     uint32_t n, self;
+    struct nccl_keep who;
     bool broken;     /* an error came: only destroy is left */
     bool gpu_failed; /* ... from NCCL or CUDA: the peers may know more */
     struct nccl_gear gear;
@@ -76,6 +101,11 @@ int nccl_run(struct transport_group *group, const char *doing, const struct nccl
 /* The middle part of it. */
 int nccl_run_batches(struct transport_group *group, const struct nccl_ops *ops, const struct transport_call *call,
                      uint64_t *ret_bytes, struct err *err) MUST_CHECK;
+/* Takes over what an earlier group has left, if that will do for these parties at all of them: the same communicator, or
+ * one shrunk from it.  group->gear.comm stays NULL when a new one has to be made; an error is a party's or the caller's
+ * end. */
+int nccl_group_inherit(struct transport_group *group, const struct transport_call *call, struct err *err) MUST_CHECK;
+
 /* Waits until the communicator has taken what it was last asked for. */
 int nccl_settle(struct transport_group *group, const char *what, const struct transport_call *call,
                 struct err *err) MUST_CHECK;
@@ -100,8 +130,14 @@ struct nccl_shared *nccl_shared_new(struct nccl_library library, struct cuda_dev
 /* Waits a moment for endings; then what is left goes on without us. */
 void nccl_shared_close(struct nccl_shared *shared);
 /* Ends the gear on a thread of its own.  control: that of a group which is over in order (control_end has been called);
- * it is waited for a while, and freed.  NULL after a failure.  Returns at once. */
-void nccl_ending_start(struct nccl_shared *shared, const struct nccl_gear *gear, struct control *control);
+ * it is waited for a while, and freed.  NULL after a failure.  keep: how long, and for whom, it is kept before that, if
+ * all parties end in order and stay; or NULL.  One is kept at a time.  Returns at once. */
+void nccl_ending_start(struct nccl_shared *shared, const struct nccl_gear *gear, struct control *control,
+                       const struct nccl_keep *keep);
+/* What is kept, the caller's from now on (nccl_kept_drop or taken apart and freed); NULL: nothing. */
+struct nccl_kept *nccl_kept_take(struct nccl_shared *shared);
+/* Ends it in the background; takes NULL. */
+void nccl_kept_drop(struct nccl_shared *shared, struct nccl_kept *kept);
 /* Waits for all endings (failed_only: of groups that failed); false when some are not over in time. */
 bool nccl_endings_wait(struct nccl_shared *shared, bool failed_only, uint32_t limit_ms);
 /* 0, or which ending is over its time.  Never blocks. */

@@ -149,8 +149,9 @@ static int run_launch(struct run *r, uint32_t k, struct err *err)
     cudaStream_t stream = group->gear.stream;
     for (size_t i = r->starts[r->busy[k]]; i < r->starts[r->busy[k] + 1] && rc == 0; i++) {
         const struct nccl_op *op = r->order[i];
-        ncclResult_t result = op->send ? nccl->ncclSend(op->at, op->len, ncclUint8, (int)op->peer, comm, stream)
-                                       : nccl->ncclRecv(op->at, op->len, ncclUint8, (int)op->peer, comm, stream);
+        int rank = (int)group->who.parties[op->peer].rank;
+        ncclResult_t result = op->send ? nccl->ncclSend(op->at, op->len, ncclUint8, rank, comm, stream)
+                                       : nccl->ncclRecv(op->at, op->len, ncclUint8, rank, comm, stream);
         rc = run_check(group, result, err, op->send ? "queue a send" : "queue a receive");
     }
     struct err second = {0};
@@ -242,7 +243,7 @@ int nccl_group_fail(struct transport_group *group, int rc, struct err *err)
         group->gear = (struct nccl_gear){0};
         return rc;
     }
-    nccl_ending_start(shared, &group->gear, NULL);
+    nccl_ending_start(shared, &group->gear, NULL, NULL);
     group->gear = (struct nccl_gear){0};
     if (!nccl_endings_wait(shared, true, ABORT_LIMIT_MS) && err) {
         char why[ERR_TEXT_MAX];

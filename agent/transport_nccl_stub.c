@@ -10,6 +10,12 @@ struct transport *transport_nccl_open(const struct transport_nccl_options *optio
     return NULL;
 }
 
+struct transport_nccl_counts transport_nccl_counts(const struct transport *transport)
+{
+    (void)transport;
+    return (struct transport_nccl_counts){0};
+}
+
 const char *transport_nccl_version(const struct transport *transport)
 {
     (void)transport;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs the test programs one after another and counts: unit tests, the simulation, integration tests.
-# Tests of GPU paths run on the CUDA driver of tests/fakecuda (where the build has one); on a GPU tests/gpu/contract.sh
+# Tests of GPU paths run on the CUDA driver of tests/fakecuda and the NCCL of tests/fakenccl (where the build has one); on a GPU tests/gpu/contract.sh
 # runs them.
 # usage: BUILD=build SIM_SEEDS=2000 tests/run.sh UNIT... -- INTEGRATION...
 set -u
@@ -46,16 +46,24 @@ for t in "$@"; do
         itest_checkpoint)
         [ -e "$fakecuda/libcuda.so.1" ] && driver=("${on_fakecuda[@]}")
         ;;
+    itest_gpu_faults)
+        [ -e "$fakecuda/libnccl.so.2" ] && driver=("${on_fakecuda[@]}" FAKECUDA_DELAY_US=0)
+        ;;
     esac
     run "$t" "${driver[@]}" timeout 900 "$BUILD/tests/$t"
 done
 # The same cluster with its weights in GPU memory: scaling, and the demo, over cuda_peer.
 if [ $part = integration ]; then
     on_gpu=(env "LD_LIBRARY_PATH=$fakecuda${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FAKECUDA_GPUS=2 "FAKECUDA_STATE=run$$"
-        EEP_TEST_MEMORY=cuda EEP_TEST_TRANSPORT=cuda_peer timeout 900)
+        EEP_TEST_MEMORY=cuda EEP_TEST_TRANSPORT=cuda_peer)
     if [ -e "$fakecuda/libcuda.so.1" ]; then
-        run "itest_scale, cuda_peer" "${on_gpu[@]}" "$BUILD/tests/itest_scale"
-        run "demo, cuda_peer" "${on_gpu[@]}" "$BUILD/tests/eep-demo" --sequence 2,4,3,2 --settle-ms 200
+        run "itest_scale, cuda_peer" "${on_gpu[@]}" timeout 900 "$BUILD/tests/itest_scale"
+        run "demo, cuda_peer" "${on_gpu[@]}" timeout 900 "$BUILD/tests/eep-demo" --sequence 2,4,3,2 --settle-ms 200
+        run "demo, auto" "${on_gpu[@]}" EEP_TEST_TRANSPORT=auto timeout 900 "$BUILD/tests/eep-demo" --sequence 2,3,2 --settle-ms 200
+        if [ -e "$fakecuda/libnccl.so.2" ]; then
+            run "demo, nccl" "${on_gpu[@]}" EEP_TEST_TRANSPORT=nccl timeout 900 "$BUILD/tests/eep-demo" --sequence 2,4,3,2 \
+                --settle-ms 200
+        fi
     else
         no_gpu() { echo "this build has no cuda.h"; return 77; }
         run "itest_scale, cuda_peer" no_gpu

@@ -63,12 +63,14 @@ static struct transport *batched_open(const char *device, const char *address, s
 }
 
 static int n_backends, n_gpus;
-static bool gpus_shared; /* by the parties of the present test */
+static bool gpus_shared;   /* by the parties of the present test */
+static uint32_t keep_ms;   /* communicators */
+static bool gpus_are_fake; /* tests/fakecuda */
 
 static struct transport *nccl_open(const char *device, const char *address, struct err *err)
 {
     char actual[ADDRESS_TEXT_MAX];
-    struct transport_nccl_options options = {.gpu = device, .shared_gpu = gpus_shared};
+    struct transport_nccl_options options = {.gpu = device, .shared_gpu = gpus_shared, .keep_ms = keep_ms};
     return address_listen(address, 0600, &options.listen_fd, actual, err) < 0 ? NULL
                                                                               : transport_nccl_open(&options, err);
 }
@@ -97,7 +99,7 @@ static const struct backend backends[] = {
     {"host", false, host_open}, {"auto over sockets", false, standin_open},   {"cuda_peer", true, cuda_peer_open},
     {"nccl", true, nccl_open},  {"cuda_peer in batches", true, batched_open}, {"auto", true, auto_open},
 };
-enum { WITHOUT_GPU = 2, WITHOUT_NCCL = 3, WITH_NCCL = 4, BATCHED = 4, AUTO = 5 };
+enum { WITHOUT_GPU = 2, WITHOUT_NCCL = 3, WITH_NCCL = 4, NCCL = 3, BATCHED = 4, AUTO = 5 };
 
 /* How many GPUs a child sees: the driver must not be used before the forks. */
 static int gpus_count(void)
@@ -111,26 +113,21 @@ static int gpus_count(void)
         if (gpu_list(gpus, PARTIES_MAX, &n, &err) < 0)
             printf("transports between GPUs are not tested: %s\n", err.text);
         fflush(NULL);
-        _exit((int)n);
+        _exit((int)n + (n > 0 && strcmp(gpus[0].name, "Fake GPU") == 0 ? 100 : 0));
     }
-    int status = 0;
-    return child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    int status = 0, n = child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    gpus_are_fake = n >= 100;
+    return n % 100;
 }
 
-/* Whether a child can open the NCCL transport; on host memory (tests/fakecuda) NCCL itself does not run. */
+/* Whether a child can open the NCCL transport; beside the driver of tests/fakecuda that is the one of tests/fakenccl.
+ */
 static bool nccl_there(void)
 {
     fflush(NULL);
     pid_t child = fork();
     if (child == 0) {
         struct err err = {0};
-        struct gpu gpu = {0};
-        size_t n = 0;
-        if (gpu_list(&gpu, 1, &n, &err) == 0 && strcmp(gpu.name, "Fake GPU") == 0) {
-            printf("NCCL is not tested: the GPUs here are host memory\n");
-            fflush(NULL);
-            _exit(0);
-        }
         struct transport *t = transport_nccl_open(&(struct transport_nccl_options){.listen_fd = -1, .gpu = ""}, &err);
         printf("%s%s\n", t ? "" : "NCCL is not tested: ", t ? transport_nccl_version(t) : err.text);
         fflush(NULL);
@@ -736,6 +733,118 @@ START_TEST(gpus_of_one_host_need_no_nccl)
 }
 END_TEST
 
+/* ---- nccl: communicators that serve the next group ---- */
+
+/* A group of these parties, in this order, in which everybody passes its bytes to the next one. */
+static void group_of(struct party *p, const uint32_t *who, uint32_t n)
+{
+    const size_t slot = 70000;
+    struct transport_call call = party_call(p);
+    struct member members[PARTIES_MAX];
+    uint32_t self = UINT32_MAX;
+    uint64_t received;
+    p->transport->destroy(p->group);
+    p->group = NULL;
+    poll(NULL, 0, 150); /* ends are in the background, and what was not all over is not kept */
+    id_share(p);
+    for (uint32_t i = 0; i < n; i++) {
+        members[i] = p->members[who[i]];
+        self = who[i] == p->self ? i : self;
+    }
+    if (self < n) {
+        uint8_t *data = malloc(2 * slot);
+        uint32_t before = (self + n - 1) % n;
+        struct transfer items[] = {{.src = self, .dst = (self + 1) % n, .n = 1}, {.src = before, .dst = self, .n = 1}};
+        items[0].from[0] = (struct extent){&p->region, 0, slot};
+        items[1].to[0] = (struct extent){&p->region, slot, slot};
+        must(p, p->transport->group_create(p->transport, p->id, members, n, self, &call, &p->group, &p->err) == 0, "%s",
+             p->err.text);
+        must(p, move(p, items, 2, &received) == 0 && received == slot, "%s", p->err.text);
+        fill(data + slot, slot, who[before] + 1);
+        must(p, region_holds(p, data, slot, slot), "of party %u", who[before]);
+        free(data);
+    }
+    together(p);
+}
+
+/* Two of them could be shrunk: how many are. */
+static void next_groups(struct party *p, bool first, bool second)
+{
+    uint8_t *data = malloc(140000);
+    region_alloc(p, 140000);
+    fill(data, 70000, p->self + 1);
+    memset(data + 70000, 0, 70000);
+    region_write(p, data, 140000);
+    free(data);
+    group_of(p, (const uint32_t[]){0, 1, 2, 3}, 4);
+    group_of(p, (const uint32_t[]){0, 1, 2, 3}, 4); /* the same once more */
+    group_of(p, (const uint32_t[]){3, 0, 2}, 3);    /* fewer, and in another order */
+    group_of(p, (const uint32_t[]){2, 3}, 2);       /* fewer still */
+    group_of(p, (const uint32_t[]){0, 1, 2, 3}, 4); /* more: a new one */
+    struct transport_nccl_counts counts = transport_nccl_counts(p->transport);
+    const bool in_first = p->self != 1, in_second = p->self >= 2;
+    unsigned shrunk = (unsigned)((in_first && first) + (in_second && second));
+    must(p, counts.reused == 1 && counts.shrunk == shrunk && counts.made == 2u + in_first + in_second - shrunk,
+         "%u made, %u reused, %u shrunk", counts.made, counts.reused, counts.shrunk);
+    must(p, p->transport->health(p->transport, &p->err) == 0, "%s", p->err.text);
+}
+
+static void play_next_groups(struct party *p)
+{
+    next_groups(p, true, true);
+}
+
+static void play_no_shrinking(struct party *p)
+{
+    setenv("FAKENCCL_SHRINK", "fail", 1);
+    next_groups(p, false, false);
+}
+
+static void play_half_shrinking(struct party *p)
+{
+    setenv("FAKENCCL_SHRINK", "half", 1); /* at odd ranks: those of the second time are even */
+    next_groups(p, false, true);
+}
+
+/* With a communicator kept, a party dies: it is not used again. */
+static void play_kept_of_a_dead(struct party *p)
+{
+    region_alloc(p, 140000);
+    uint8_t *data = calloc(2, 70000);
+    fill(data, 70000, p->self + 1);
+    region_write(p, data, 140000);
+    free(data);
+    group_of(p, (const uint32_t[]){0, 1, 2}, 3);
+    p->transport->destroy(p->group);
+    p->group = NULL;
+    poll(NULL, 0, 150);
+    id_share(p);
+    if (p->self == 2)
+        kill(getpid(), SIGKILL);
+    poll(NULL, 0, 500);
+    struct transport_call call = party_call(p);
+    must(p, p->transport->group_create(p->transport, p->id, p->members, 2, p->self, &call, &p->group, &p->err) == 0,
+         "%s", p->err.text);
+    struct transport_nccl_counts counts = transport_nccl_counts(p->transport);
+    must(p, counts.made == 2 && counts.shrunk == 0, "%u made, %u shrunk", counts.made, counts.shrunk);
+}
+
+START_TEST(a_communicator_serves_the_next_group)
+{
+    keep_ms = 10000;
+    troupe(NCCL, 4, play_next_groups);
+    troupe(NCCL, 3, play_kept_of_a_dead);
+}
+END_TEST
+
+START_TEST(what_cannot_be_shrunk_is_made_anew)
+{
+    keep_ms = 10000;
+    troupe(NCCL, 4, play_no_shrinking);
+    troupe(NCCL, 4, play_half_shrinking);
+}
+END_TEST
+
 int main(void)
 {
     n_gpus = gpus_count();
@@ -748,6 +857,10 @@ int main(void)
     tcase_add_loop_test(t, moves_arrive, 0, n_backends);
     if (n_gpus > 0)
         tcase_add_test(t, moves_in_batches_arrive), tcase_add_test(t, gpus_of_one_host_need_no_nccl);
+    if (n_backends == WITH_NCCL)
+        tcase_add_test(t, a_communicator_serves_the_next_group);
+    if (n_backends == WITH_NCCL && gpus_are_fake)
+        tcase_add_test(t, what_cannot_be_shrunk_is_made_anew);
     tcase_add_loop_test(t, progress_is_reported_on_both_sides, 0, n_backends);
     tcase_add_loop_test(t, different_plans_are_noticed, 0, n_backends);
     tcase_add_loop_test(t, a_party_that_does_not_come_is_named, 0, n_backends);
