@@ -108,6 +108,9 @@ void agent_operation_begin(struct agent_core *core, const struct msg_op_begin *m
         core->model = model_ref(m->model);
     }
     operation_transition(core, machine_start(op->role), ME_EVENTS);
+    /* Re-adopted with the promise that it gave in this repair: it is not asked again. */
+    if (op->kind == OP_REPAIR && core->promise.epoch && core->promise.kind == FLIP_RESET)
+        agent_operation_move(core, ME_ENGINE_PREPARE);
 }
 
 /* Rolls back what the operation made.  A promise is not touched: only ABORT or GO of its epoch releases it. */
