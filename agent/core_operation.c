@@ -93,6 +93,7 @@ void agent_operation_begin(struct agent_core *core, const struct msg_op_begin *m
     }
     if (agent_operation_running(core))
         agent_operation_overtaken(core, m->op, m->role != ROLE_NEW);
+    agent_restore_drop_op(core);
     agent_operation_clear(core);
     core->joining |= m->role == ROLE_NEW;
     op->op = m->op;

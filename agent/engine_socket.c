@@ -279,12 +279,19 @@ void engine_socket_attached(struct engine_socket *s)
     Eep__Engine__Attached body = EEP__ENGINE__ATTACHED__INIT;
     body.agent = s->agent_id;
     body.page_bytes = s->page->size;
+    body.has_incarnation = s->incarnation != 0;
+    body.incarnation = s->incarnation;
     Eep__Engine__EngineDown down = EEP__ENGINE__ENGINE_DOWN__INIT;
     down.body_case = EEP__ENGINE__ENGINE_DOWN__BODY_ATTACHED;
     down.attached = &body;
     int fds[4] = {s->page_fd, s->wake_fd, s->bell_fd, s->load_fd};
     event_del(s->conn->impatient);
     engine_conn_send(s, &down, fds, 4);
+}
+
+void engine_socket_resumed(struct engine_socket *s)
+{
+    event_del(s->conn->impatient);
 }
 
 /* ---- open and close ---- */
@@ -303,6 +310,37 @@ static int memfd_make(const char *name, size_t bytes, int seals, int *ret_fd, st
     return 0;
 }
 
+static int page_map(struct engine_socket *s, size_t bytes, struct err *err)
+{
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, s->page_fd, 0);
+    if (base == MAP_FAILED)
+        return err_set(err, ERR_NOMEM, "cannot map the control page: %s", strerror(errno));
+    s->page = base;
+    return 0;
+}
+
+/* The page of the last process, and what belongs to it. */
+static int page_take(struct engine_socket *s, const struct engine_socket_fds *kept, struct err *err)
+{
+    struct stat st;
+    s->page_fd = kept->page;
+    s->wake_fd = kept->wake;
+    s->bell_fd = kept->bell;
+    s->load_fd = kept->load;
+    s->awaited = s->load_kept = true;
+    if (s->page_fd < 0 || s->wake_fd < 0 || s->bell_fd < 0 || s->load_fd < 0)
+        return err_set(err, ERR_CORRUPT, "the control page, an eventfd or the load counters were not kept");
+    if (fstat(s->page_fd, &st) < 0 || (size_t)st.st_size < sizeof(struct control_page))
+        return err_set(err, ERR_CORRUPT, "the control page that was kept is too small");
+    int rc = page_map(s, (size_t)st.st_size, err);
+    if (rc == 0 && (s->page->magic != PAGE_MAGIC || s->page->size != (uint64_t)st.st_size)) {
+        munmap(s->page, (size_t)st.st_size);
+        s->page = NULL;
+        rc = err_set(err, ERR_CORRUPT, "what was kept is no control page of this version");
+    }
+    return rc;
+}
+
 static int page_make(struct engine_socket *s, struct err *err)
 {
     size_t unit = (size_t)sysconf(_SC_PAGESIZE);
@@ -310,10 +348,9 @@ static int page_make(struct engine_socket *s, struct err *err)
     int rc = memfd_make("eep-page", bytes, F_SEAL_SHRINK | F_SEAL_GROW, &s->page_fd, err);
     if (rc)
         return rc;
-    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, s->page_fd, 0);
-    if (base == MAP_FAILED)
-        return err_set(err, ERR_NOMEM, "cannot map the control page: %s", strerror(errno));
-    s->page = base;
+    rc = page_map(s, bytes, err);
+    if (rc)
+        return rc;
     page_init(s->page);
     s->page->size = bytes;
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -336,7 +373,9 @@ int engine_socket_load_size(struct engine_socket *s, uint32_t layers, uint32_t s
         return err_set(err, ERR_NOMEM, "cannot map the load counters: %s", strerror(errno));
     if (s->load)
         munmap(s->load, (size_t)s->load_layers * s->load_slots * sizeof(uint64_t));
-    memset(base, 0, bytes); /* those of another shape mean nothing */
+    if (!s->load_kept)
+        memset(base, 0, bytes); /* those of another shape mean nothing */
+    s->load_kept = false;
     s->load = base;
     s->load_layers = layers;
     s->load_slots = slots;
@@ -357,6 +396,8 @@ static int listen_make(struct engine_socket *s, const char *path, struct err *er
         s->address = NULL;
         return err_set(err, ERR_NOMEM, "out of memory");
     }
+    if (s->listen_fd >= 0)
+        return 0; /* kept */
     int rc = address_listen(s->address, 0660, &s->listen_fd, actual, err);
     return rc < 0 ? err_wrap(err, "the engine socket") : 0;
 }
@@ -383,8 +424,11 @@ int engine_socket_open(const struct engine_socket_config *config, struct engine_
     s->on_event = config->on_event;
     s->user = config->user;
     s->listen_fd = s->page_fd = s->wake_fd = s->bell_fd = s->load_fd = -1;
+    s->incarnation = config->incarnation;
     snprintf(s->agent_id, sizeof s->agent_id, "%s", config->agent_id);
-    int rc = page_make(s, err);
+    if (config->kept)
+        s->listen_fd = config->kept->listen;
+    int rc = config->kept && config->kept->page >= 0 ? page_take(s, config->kept, err) : page_make(s, err);
     if (!rc)
         rc = listen_make(s, config->path, err);
     if (!rc)
@@ -407,6 +451,8 @@ void engine_socket_close(struct engine_socket *s)
 {
     if (!s)
         return;
+    if (s->conn && s->conn->attached)
+        engine_socket_perform(s, &(struct agent_action){.type = AA_ENGINE_DETACH, .text = "its agent stops"});
     if (s->conn)
         conn_free(s->conn);
     if (s->acceptable)
@@ -417,7 +463,7 @@ void engine_socket_close(struct engine_socket *s)
         event_free(s->rung);
     if (s->later)
         event_free(s->later);
-    if (s->listen_fd >= 0)
+    if (s->listen_fd >= 0 && s->address)
         address_unlink(s->address, s->listen_fd); /* not the file of an agent that has taken our place */
     fd_close(s->listen_fd);
     expert_map_unref(s->load_map);
@@ -431,6 +477,12 @@ void engine_socket_close(struct engine_socket *s)
     fd_close(s->load_fd);
     free(s->address);
     free(s);
+}
+
+struct engine_socket_fds engine_socket_fds(const struct engine_socket *s)
+{
+    return (struct engine_socket_fds){
+        .listen = s->listen_fd, .page = s->page_fd, .wake = s->wake_fd, .bell = s->bell_fd, .load = s->load_fd};
 }
 
 struct control_page *engine_socket_page(struct engine_socket *s)

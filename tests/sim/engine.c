@@ -271,19 +271,9 @@ static bool flip_due(struct sim_agent *a)
            (next > at_least ? next : at_least) >= atomic_load(&a->page.flip_step);
 }
 
-/* It ends by itself; an agent that has no connection to it is not told. */
-static void ends(struct sim *s, struct sim_agent *a, const char *why)
-{
-    bool said = a->engine.said;
-
-    engine_death(s, a, why, said);
-    if (a->up && !said)
-        sim_push(s, sim_between(s, MS, s->quick_attach), SE_ATTACH, a->index, a->life);
-}
-
 static void stale(struct sim *s, struct sim_agent *a)
 {
-    ends(s, a, "its agent has given it up");
+    engine_death(s, a, "its agent has given it up", true);
 }
 
 static void boundary(struct sim *s, struct sim_agent *a)
@@ -502,13 +492,14 @@ static void revoke(struct sim *s, struct sim_agent *a)
 void engine_death(struct sim *s, struct sim_agent *a, const char *why, bool tell_agent)
 {
     struct sim_engine *e = &a->engine;
+    bool said = e->said; /* else its agent has no connection to it, and is told nothing */
 
     sim_note(s, "a%02u engine DIES%s: %s", a->index, e->pc == ENGINE_IN_STEP ? " in its step" : "", why);
     s->losses++;
     s->fault_at = s->now;
     leave_steps(s, a);
     hand_back(s, a);
-    if (tell_agent && a->up)
+    if (tell_agent && said && a->up)
         tell(s, a, sim_between(s, 10 * US, 2 * MS), AE_ENGINE_DETACHED);
     engine_forget(a);
     if (tell_agent && a->up)
@@ -556,7 +547,7 @@ void engine_action(struct sim *s, struct sim_agent *a, struct agent_action *acti
         return;
     case AA_ENGINE_DRAIN:
         e->draining = true;
-        sim_push(s, action->value * MS, SE_DRAIN_DEADLINE, a->index, e->life);
+        sim_push(s, sim_clock_delay(s, a, sim_clock(s, a) + action->value * MS), SE_DRAIN_DEADLINE, a->index, e->life);
         drained(s, a);
         return;
     case AA_ENGINE_ABORT: e->draining = false; return;
@@ -632,7 +623,7 @@ static void orphan_ends(struct sim *s, struct sim_agent *a, uint64_t which)
         sim_push(s, 50 * MS, SE_ORPHAN, a->index, e->life)->x = which;
         return;
     }
-    ends(s, a, "its agent did not come back");
+    engine_death(s, a, "its agent did not come back", true);
 }
 
 void engine_event(struct sim *s, const struct sim_event *ev)
