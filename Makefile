@@ -1,7 +1,7 @@
 # eep: elastic expert parallelism.  `make help` lists the targets.
 #
 # Variables: BUILD (folder of outputs), CC, SANITIZE (address,undefined or thread), WERROR=1, CUDA=0 or NCCL=0 (build
-# without), CUDA_HOME, NCCL_HOME (where they are).
+# without), CUDA_HOME, NCCL_HOME (where they are), LINK=static (third-party libraries inside the programs: the bundle).
 
 BUILD    ?= build
 comma    := ,
@@ -25,7 +25,10 @@ endif
 # The caller's own flags, from the environment or the command line, are added to ours and come last.
 override CPPFLAGS := -I. -I$(BUILD)/proto $(CPPFLAGS)
 override CFLAGS   := $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP $(CFLAGS)
-LIBS     := -levent -levent_pthreads -lprotobuf-c -llmdb -ljansson -lpthread -ldl -lm
+# Libraries that are not libc's own: shared, or with LINK=static inside the programs.
+third     = $(if $(filter static,$(LINK)),-Wl$(comma)-Bstatic $(1) -Wl$(comma)-Bdynamic,$(1))
+LIBS     := $(call third,-levent_pthreads -levent -lprotobuf-c -llmdb -ljansson) -lpthread -ldl -lm
+CHECK_LIBS = $(call third,$(filter-out -lrt -lm,$(shell pkg-config --libs check 2>/dev/null))) -lrt
 
 # ---- GPUs: only headers and nvcc are needed to build; libcuda and libnccl are loaded at run time ----
 first_with = $(firstword $(foreach d,$(2),$(if $(wildcard $(d)/$(1)),$(d))))
@@ -74,6 +77,10 @@ UNIT_BIN   := $(UNIT_SRC:tests/unit/%.c=$(BUILD)/tests/%)
 BENCH_SRC  := $(wildcard tests/bench/bench_*.c)
 BENCH_BIN  := $(BENCH_SRC:tests/bench/%.c=$(BUILD)/tests/%)
 
+# the CUDA driver on host memory, for tests; only where cuda.h is
+FAKECUDA_SRC := $(if $(HAVE_CUDA),$(wildcard tests/fakecuda/*.c))
+FAKECUDA   := $(if $(HAVE_CUDA),$(BUILD)/fakecuda/libcuda.so.1)
+
 obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst $(BUILD)/%,%,$(1)))
 
 BIN := $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eepctl $(BUILD)/libeep.so $(BUILD)/libeep.a
@@ -92,7 +99,7 @@ $(BUILD)/%.o: %.c | $(PROTO_HDR)
 	$(CC) $(CPPFLAGS) $(CFLAGS) -c -o $@ $<
 
 ifeq ($(HAVE_CUDA),1)
-$(call obj,$(CUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
+$(call obj,$(CUDA_SRC) $(FAKECUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
 $(call obj,$(NCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
 $(BUILD)/agent/digest_kernel.o: override CPPFLAGS += -DDIGEST_FATBIN='"$(BUILD)/agent/digest_kernel.fatbin"'
 $(BUILD)/agent/digest_kernel.o: $(BUILD)/agent/digest_kernel.fatbin
@@ -124,23 +131,30 @@ $(BUILD)/eep-agent: $(call obj,agent/main.c) $(BUILD)/libagent.a $(BUILD)/libcom
 $(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libcommon.a
-	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ -lprotobuf-c -lpthread
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ $(call third,-lprotobuf-c) -lpthread
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
+ifeq ($(HAVE_CUDA),1) # without it these skip themselves
+$(BUILD)/tests/test_fakecuda $(BUILD)/tests/test_cuda_faults: override CPPFLAGS += -isystem $(CUDA_INC) -DHAVE_CUDA
+endif
 HARNESS   := $(call obj,$(wildcard tests/harness/*.c))
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
 $(BUILD)/tests/itest_%: tests/integration/itest_%.c $(HARNESS) $(TEST_LIBS)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
 $(BUILD)/tests/bench_%: tests/bench/bench_%.c $(HARNESS) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(LIBS)
 $(BUILD)/tests/nccl_abort: tests/gpu/nccl_abort.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(LIBS)
+$(BUILD)/fakecuda/libcuda.so.1: $(call obj,$(FAKECUDA_SRC)) $(BUILD)/libcommon.a tests/fakecuda/export.map
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 -Wl,-z,nodelete -Wl,--version-script=tests/fakecuda/export.map \
+	  -o $@ $(filter-out %.map,$^) -lpthread
 $(BUILD)/tests/eep-sim: $(call obj,$(SIM_SRC)) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
@@ -180,7 +194,7 @@ deps-test: ## install what only the tests need (as root, once)
 
 # "make -j deps demo" must not build before the packages are there
 ifneq ($(filter deps deps-test,$(MAKECMDGOALS)),)
-demo check check-unit sim bench: $(filter deps deps-test,$(MAKECMDGOALS))
+demo check check-unit sim bench bundle bundle-test: $(filter deps deps-test,$(MAKECMDGOALS))
 endif
 demo:      ## watch a served model go 2 -> 4 -> 3 -> 2 -> 4 ranks under load
 	@[ -x $(BUILD)/tests/eep-demo ] || echo "building in $(BUILD), which takes less than a minute"
@@ -195,10 +209,10 @@ check-deps:
 	@missing="$(call missing,$(DEPS_TEST))"; if [ -n "$$missing" ]; then \
 	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
 check: check-deps ## all tests: unit, simulation, integration with the real daemons
-	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim || { $(hint); }
+	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim $(FAKECUDA) || { $(hint); }
 	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
 check-unit: check-deps ## unit tests alone
-	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN)
+	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN) $(FAKECUDA)
 	@BUILD=$(BUILD) SIM_SEEDS=0 tests/run.sh $(notdir $(UNIT_BIN)) --
 sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/eep-sim
@@ -223,11 +237,13 @@ install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr
 	for unit in $(notdir $(wildcard systemd/*.service)); do \
 	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
 
+include systemd/bundle/rules.mk
+
 format:    ## lay out the code
 	clang-format -i $$(git ls-files '*.c' '*.h')
 clean:
 	rm -rf $(BUILD)
 help:      ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

@@ -143,15 +143,16 @@ int worker_dense_verify(struct worker *w, uint32_t i, struct err *err)
     return rc;
 }
 
-static void verify_count(struct worker_result *result, int rc, const struct err *err)
+/* A mismatch is a finding, not a failure: all of them are counted.  Bytes that cannot be read are no finding. */
+static int verify_count(struct worker_result *result, int rc, const struct err *err)
 {
-    if (rc == 0)
-        return;
+    if (rc != ERR_CORRUPT)
+        return rc;
     if (result->bad++ == 0)
         snprintf(result->text, sizeof result->text, "%.*s", (int)sizeof result->text - 1, err->text);
+    return 0;
 }
 
-/* A mismatch is a finding, not a failure: all of them are counted. */
 static int job_verify(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err)
 {
     const struct expert_map *map = job->work.map;
@@ -165,8 +166,9 @@ static int job_verify(struct worker *w, const struct job *job, struct worker_res
         return err_set(err, ERR_INVALID, "the map does not fit the weights that are held here");
     const struct model *model = w->weights->model;
     for (uint32_t i = 0; i < model->n_dense && rc == 0; i++) {
-        verify_count(ret_result, worker_dense_verify(w, i, err), err);
-        rc = worker_cancelled_check(w, err);
+        rc = verify_count(ret_result, worker_dense_verify(w, i, err), err);
+        if (rc == 0)
+            rc = worker_cancelled_check(w, err);
     }
     ret_result->bytes = model->dense_bytes;
     for (uint32_t layer = 0; layer < map->layers; layer++)
@@ -176,9 +178,10 @@ static int job_verify(struct worker *w, const struct job *job, struct worker_res
                 continue;
             if (rc == 0)
                 rc = worker_cancelled_check(w, err);
+            if (rc == 0)
+                rc = verify_count(ret_result, weights_slot_verify(w->weights, layer, slot, (uint32_t)expert, err), err);
             if (rc < 0)
                 return rc;
-            verify_count(ret_result, weights_slot_verify(w->weights, layer, slot, (uint32_t)expert, err), err);
             ret_result->value++;
             ret_result->bytes += model->expert_bytes;
         }

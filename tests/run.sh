@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # Runs the test programs one after another and counts: unit tests, the simulation, integration tests.
+# Tests of GPU paths run on the CUDA driver of tests/fakecuda (where the build has one); on a GPU tests/gpu/contract.sh
+# runs them.
 # usage: BUILD=build SIM_SEEDS=2000 tests/run.sh UNIT... -- INTEGRATION...
 set -u
 cd "$(dirname "$0")/.."
 BUILD=${BUILD:-build}
 export EEP_BIN=$BUILD
+fakecuda=$(cd "$BUILD" && pwd)/fakecuda
+# Two GPUs, whose memory is counted over all processes of this run, and which take their time.
+on_fakecuda=(env "LD_LIBRARY_PATH=$fakecuda${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FAKECUDA_GPUS=2 "FAKECUDA_STATE=run$$"
+    FAKECUDA_DELAY_US=200)
 passed=0 failed=0 skipped=0
 run() { # name, command...
     local name=$1 begin=$SECONDS out
@@ -12,6 +18,7 @@ run() { # name, command...
     if out=$("$@" 2>&1); then
         passed=$((passed + 1))
         printf 'ok    %-28s %3ds  %s\n' "$name" $((SECONDS - begin)) "$(printf '%s\n' "$out" | grep -E '^[0-9]+%|passed' | tail -n 1)"
+        printf '%s\n' "$out" | grep ' not tested: ' | sed 's/^/      /'
     elif [ $? = 77 ]; then
         skipped=$((skipped + 1))
         printf 'skip  %-28s %3ds  %s\n' "$name" $((SECONDS - begin)) "$(printf '%s\n' "$out" | tail -n 1)"
@@ -33,7 +40,13 @@ for t in "$@"; do
         fi
         continue
     fi
-    run "$t" timeout 900 "$BUILD/tests/$t"
+    driver=()
+    case $t in
+    test_memory | test_transport_gpu | test_fakecuda | test_cuda_faults)
+        [ -e "$fakecuda/libcuda.so.1" ] && driver=("${on_fakecuda[@]}")
+        ;;
+    esac
+    run "$t" "${driver[@]}" timeout 900 "$BUILD/tests/$t"
 done
 printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
 [ "$failed" = 0 ]

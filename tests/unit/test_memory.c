@@ -1,5 +1,6 @@
 /* Memory backends and the weights that lie in them: a contract suite over a table of backends, GPU memory among them
- * where there is a GPU.  Bytes are compared by their digests, which is all that every backend can read. */
+ * where there is a GPU, or the driver of tests/fakecuda.  Bytes are compared by their digests, which is all that every
+ * backend can read. */
 #include <check.h>
 #include <fcntl.h>
 #include <stdio.h>
