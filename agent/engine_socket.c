@@ -319,6 +319,19 @@ static int page_map(struct engine_socket *s, size_t bytes, struct err *err)
     return 0;
 }
 
+int engine_socket_kept_check(const struct engine_socket_fds *kept, struct err *err)
+{
+    struct stat st;
+    uint64_t head[2] = {0};
+    if (kept->page < 0 || kept->wake < 0 || kept->bell < 0 || kept->load < 0)
+        return err_set(err, ERR_CORRUPT, "the control page, an eventfd or the load counters were not kept");
+    if (fstat(kept->page, &st) < 0 || (size_t)st.st_size < sizeof(struct control_page) ||
+        pread(kept->page, head, sizeof head, 0) != (ssize_t)sizeof head || head[0] != PAGE_MAGIC ||
+        head[1] != (uint64_t)st.st_size)
+        return err_set(err, ERR_CORRUPT, "what was kept is no control page of this version");
+    return 0;
+}
+
 /* The page of the last process, and what belongs to it. */
 static int page_take(struct engine_socket *s, const struct engine_socket_fds *kept, struct err *err)
 {
@@ -328,17 +341,10 @@ static int page_take(struct engine_socket *s, const struct engine_socket_fds *ke
     s->bell_fd = kept->bell;
     s->load_fd = kept->load;
     s->awaited = s->load_kept = true;
-    if (s->page_fd < 0 || s->wake_fd < 0 || s->bell_fd < 0 || s->load_fd < 0)
-        return err_set(err, ERR_CORRUPT, "the control page, an eventfd or the load counters were not kept");
-    if (fstat(s->page_fd, &st) < 0 || (size_t)st.st_size < sizeof(struct control_page))
-        return err_set(err, ERR_CORRUPT, "the control page that was kept is too small");
-    int rc = page_map(s, (size_t)st.st_size, err);
-    if (rc == 0 && (s->page->magic != PAGE_MAGIC || s->page->size != (uint64_t)st.st_size)) {
-        munmap(s->page, (size_t)st.st_size);
-        s->page = NULL;
-        rc = err_set(err, ERR_CORRUPT, "what was kept is no control page of this version");
-    }
-    return rc;
+    int rc = engine_socket_kept_check(kept, err);
+    if (rc == 0 && fstat(s->page_fd, &st) < 0)
+        rc = err_set(err, ERR_IO, "cannot look at the control page: %s", strerror(errno));
+    return rc < 0 ? rc : page_map(s, (size_t)st.st_size, err);
 }
 
 static int page_make(struct engine_socket *s, struct err *err)

@@ -18,6 +18,9 @@ struct engine_socket_fds {
     int listen, page, wake, bell, load;
 };
 
+/* Could they be a control page and what belongs to it?  Borrowed. */
+int engine_socket_kept_check(const struct engine_socket_fds *kept, struct err *err) MUST_CHECK;
+
 struct engine_socket_config {
     struct event_base *base;
     const char *path;         /* unix socket; a stale file is replaced, a live one is ERR_CONFLICT */
@@ -31,7 +34,6 @@ struct engine_socket_config {
     void (*on_event)(void *user, struct agent_event *event);
     void *user;
 };
-/* ERR_CORRUPT: what was kept is no page of ours. */
 int engine_socket_open(const struct engine_socket_config *config, struct engine_socket **ret_socket, struct err *err) MUST_CHECK;
 void engine_socket_close(struct engine_socket *s); /* takes NULL; cuts the engine off, removes the socket file */
 struct engine_socket_fds engine_socket_fds(const struct engine_socket *s); /* borrowed: to be kept */

@@ -11,6 +11,7 @@
 
 #include "agent/engine_process.h"
 #include "agent/gpu.h"
+#include "agent/keep.h"
 #include "agent/service.h"
 #include "common/clock.h"
 #include "common/daemon.h"
@@ -154,6 +155,7 @@ struct process {
     enum agent_exit why;
     struct service *service;
     struct engine_process *engine;
+    struct keep *keep;
     struct event *turn;  /* what comes next in this phase */
     struct event *stop_after, *status, *signals[3];
     uint64_t opened_ns;
@@ -173,6 +175,7 @@ static int open_service(struct process *p, struct err *err)
     struct service_config config = p->options->service;
     config.base = p->base;
     config.log = p->log;
+    config.keep = p->keep;
     config.on_exit = on_exit_asked;
     config.user = p;
     int rc = service_open(&config, &p->service, err);
@@ -182,6 +185,13 @@ static int open_service(struct process *p, struct err *err)
     p->opened_ns = clock_now_ns();
     const char *addresses[] = {service_address(p->service), service_data_address(p->service)};
     return p->options->port_file ? daemon_write_addresses(p->options->port_file, addresses, 2, err) : 0;
+}
+
+/* After a re-adoption the engine of the last process may be there still. */
+static bool engine_wanted(void *user)
+{
+    const struct process *p = user;
+    return !p->service || !service_has_engine(p->service);
 }
 
 static void on_engine_stopped(void *user)
@@ -298,7 +308,8 @@ static int process_run(struct process *p, struct err *err)
     if ((rc = open_events(p, err)) < 0 || (rc = open_service(p, err)) < 0)
         return rc;
     if (o->engine_command &&
-        (rc = engine_process_start(p->base, p->log, o->engine_command, o->service.engine_socket, &p->engine, err)) < 0)
+        (rc = engine_process_start(p->base, p->log, o->engine_command, o->service.engine_socket, engine_wanted, p,
+                                   &p->engine, err)) < 0)
         return rc;
     daemon_notify("READY=1");
     return event_base_dispatch(p->base) < 0 ? err_set(err, ERR_IO, "the event loop failed") : 0;
@@ -310,6 +321,7 @@ static void process_done(struct process *p)
     daemon_signals_hold(); /* libevent gives them their default back */
     service_close(p->service);
     engine_process_free(p->engine);
+    keep_close(p->keep);
     for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) {
         if (events[i])
             event_free(events[i]);
@@ -329,7 +341,9 @@ int main(int argc, char **argv)
                "  eep-agent --id gpu0 --checkpoint /models/qwen3\n"
                "  eep-agent --id gpu1 --engine-command 'my-engine --port 8001'\n"
                "\n"
-               "SIGTERM asks to be drained first, a second one does not.  Exit status: 0 stopped, 1 failed, 2 usage.",
+               "SIGTERM asks to be drained first, a second one does not.  Exit status: 0 stopped, 1 failed, 2 usage, "
+               "75 to be started again.  Under systemd or eep-keeper a process that dies is re-adopted by the next one: "
+               "engines serve on.",
     };
     struct options o = {
         .level = LOG_LEVEL_INFO,
@@ -348,9 +362,10 @@ int main(int argc, char **argv)
 
     struct err err = {0};
     struct process p = {.options = &o, .restart_ms = RESTART_FIRST_MS};
+    p.keep = keep_open();
     p.base = event_base_new();
     p.log = log_new("eep-agent", o.service.id, o.level, -1);
-    int rc = p.base && p.log ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
+    int rc = p.base && p.log && p.keep ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     process_done(&p);
     if (rc == 0)
         log_event(p.log, LOG_LEVEL_INFO, "stopped", "why=%s", "asked to");

@@ -21,6 +21,7 @@ struct service_config {
     const char *engine_socket;        /* path */
     const char *checkpoint;           /* folder, or NULL: joins only, or has an engine that seals */
     const char *memory, *transport;   /* backends by name */
+    struct keep *keep;                /* what outlives the process; borrowed, NULL = nothing */
     uint32_t slots, node, transfer_timeout_ms;
     bool insecure;
     void (*on_exit)(void *user, enum agent_exit value);
@@ -28,7 +29,12 @@ struct service_config {
 };
 
 int service_open(const struct service_config *config, struct service **ret_service, struct err *err) MUST_CHECK;
-void service_close(struct service *service); /* takes NULL */
+/* Takes NULL.  A clean end: what was kept is given up, the engine is cut off. */
+void service_close(struct service *service);
+/* Something in this process hangs, or is broken, that only its end gets rid of (a GPU library's call that does not return):
+ * ends it at once, without cleaning up, with status AGENT_EXIT_READOPT.  The next process re-adopts.  Loop thread. */
+_Noreturn void service_fatal(struct service *service, const char *why);
+bool service_has_engine(const struct service *service); /* attached, or awaited after a re-adoption */
 /* SIGTERM: asks to be drained; again: ends at once.  on_exit follows. */
 void service_stop(struct service *service);
 const char *service_address(const struct service *service);      /* advertised, with its real port */

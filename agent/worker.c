@@ -4,6 +4,7 @@
 #include "agent/worker.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -54,6 +55,15 @@ void worker_progress(struct worker *w, const struct job *job, uint64_t bytes)
         unread->result.bytes = bytes;
     else
         result_push(w, &result);
+    pthread_mutex_unlock(&w->lock);
+}
+
+void worker_fatal(struct worker *w, const char *why)
+{
+    struct worker_result result = {.fatal = true};
+    snprintf(result.text, sizeof result.text, "%s", why);
+    pthread_mutex_lock(&w->lock);
+    result_push(w, &result);
     pthread_mutex_unlock(&w->lock);
 }
 
@@ -169,7 +179,7 @@ static void job_end(struct worker *w, struct job *job, const struct worker_resul
     pthread_mutex_lock(&w->lock);
     w->current = NULL;
     bell_clear(w->cancel_fd);
-    bool keep = job->kind == JOB_REGION_ALLOC; /* the caller's */
+    bool keep = job->kind == JOB_REGION_ALLOC || job->kind == JOB_ADOPT; /* the caller's */
     if (keep) {
         job->answered = true;
         pthread_cond_broadcast(&w->answered);
@@ -211,6 +221,8 @@ const struct weights *worker_weights(struct worker *w)
 
 void worker_weights_set(struct worker *w, struct weights *weights)
 {
+    if (w->config.on_weights)
+        w->config.on_weights(w->config.user, weights);
     pthread_mutex_lock(&w->lock);
     w->weights = weights;
     pthread_mutex_unlock(&w->lock);
@@ -220,14 +232,17 @@ int worker_region_alloc(struct worker *w, const struct region *region, struct me
                         struct err *err)
 {
     struct job job = {.kind = JOB_REGION_ALLOC, .region = region, .ret_region = ret_region};
-    job_queue(w, &job);
+    return worker_call(w, &job, err);
+}
+
+int worker_call(struct worker *w, struct job *job, struct err *err)
+{
+    job_queue(w, job);
     pthread_mutex_lock(&w->lock);
-    while (!job.answered)
+    while (!job->answered)
         pthread_cond_wait(&w->answered, &w->lock);
     pthread_mutex_unlock(&w->lock);
-    if (job.code < 0)
-        return err_set(err, job.code, "%s", job.err.text);
-    return 0;
+    return job->code < 0 ? err_set(err, job->code, "%s", job->err.text) : 0;
 }
 
 void worker_seal(struct worker *w, uint64_t id, const struct manifest *manifest, const struct expert_map *map,

@@ -153,7 +153,7 @@ static int verify_count(struct worker_result *result, int rc, const struct err *
     return 0;
 }
 
-static int job_verify(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err)
+int worker_job_verify(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err)
 {
     const struct expert_map *map = job->work.map;
     if (!w->weights)
@@ -213,7 +213,7 @@ static int job_work(struct worker *w, const struct job *job, struct worker_resul
         weights_free(weights);
         return 0;
     case WORK_VERIFY:
-        return job_verify(w, job, ret_result, err);
+        return worker_job_verify(w, job, ret_result, err);
     }
     return err_set(err, ERR_INVALID, "the worker knows no work of kind %d", (int)job->work.kind);
 }
@@ -232,6 +232,9 @@ void worker_job_run(struct worker *w, struct job *job, struct worker_result *ret
         break;
     case JOB_REGION_ALLOC:
         job->code = worker_job_region_alloc(w, job, &job->err);
+        return;
+    case JOB_ADOPT:
+        job->code = worker_job_adopt(w, job, &job->err);
         return;
     case JOB_SEAL:
         rc = worker_job_seal(w, job, ret_result, &err);
