@@ -26,7 +26,7 @@
 #include "common/options.h"
 
 #define PAUSE_FIRST_MS 20
-#define PAUSE_LAST_MS 5000
+#define PAUSE_LAST_MS 1000 /* within the usual lease */
 #define STATUS_NOT_RUN 127
 
 struct options {

@@ -173,8 +173,9 @@ int cluster_start(struct cluster *c, const struct cluster_options *options)
 int cluster_agent_start(struct cluster *c, int i)
 {
     char id[16], socket[192], log[32], program[512];
-    const char *args[ARGS_MAX] = {"--", program, "--id", id, "--coordinator", c->address, "--engine-socket", socket, NULL};
-    int n = 8;
+    const char *args[ARGS_MAX] = {"--steady-ms", "200",          "--",       program,           "--id", id,
+                                  "--coordinator", c->address, "--engine-socket", socket, NULL};
+    int n = 10;
     snprintf(program, sizeof(program), "%s/eep-agent", c->bin);
     snprintf(id, sizeof(id), "gpu%d", i);
     snprintf(log, sizeof(log), "agent-%d", i);
@@ -186,7 +187,7 @@ int cluster_agent_start(struct cluster *c, int i)
     }
     args[n] = NULL;
     c->agent[i] = c->options.keeper ? cluster_spawn(c, log, "eep-keeper", args)
-                                    : cluster_spawn(c, log, "eep-agent", args + 2);
+                                    : cluster_spawn(c, log, "eep-agent", args + 4);
     return c->agent[i] > 0 ? 0 : -1;
 }
 

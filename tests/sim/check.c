@@ -440,7 +440,9 @@ static bool has_other_holder(struct sim *s, const struct sim_agent *a, uint32_t 
 
     for (uint32_t r = 0; r < view->n; r++) {
         struct sim_agent *b = agent_of(s, &view->members[r]);
-        if (b == a || !agent_is(b, &view->members[r]) || (careful && b->stopping))
+        /* One that is out of reach may be put out by a repair that is under way. */
+        if (b == a || !agent_is(b, &view->members[r]) ||
+            (careful && (b->stopping || !b->conn || b->paused_until > s->now)))
             continue;
         for (uint32_t slot = 0; slot < s->slots; slot++)
             if (view->map->held[expert_map_at(view->map, layer, r, slot)] == expert)
