@@ -1,7 +1,8 @@
 /* One incarnation of an agent: the core wired to its loop, worker, engine socket, coordinator and peers.
  *
  * Loop thread.  When the core asks to exit, on_exit is called; the caller closes the service from a later loop turn
- * and, after an eviction, opens another one: a new incarnation. */
+ * and, after an eviction, opens another one: a new incarnation.  After AGENT_EXIT_READOPT nothing may be closed in
+ * order: the process ends with that status. */
 #ifndef EEP_AGENT_SERVICE_H
 #define EEP_AGENT_SERVICE_H
 
@@ -20,10 +21,11 @@ struct service_config {
     const char *advertise;            /* host that others reach this one by; NULL = as listened on */
     const char *engine_socket;        /* path */
     const char *checkpoint;           /* folder, or NULL: joins only, or has an engine that seals */
-    const char *memory, *transport;   /* backends by name */
+    const char *memory, *transport;   /* backends by name; transport NULL: what suits the memory */
     struct keep *keep;                /* what outlives the process; borrowed, NULL = nothing */
     uint32_t slots, node, transfer_timeout_ms;
     bool insecure;
+    bool shared_gpu; /* other agents may use the GPU too, if they say the same */
     void (*on_exit)(void *user, enum agent_exit value);
     void *user;
 };
@@ -31,9 +33,6 @@ struct service_config {
 int service_open(const struct service_config *config, struct service **ret_service, struct err *err) MUST_CHECK;
 /* Takes NULL.  A clean end: what was kept is given up, the engine is cut off. */
 void service_close(struct service *service);
-/* Something in this process hangs, or is broken, that only its end gets rid of (a GPU library's call that does not return):
- * ends it at once, without cleaning up, with status AGENT_EXIT_READOPT.  The next process re-adopts.  Loop thread. */
-_Noreturn void service_fatal(struct service *service, const char *why);
 bool service_has_engine(const struct service *service); /* attached, or awaited after a re-adoption */
 /* SIGTERM: asks to be drained; again: ends at once.  on_exit follows. */
 void service_stop(struct service *service);

@@ -35,7 +35,8 @@ struct worker_result {
     struct blob *blob;   /* GROUP_ID; owned by the receiver */
     struct model *model; /* LOAD: manifest and digests */
     bool progress;       /* not an end: bytes so far */
-    bool fatal;          /* no end either: only the end of the process gets rid of what hangs; text = what */
+    bool fatal;          /* no work's result: this process cannot go on with its GPU or transport, `text` says why.  End
+                          * it with status 75, so that it is started again and takes its weights over.  Comes once */
     uint64_t op, ns;     /* the operation it was for; how long it took, without waiting in the queue */
     uint32_t round;
 };
@@ -50,13 +51,11 @@ void worker_result_done(struct worker_result *result);
 /* Cancels everything, joins, releases memory and transport. */
 void worker_stop(struct worker *w);
 
-/* A call of a library does not return, or the device is lost for this process: the loop thread gets a result that is fatal,
- * ends the process, and the next one re-adopts what is kept.  Any thread. */
-void worker_fatal(struct worker *w, const char *why);
-
 /* For the engine socket (loop thread): the manifest and the regions' descriptors of the weights that are allocated now,
  * or NULL.  Valid until the next WORK_RELEASE is submitted.  Read manifest and regions only: `model` is the worker's. */
 const struct weights *worker_weights(struct worker *w);
+/* UUID of the GPU that the regions lie on, or NULL: host memory.  Constant. */
+const char *worker_gpu(const struct worker *w);
 
 /* Weights of the last process (loop thread, before anything is submitted; blocks while all of it is read): adopts the
  * regions, one descriptor each in the order of the manifest, and compares every held slot of rank `self` of the map and every
