@@ -434,15 +434,24 @@ void check_destroy(struct sim *s, struct sim_agent *a, uint32_t layer, uint32_t 
 
 /* ---- who may go ---- */
 
+/* One that is out of reach may be put out by a repair that is under way. */
+static bool in_reach(const struct sim *s, const struct sim_agent *a)
+{
+    struct agent_status status;
+
+    if (!a->up || a->stopping || !a->conn || a->paused_until > s->now)
+        return false;
+    agent_core_status(a->core, &status);
+    return status.welcomed;
+}
+
 static bool has_other_holder(struct sim *s, const struct sim_agent *a, uint32_t layer, int32_t expert, bool careful)
 {
     const struct view *view = s->coordinator.disk.view;
 
     for (uint32_t r = 0; r < view->n; r++) {
         struct sim_agent *b = agent_of(s, &view->members[r]);
-        /* One that is out of reach may be put out by a repair that is under way. */
-        if (b == a || !agent_is(b, &view->members[r]) ||
-            (careful && (b->stopping || !b->conn || b->paused_until > s->now)))
+        if (b == a || !agent_is(b, &view->members[r]) || (careful && !in_reach(s, b)))
             continue;
         for (uint32_t slot = 0; slot < s->slots; slot++)
             if (view->map->held[expert_map_at(view->map, layer, r, slot)] == expert)
