@@ -174,12 +174,12 @@ START_TEST(nobody_comes)
     attach();
     lease(200, 700);
     join();
-    struct engine_socket_fds kept = lose();
     uint64_t began = clock_now_ms();
+    struct engine_socket_fds kept = lose();
     steps(1);
     ck_assert_ptr_nonnull(strstr(records_expect(&said, EEP_EVENT_DETACHED).text, "did not come back"));
     ck_assert_uint_ge(clock_now_ms() - began, 200);
-    ck_assert_uint_lt(clock_now_ms() - began, 600);
+    ck_assert_uint_lt(clock_now_ms() - began, 4000);
     ck_assert(readable(eep_revoke_fd(eep)));
     begin(true, -1, ERR_UNREACHABLE);
     kept_close(&kept);
