@@ -187,12 +187,13 @@ START_TEST(an_agent_that_dies_in_the_middle_of_an_operation)
     itest_feed(&c, "6");
     cluster_sleep_ms(200);
     int aborted = 0, done = 0;
-    for (int k = 0; k < (int)(sizeof(after_ms) / sizeof(after_ms[0])) * 2; k++) {
+    const int n = sizeof(after_ms) / sizeof(after_ms[0]);
+    for (int k = 0; k < 2 * n || (aborted == 0 && k < 8 * n); k++) {
         const char *to = itest_ranks(&c) == 3 ? (k % 2 ? "2" : "4") : "3";
         int victim = k % 2; /* gpu0 and gpu1 are ranks of every view here */
         int before = readoptions(&c, victim);
         pid_t scale = cluster_ctl_start(&c, "scale", (const char *[]){"scale", "--to", to, NULL});
-        cluster_sleep_ms(after_ms[k / 2]);
+        cluster_sleep_ms(after_ms[k / 2 % n]);
         kill(agent_pid(&c, victim), SIGKILL);
         int code = cluster_wait(&scale, 40000);
         char *said = cluster_read(&c, "scale.log");
