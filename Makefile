@@ -84,7 +84,7 @@ FAKECUDA   := $(if $(HAVE_CUDA),$(BUILD)/fakecuda/libcuda.so.1) $(if $(HAVE_NCCL
 
 obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst $(BUILD)/%,%,$(1)))
 
-BIN := $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eepctl $(BUILD)/libeep.so $(BUILD)/libeep.a
+BIN := $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eep-keeper $(BUILD)/eepctl $(BUILD)/libeep.so $(BUILD)/libeep.a
 
 .PHONY: all
 all: $(BIN) test-tools
@@ -135,6 +135,8 @@ $(BUILD)/libeep.a: $(call obj,$(LIBEEP_SRC) $(LIBEEP_SHARED))
 $(BUILD)/eep-coordinator: $(call obj,coordinator/main.c) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/eep-agent: $(call obj,agent/main.c) $(BUILD)/libagent.a $(BUILD)/libcommon.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/eep-keeper: $(call obj,$(wildcard agent/keeper/*.c)) $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
@@ -258,7 +260,7 @@ bench-load: ## how fast a checkpoint of real shapes loads (8 GB of memory, or BE
 PREFIX ?= /usr/local
 install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr/local, DESTDIR=)
 	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin lib include share/doc/eep lib/systemd/system)
-	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eepctl $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eep-keeper $(BUILD)/eepctl $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(PREFIX)/lib/libeep.so.0
 	ln -sf libeep.so.0 $(DESTDIR)$(PREFIX)/lib/libeep.so
 	install -m 644 agent/libeep/eep.h $(DESTDIR)$(PREFIX)/include

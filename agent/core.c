@@ -21,7 +21,7 @@ struct agent_core *agent_core_new(const struct agent_config *config, uint64_t no
     core->alone_since_ns = now_ns;
     core->heartbeat_ms = 500;
     core->indoubt_ms = 30000;
-    core->heartbeat_ns = core->doubt_ns = core->page_tick_ns = CORE_NEVER;
+    core->heartbeat_ns = core->doubt_ns = core->page_tick_ns = core->resume_ns = CORE_NEVER;
     core->engine.kv_bytes = NO_LIMIT;
     return core;
 }
@@ -71,8 +71,11 @@ void acore_illegal(struct agent_core *core, const char *fmt, ...)
     link_lost(core);
 }
 
-static void link_hello(struct agent_core *core)
+void acore_hello(struct agent_core *core)
 {
+    if (!core->linked)
+        return;
+    core->engine.changed_unsaid = false;
     const struct core_engine *e = &core->engine;
     const struct core_promise *p = &core->promise;
     bool seals = e->attached && e->seals;
@@ -105,8 +108,8 @@ static void link_up(struct agent_core *core)
 {
     core->linked = true;
     core->welcomed = false;
-    core->engine.changed_unsaid = false;
-    link_hello(core);
+    if (!core->restored) /* else when the engine is back */
+        acore_hello(core);
 }
 
 static void link_welcome(struct agent_core *core, const struct msg_welcome *m)
@@ -114,12 +117,14 @@ static void link_welcome(struct agent_core *core, const struct msg_welcome *m)
     if (core->welcomed)
         return;
     core->welcomed = true;
+    core->lease_ms = m->lease_ms;
     core->heartbeat_ms = m->heartbeat_ms ? m->heartbeat_ms : core->heartbeat_ms;
     core->indoubt_ms = m->indoubt_ms ? m->indoubt_ms : core->indoubt_ms;
     core->heartbeat_ns = core->now_ns + core->heartbeat_ms * CORE_MS;
     if (m->member && !core->applied_epoch)
         acore_log(core, AGENT_LOG_ERROR, "the coordinator has this incarnation in epoch %llu, whose GO it never took",
                   U(m->view ? m->view->epoch : 0));
+    agent_engine_lease(core);
     agent_engine_said(core);
     if (core->flipped_epoch && core->flipped_epoch == core->applied_epoch)
         agent_commit_repeat_flipped(core);
@@ -178,6 +183,7 @@ static void step_event(struct agent_core *core, const struct agent_event *e)
     case AE_ENGINE_ATTACHED: agent_engine_attached(core, e); return;
     case AE_ENGINE_DETACHED: agent_engine_gone(core, e->text); return;
     case AE_ENGINE_ENDPOINT: agent_engine_moved(core, e->endpoint); return;
+    case AE_ENGINE_RESUMED: agent_restore_resumed(core, e); return;
     case AE_ENGINE_PREPARED: agent_stage_prepared(core, e); return;
     case AE_ENGINE_DRAINED: agent_stage_drained(core, NULL); return;
     case AE_ENGINE_SEALED: agent_stage_sealed(core, e); return;
@@ -218,6 +224,7 @@ void agent_core_step(struct agent_core *core, uint64_t now_ns, const struct agen
     agent_stage_check(core);
     agent_engine_check_map(core);
     agent_release_check_deadline(core);
+    agent_restore_check(core);
     agent_commit_check_doubt(core);
     link_heartbeat(core);
     core->page_tick_ns = step_waits_for_page(core) ? now_ns + CORE_PAGE_TICK_NS : CORE_NEVER;
@@ -229,6 +236,7 @@ uint64_t agent_core_deadline(const struct agent_core *core)
     uint64_t first = core->page_tick_ns;
     first = core->heartbeat_ns < first ? core->heartbeat_ns : first;
     first = core->doubt_ns < first ? core->doubt_ns : first;
+    first = core->resume_ns < first ? core->resume_ns : first;
     if (core->release.state == RELEASE_ENGINE && core->release.deadline_ns < first)
         first = core->release.deadline_ns;
     if (core->fence.state == FENCE_LEAVE && core->fence.deadline_ns < first)
@@ -253,6 +261,7 @@ void agent_core_status(const struct agent_core *core, struct agent_status *ret_s
         .welcomed = core->welcomed,
         .engine = core->engine.attached,
         .flip_pending = core->flip.epoch != 0,
+        .resuming = core->restored,
         .view = agent_commit_view_now(core),
     };
 }

@@ -6,11 +6,14 @@
  * has asked the worker and the engine to do.  It never touches the control page: an event carries a snapshot,
  * and writes to the page are actions in an order that matters.
  *
+ * A core can be saved and restored: a process that dies is followed by one that goes on as the same incarnation.
+ *
  * The protocol is that of docs/protocol.md. */
 #ifndef EEP_AGENT_CORE_H
 #define EEP_AGENT_CORE_H
 
 #include "agent/machines.h"
+#include "agent/record.h"
 #include "common/msg.h"
 #include "common/page.h"
 
@@ -75,6 +78,8 @@ enum agent_event_type {
     AE_ENGINE_WAVE,     /* the engine starts a wave with step `value` */
     AE_PEER_WAVE,       /* a peer agent's engine, in view `epoch`, starts a wave with step `value` */
     AE_ENGINE_ENDPOINT, /* endpoint: the attached engine is reached elsewhere from now on */
+    AE_ENGINE_RESUMED,  /* after a re-adoption: the engine of before is back; epoch = the view it is in, value = its map;
+                           regions, and the fields of ATTACHED */
     AE_STOP,            /* SIGTERM */
 };
 
@@ -94,6 +99,7 @@ struct agent_event {
     uint64_t kv_bytes;       /* NO_LIMIT = not profiled */
     bool seals;              /* it brings its own layout and fills it itself */
     uint32_t layers, logical;/* of a sealing engine's model; HELLO and MSG_ENGINE report them */
+    bool regions;            /* AE_ENGINE_RESUMED: it has the weights mapped */
 };
 
 enum agent_action_type {
@@ -112,6 +118,8 @@ enum agent_action_type {
     AA_ENGINE_RELEASE,/* stop using the regions, unmap, answer released */
     AA_ENGINE_LOAD,   /* map, self: cold start of a sealing engine: allocate, fill, seal */
     AA_ENGINE_DETACH, /* text: cut it off */
+    AA_ENGINE_LEASE,  /* should we die: how long it may wait to be re-adopted, value = ms; epoch = ms while it is held */
+    AA_ENGINE_RESUME, /* the answer to AE_ENGINE_RESUMED: it is ours again, before anything else is said to it */
     AA_PEER_WAVE,     /* tell the members of the applied view: epoch, value = step */
     AA_TRANSITION,    /* role, from, to, event, op, epoch: for the log, and for tests */
     AA_LOG,           /* level, text, epoch in use, op (0 = none) */
@@ -156,6 +164,14 @@ void agent_actions_done(struct agent_actions *actions);
 struct agent_core *agent_core_new(const struct agent_config *config, uint64_t now_ns);
 void agent_core_free(struct agent_core *core);
 
+/* What a restarted process needs to go on as this incarnation; the references are borrowed.  To be kept after every step,
+ * before its actions are performed: what an action does must never be more than the record knows. */
+void agent_core_save(const struct agent_core *core, struct agent_record *ret_record);
+/* A core of the record's incarnation (config->incarnation is ignored) that re-adopts what it held.  The record must be
+ * `held`.  The first HELLO waits until the engine has come back (AE_ENGINE_RESUMED), for a short while. */
+struct agent_core *agent_core_restore(const struct agent_config *config, const struct agent_record *record,
+                                      uint64_t now_ns);
+
 /* One event.  `now_ns` is monotonic.  Appends to out. */
 void agent_core_step(struct agent_core *core, uint64_t now_ns, const struct agent_event *event,
                      struct agent_actions *out);
@@ -168,6 +184,7 @@ struct agent_status {
     enum op_role role;
     uint64_t op, applied_epoch, promised_epoch, limit, map_version;
     bool linked, welcomed, engine, flip_pending;
+    bool resuming;             /* re-adopted, and the engine is not back yet */
     const struct view *view;   /* applied, borrowed; NULL for a spare */
 };
 void agent_core_status(const struct agent_core *core, struct agent_status *ret_status);
@@ -189,6 +206,7 @@ enum agent_bug {
     AGENT_BUG_GRACE_BEGUN,        /* GRACE answered when step T has begun, not when T - 1 is completed */
     AGENT_BUG_FAILURE_UNSAID,     /* a step that failed by itself is not reported */
     AGENT_BUG_DIGEST_UNCHECKED,   /* a fill that did not verify is reported as done */
+    AGENT_BUG_RESTORE_OPENS_GATE, /* a re-adopting agent opens the gate although it has promised */
 };
 void agent_core_plant(struct agent_core *core, enum agent_bug bug);
 

@@ -193,6 +193,7 @@ static void commit_prepare_reset(struct agent_core *core, const struct msg_prepa
     acore_log(core, AGENT_LOG_WARN, "RESET epoch %llu op %llu: leaves step %llu of epoch %llu", U(m->epoch), U(m->op),
               U(core->page.intent), U(core->applied_epoch));
     memset(&core->promise, 0, sizeof(core->promise));
+    agent_restore_drop_op(core);
     agent_engine_revoke(core, "a member of the view is lost");
     /* Should this repair be given up (another rank is lost), and the coordinator forget of it: the view stays torn. */
     core->engine.torn_epoch = core->applied_epoch;
@@ -277,6 +278,7 @@ void agent_commit_abort(struct agent_core *core, const struct msg_abort *m)
         acore_act(core, AA_WAKE);
     }
     agent_operation_unpromised(core);
+    agent_restore_drop_op(core);
 }
 
 /* ---- go ---- */
@@ -316,8 +318,8 @@ static void commit_write_flip(struct agent_core *core, const struct msg_go *m, b
     bool next_boundary = core->bug == AGENT_BUG_GO_NEXT_BOUNDARY && !joiner;
     if (core->bug == AGENT_BUG_GATE_BEFORE_FLIP)
         acore_page(core, PAGE_GATE, gate);
-    if (joiner || m->kind == FLIP_RESET)
-        acore_page(core, PAGE_NEXT_STEP, m->step);
+    if (core->flip.next_step)
+        acore_page(core, PAGE_NEXT_STEP, core->flip.next_step);
     acore_page(core, PAGE_FLIP_WAVE, m->wave);
     acore_page(core, PAGE_FLIP_STEP, next_boundary ? core->page.intent + 1 : m->step);
     acore_page(core, PAGE_FLIP_VIEW, m->epoch);
@@ -384,8 +386,14 @@ void agent_commit_go(struct agent_core *core, const struct msg_go *m)
     core->applied_epoch = m->epoch;
     if (core->seen_epoch < m->epoch)
         core->seen_epoch = m->epoch;
-    core->flip = (struct core_flip){
-        .epoch = m->epoch, .kind = (enum flip_kind)m->kind, .step = m->step, .op = m->op, .leaver = leaver};
+    core->left_op = 0;
+    core->flip = (struct core_flip){.epoch = m->epoch,
+                                    .kind = (enum flip_kind)m->kind,
+                                    .step = m->step,
+                                    .wave = m->wave,
+                                    .next_step = joiner || m->kind == FLIP_RESET ? m->step : 0,
+                                    .op = m->op,
+                                    .leaver = leaver};
     if (agent_operation_running(core) && core->op.op == m->op) {
         core->op.decided |= m->kind != FLIP_MAP;
         if (m->kind == FLIP_MAP && agent_operation_may(core, ME_RESHUFFLE))

@@ -62,30 +62,38 @@ static void engine_give_map(struct agent_core *core, struct expert_map *map)
     acore_page(core, PAGE_MAP_PENDING, map->version);
 }
 
-/* What an engine that attaches to a serving rank must know: the view in use, its map, and the flip that is ahead. */
-static void engine_catch_up(struct agent_core *core)
+void agent_engine_catch_up(struct agent_core *core, uint64_t view, bool regions)
 {
     const struct core_flip *f = &core->flip;
     struct view *now = agent_commit_view_now(core);
     bool torn = core->fence.epoch || (core->promise.epoch && core->promise.kind == FLIP_RESET);
-    if (core->weights && core->release.state == RELEASE_NONE)
+    if (core->weights && core->release.state == RELEASE_NONE && !regions)
         acore_act(core, AA_ENGINE_REGIONS);
     if (now && !torn) {
         struct expert_map *map = f->epoch ? now->map : core->map;
-        engine_commit(core, now, map, core->page.intent + 1);
+        if (now->epoch > view)
+            engine_commit(core, now, map, core->page.intent + 1);
         engine_give_map(core, map);
     }
-    if (f->epoch && core->view)
+    if (f->epoch && core->view && f->epoch > view)
         engine_commit(core, core->view, core->map, f->step);
     if (now || f->epoch)
         acore_act(core, AA_WAKE);
 }
 
-void agent_engine_attached(struct agent_core *core, const struct agent_event *event)
+/* Twice the lease: it ends only when the coordinator looks, and the view may wait longer for a rank. */
+void agent_engine_lease(struct agent_core *core)
+{
+    if (!core->engine.attached || !core->lease_ms)
+        return;
+    struct agent_action *a = acore_act(core, AA_ENGINE_LEASE);
+    a->value = 2 * (uint64_t)core->lease_ms;
+    a->epoch = core->indoubt_ms;
+}
+
+void agent_engine_take(struct agent_core *core, const struct agent_event *event)
 {
     struct core_engine *e = &core->engine;
-    if (e->attached)
-        agent_engine_gone(core, "another engine took its place");
     e->attached = true;
     e->seals = event->seals;
     e->dispatch = event->dispatch;
@@ -94,10 +102,19 @@ void agent_engine_attached(struct agent_core *core, const struct agent_event *ev
     e->kv_bytes = event->kv_bytes;
     memset(e->endpoint, 0, sizeof(e->endpoint));
     snprintf(e->endpoint, sizeof(e->endpoint), "%s", event->endpoint ? event->endpoint : "");
-    acore_log(core, AGENT_LOG_INFO, "engine attached, endpoint %.100s", e->endpoint);
+}
+
+void agent_engine_attached(struct agent_core *core, const struct agent_event *event)
+{
+    agent_restore_overtaken(core, "another engine attached to its re-adopted agent");
+    if (core->engine.attached)
+        agent_engine_gone(core, "another engine took its place");
+    agent_engine_take(core, event);
+    acore_log(core, AGENT_LOG_INFO, "engine attached, endpoint %.100s", core->engine.endpoint);
     if (core->bug == AGENT_BUG_ATTACH_CLEARS_GATE)
         acore_page(core, PAGE_GATE, GATE_OPEN);
-    engine_catch_up(core);
+    agent_engine_lease(core);
+    agent_engine_catch_up(core, 0, false);
     engine_say(core);
 }
 
@@ -150,6 +167,7 @@ void agent_engine_failed(struct agent_core *core, uint64_t view, uint64_t step)
 
 void agent_engine_gone(struct agent_core *core, const char *why)
 {
+    agent_restore_overtaken(core, why);
     if (core->engine.attached)
         engine_lost(core, why);
 }

@@ -8,6 +8,7 @@
  *   core_work.c       what the worker does: submission, completion, progress
  *   core_release.c    letting go: dismissed leavers, aborted joiners, evicted agents
  *   core_engine.c     what the engine says, waves, maps inside a view
+ *   core_restore.c    the state record: saved, restored, the engine's return
  *
  * Memory: allocations are small; when one fails the process ends, which the protocol treats like any other crash. */
 #ifndef EEP_AGENT_CORE_INTERNAL_H
@@ -22,6 +23,7 @@
 #define CORE_RELEASE_NS (5000 * CORE_MS)     /* how long an engine may take to let go of the regions */
 #define CORE_DOUBT_TICK_NS (1000 * CORE_MS)
 #define CORE_LEAD_STEPS_MAX 10000
+#define CORE_RESUME_NS (2000 * CORE_MS)      /* how long a re-adopting agent waits for its engine; at most half the lease */
 
 /* The operation in progress, or the last one (then its machine is in a final state). */
 enum stage_state { STAGE_DEFERRED, STAGE_RUNNING, STAGE_FINISHED };
@@ -79,7 +81,8 @@ struct core_promise {
 struct core_flip {
     uint64_t epoch; /* 0 = none */
     enum flip_kind kind;
-    uint64_t step, op;
+    uint64_t step, op, wave;
+    uint64_t next_step; /* as written to the page; 0 = it was not */
     bool leaver;
 };
 
@@ -117,7 +120,7 @@ struct agent_core {
     struct agent_actions *out;
 
     bool linked, welcomed, stopping;
-    uint32_t heartbeat_ms, indoubt_ms;
+    uint32_t lease_ms, heartbeat_ms, indoubt_ms; /* lease_ms 0: not told yet */
     uint64_t heartbeat_ns;     /* when the next one is due */
     uint64_t alone_since_ns;   /* when the coordinator was last lost */
     uint64_t doubt_ns;         /* when to look for a held engine again */
@@ -135,7 +138,7 @@ struct agent_core {
     struct core_fence fence;
     struct core_promise promise;
     struct core_flip flip;
-    uint64_t run_to, notify_done, revoked; /* as last written to the page */
+    uint64_t run_to, notify_done, revoked, attachment; /* as last written to the page */
 
     struct core_op op;
     bool group;                /* a group may exist */
@@ -146,6 +149,11 @@ struct agent_core {
     struct core_release release;
     struct core_work *works;
     uint64_t last_work;
+
+    /* Re-adopted: until the page shows what the record says, and the engine is back (or given up), no HELLO goes out. */
+    bool restored;             /* and that is still to come */
+    uint64_t resume_ns;        /* when the engine is given up; CORE_NEVER = none is waited for */
+    uint64_t left_op;          /* an operation of before, for which the engine may have prepared; 0 = none */
 };
 
 /* core_out.c */
@@ -158,6 +166,7 @@ void acore_say(struct agent_core *core, enum agent_action_type type, const char 
 void *acore_alloc(size_t n, size_t size); /* zeroed */
 
 /* core.c */
+void acore_hello(struct agent_core *core); /* when the link is up */
 bool acore_member(const struct agent_core *core); /* a rank of the applied view */
 /* The coordinator sent what the protocol does not allow here: drop it. */
 void acore_illegal(struct agent_core *core, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -223,7 +232,17 @@ void agent_release_check_deadline(struct agent_core *core);
 void agent_release_evicted(struct agent_core *core, const char *why);
 void agent_release_stop(struct agent_core *core);
 
+/* core_restore.c */
+void agent_restore_resumed(struct agent_core *core, const struct agent_event *event);
+void agent_restore_check(struct agent_core *core);   /* nothing to wait for (any more) */
+void agent_restore_overtaken(struct agent_core *core, const char *why); /* the engine of before is given up */
+void agent_restore_drop_op(struct agent_core *core); /* the engine drops what it prepared for the operation of before */
+
 /* core_engine.c */
+void agent_engine_lease(struct agent_core *core);                  /* how long the engine may wait for a re-adoption */
+void agent_engine_take(struct agent_core *core, const struct agent_event *event); /* what ATTACHED and RESUMED tell of it */
+/* What an engine in view `view` must know: the view in use, its map, the flip that is ahead. */
+void agent_engine_catch_up(struct agent_core *core, uint64_t view, bool regions);
 void agent_engine_attached(struct agent_core *core, const struct agent_event *event);
 void agent_engine_moved(struct agent_core *core, const char *endpoint); /* it is reached elsewhere now */
 void agent_engine_gone(struct agent_core *core, const char *why);  /* it went away by itself */

@@ -93,6 +93,7 @@ void agent_operation_begin(struct agent_core *core, const struct msg_op_begin *m
     }
     if (agent_operation_running(core))
         agent_operation_overtaken(core, m->op, m->role != ROLE_NEW);
+    agent_restore_drop_op(core);
     agent_operation_clear(core);
     core->joining |= m->role == ROLE_NEW;
     op->op = m->op;
@@ -108,6 +109,9 @@ void agent_operation_begin(struct agent_core *core, const struct msg_op_begin *m
         core->model = model_ref(m->model);
     }
     operation_transition(core, machine_start(op->role), ME_EVENTS);
+    /* Re-adopted with the promise that it gave in this repair: it is not asked again. */
+    if (op->kind == OP_REPAIR && core->promise.epoch && core->promise.kind == FLIP_RESET)
+        agent_operation_move(core, ME_ENGINE_PREPARE);
 }
 
 /* Rolls back what the operation made.  A promise is not touched: only ABORT or GO of its epoch releases it. */

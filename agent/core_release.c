@@ -142,11 +142,24 @@ void agent_release_dismiss(struct agent_core *core, const struct msg_op_end *m)
     agent_release_begin(core, true, m->op, m->epoch);
 }
 
+/* No further step, and never one that was promised away: the engine may just have announced that one, and be turned back. */
+static void release_shut_gate(struct agent_core *core)
+{
+    const struct core_promise *p = &core->promise;
+    uint64_t gate = core->page.intent + 1;
+    if (p->epoch && p->engine != PROMISE_JOINER && p->limit < gate)
+        gate = p->limit;
+    if (core->flip.leaver && core->flip.step < gate)
+        gate = core->flip.step;
+    if (core->view || core->flip.epoch || !core->before) /* that of a leaver that has left is shut */
+        acore_page(core, PAGE_GATE, gate);
+}
+
 /* This incarnation is out: nothing of it may touch the view again. */
 void agent_release_evicted(struct agent_core *core, const char *why)
 {
     acore_log(core, AGENT_LOG_ERROR, "EVICTED epoch %llu op %llu: %s", U(core->applied_epoch), U(core->op.op), why);
-    acore_page(core, PAGE_GATE, core->page.intent + 1);
+    release_shut_gate(core);
     if (core->engine.attached)
         agent_engine_cut(core, "the agent is evicted");
     struct agent_action *a = acore_act(core, AA_WORK_CANCEL);

@@ -17,6 +17,7 @@
 #define RESTART_LAST_MS 10000
 #define STEADY_NS (10 * UINT64_C(1000000000)) /* one that ran so long is restarted quickly */
 #define KILL_AFTER_MS 5000
+#define LOOK_AGAIN_MS 500
 
 extern char **environ;
 
@@ -29,6 +30,8 @@ struct engine_process {
     uint64_t started_ns;
     unsigned restart_ms;
     bool stopping;
+    bool (*wanted)(void *user);
+    void *wanted_user;
     struct event *child, *timer; /* SIGCHLD; restart or kill */
     void (*on_stopped)(void *user);
     void *user;
@@ -54,6 +57,14 @@ static int spawn(struct engine_process *p, struct err *err)
     p->pid = pid;
     p->started_ns = clock_now_ns();
     log_event(p->log, LOG_LEVEL_INFO, "engine-started", "pid=%ld", (long)pid);
+    return 0;
+}
+
+static int spawn_if_wanted(struct engine_process *p, struct err *err)
+{
+    if (p->wanted(p->wanted_user))
+        return spawn(p, err);
+    daemon_timer_in(p->timer, LOOK_AGAIN_MS);
     return 0;
 }
 
@@ -97,7 +108,7 @@ static void on_timer(evutil_socket_t fd, short what, void *user)
             kill(-p->pid, SIGKILL);
         else
             p->on_stopped(p->user);
-    } else if (!p->pid && spawn(p, &err) < 0) {
+    } else if (!p->pid && spawn_if_wanted(p, &err) < 0) {
         log_event(p->log, LOG_LEVEL_ERROR, "engine-not-started", "why=%s", err.text);
         restart_later(p);
     }
@@ -115,27 +126,30 @@ static char **environment_with(const char *socket)
     }
     for (size_t i = 0; i < n; i++) {
         /* $NOTIFY_SOCKET is between systemd and the agent. */
-        if (strncmp(environ[i], "EEP_SOCKET=", 11) != 0 && strncmp(environ[i], "NOTIFY_SOCKET=", 14) != 0)
+        if (strncmp(environ[i], "EEP_SOCKET=", 11) != 0 && strncmp(environ[i], "NOTIFY_SOCKET=", 14) != 0 &&
+            strncmp(environ[i], "FDSTORE=", 8) != 0)
             env[k++] = environ[i];
     }
     return env;
 }
 
 int engine_process_start(struct event_base *base, struct log *log, const char *command, const char *socket,
-                         struct engine_process **ret_process, struct err *err)
+                         bool (*wanted)(void *user), void *user, struct engine_process **ret_process, struct err *err)
 {
     struct engine_process *p = calloc(1, sizeof *p);
     if (!p)
         return err_set(err, ERR_NOMEM, "out of memory");
     p->base = base;
     p->log = log;
+    p->wanted = wanted;
+    p->wanted_user = user;
     p->restart_ms = RESTART_FIRST_MS;
     p->command = strdup(command);
     p->env = environment_with(socket);
     p->child = evsignal_new(base, SIGCHLD, on_child, p);
     p->timer = event_new(base, -1, 0, on_timer, p);
     int rc = p->command && p->env && p->child && p->timer && event_add(p->child, NULL) == 0
-                 ? spawn(p, err)
+                 ? spawn_if_wanted(p, err)
                  : err_set(err, ERR_NOMEM, "out of memory");
     if (rc < 0) {
         engine_process_free(p);

@@ -310,6 +310,8 @@ void engine_socket_attached(struct engine_socket *s)
     Eep__Engine__Attached body = EEP__ENGINE__ATTACHED__INIT;
     body.agent = s->agent_id;
     body.page_bytes = s->page->size;
+    body.has_incarnation = s->incarnation != 0;
+    body.incarnation = s->incarnation;
     body.gpu = (char *)(uintptr_t)worker_gpu(s->worker); /* protobuf-c does not say const; packing only reads */
     Eep__Engine__EngineDown down = EEP__ENGINE__ENGINE_DOWN__INIT;
     down.body_case = EEP__ENGINE__ENGINE_DOWN__BODY_ATTACHED;
@@ -317,6 +319,11 @@ void engine_socket_attached(struct engine_socket *s)
     int fds[4] = {s->page_fd, s->wake_fd, s->bell_fd, s->load_fd};
     event_del(s->conn->impatient);
     engine_conn_send(s, &down, fds, 4);
+}
+
+void engine_socket_resumed(struct engine_socket *s)
+{
+    event_del(s->conn->impatient);
 }
 
 /* ---- open and close ---- */
@@ -335,6 +342,43 @@ static int memfd_make(const char *name, size_t bytes, int seals, int *ret_fd, st
     return 0;
 }
 
+static int page_map(struct engine_socket *s, size_t bytes, struct err *err)
+{
+    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, s->page_fd, 0);
+    if (base == MAP_FAILED)
+        return err_set(err, ERR_NOMEM, "cannot map the control page: %s", strerror(errno));
+    s->page = base;
+    return 0;
+}
+
+int engine_socket_kept_check(const struct engine_socket_fds *kept, struct err *err)
+{
+    struct stat st;
+    uint64_t head[2] = {0};
+    if (kept->page < 0 || kept->wake < 0 || kept->bell < 0 || kept->load < 0)
+        return err_set(err, ERR_CORRUPT, "the control page, an eventfd or the load counters were not kept");
+    if (fstat(kept->page, &st) < 0 || (size_t)st.st_size < sizeof(struct control_page) ||
+        pread(kept->page, head, sizeof head, 0) != (ssize_t)sizeof head || head[0] != PAGE_MAGIC ||
+        head[1] != (uint64_t)st.st_size)
+        return err_set(err, ERR_CORRUPT, "what was kept is no control page of this version");
+    return 0;
+}
+
+/* The page of the last process, and what belongs to it. */
+static int page_take(struct engine_socket *s, const struct engine_socket_fds *kept, struct err *err)
+{
+    struct stat st;
+    s->page_fd = kept->page;
+    s->wake_fd = kept->wake;
+    s->bell_fd = kept->bell;
+    s->load_fd = kept->load;
+    s->awaited = s->load_kept = true;
+    int rc = engine_socket_kept_check(kept, err);
+    if (rc == 0 && fstat(s->page_fd, &st) < 0)
+        rc = err_set(err, ERR_IO, "cannot look at the control page: %s", strerror(errno));
+    return rc < 0 ? rc : page_map(s, (size_t)st.st_size, err);
+}
+
 static int page_make(struct engine_socket *s, struct err *err)
 {
     size_t unit = (size_t)sysconf(_SC_PAGESIZE);
@@ -342,10 +386,9 @@ static int page_make(struct engine_socket *s, struct err *err)
     int rc = memfd_make("eep-page", bytes, F_SEAL_SHRINK | F_SEAL_GROW, &s->page_fd, err);
     if (rc)
         return rc;
-    void *base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, s->page_fd, 0);
-    if (base == MAP_FAILED)
-        return err_set(err, ERR_NOMEM, "cannot map the control page: %s", strerror(errno));
-    s->page = base;
+    rc = page_map(s, bytes, err);
+    if (rc)
+        return rc;
     page_init(s->page);
     s->page->size = bytes;
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -368,7 +411,9 @@ int engine_socket_load_size(struct engine_socket *s, uint32_t layers, uint32_t s
         return err_set(err, ERR_NOMEM, "cannot map the load counters: %s", strerror(errno));
     if (s->load)
         munmap(s->load, (size_t)s->load_layers * s->load_slots * sizeof(uint64_t));
-    memset(base, 0, bytes); /* those of another shape mean nothing */
+    if (!s->load_kept)
+        memset(base, 0, bytes); /* those of another shape mean nothing */
+    s->load_kept = false;
     s->load = base;
     s->load_layers = layers;
     s->load_slots = slots;
@@ -389,6 +434,8 @@ static int listen_make(struct engine_socket *s, const char *path, struct err *er
         s->address = NULL;
         return err_set(err, ERR_NOMEM, "out of memory");
     }
+    if (s->listen_fd >= 0)
+        return 0; /* kept */
     int rc = address_listen(s->address, 0660, &s->listen_fd, actual, err);
     return rc < 0 ? err_wrap(err, "the engine socket") : 0;
 }
@@ -415,8 +462,11 @@ int engine_socket_open(const struct engine_socket_config *config, struct engine_
     s->on_event = config->on_event;
     s->user = config->user;
     s->listen_fd = s->page_fd = s->wake_fd = s->bell_fd = s->load_fd = s->predecessor = -1;
+    s->incarnation = config->incarnation;
     snprintf(s->agent_id, sizeof s->agent_id, "%s", config->agent_id);
-    int rc = page_make(s, err);
+    if (config->kept)
+        s->listen_fd = config->kept->listen;
+    int rc = config->kept && config->kept->page >= 0 ? page_take(s, config->kept, err) : page_make(s, err);
     if (!rc)
         rc = listen_make(s, config->path, err);
     if (!rc)
@@ -439,6 +489,8 @@ void engine_socket_close(struct engine_socket *s)
 {
     if (!s)
         return;
+    if (s->conn && s->conn->attached)
+        engine_socket_perform(s, &(struct agent_action){.type = AA_ENGINE_DETACH, .text = "its agent stops"});
     if (s->conn)
         conn_free(s->conn);
     if (s->acceptable)
@@ -449,7 +501,7 @@ void engine_socket_close(struct engine_socket *s)
         event_free(s->rung);
     if (s->later)
         event_free(s->later);
-    if (s->listen_fd >= 0)
+    if (s->listen_fd >= 0 && s->address)
         address_unlink(s->address, s->listen_fd); /* not the file of an agent that has taken our place */
     fd_close(s->listen_fd);
     expert_map_unref(s->load_map);
@@ -464,6 +516,12 @@ void engine_socket_close(struct engine_socket *s)
     fd_close(s->predecessor);
     free(s->address);
     free(s);
+}
+
+struct engine_socket_fds engine_socket_fds(const struct engine_socket *s)
+{
+    return (struct engine_socket_fds){
+        .listen = s->listen_fd, .page = s->page_fd, .wake = s->wake_fd, .bell = s->bell_fd, .load = s->load_fd};
 }
 
 struct control_page *engine_socket_page(struct engine_socket *s)

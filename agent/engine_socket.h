@@ -13,17 +13,30 @@
 
 struct engine_socket;
 
+/* What outlives the process: the listener, and what the engine shares.  -1 = none. */
+struct engine_socket_fds {
+    int listen, page, wake, bell, load;
+};
+
+/* Could they be a control page and what belongs to it?  Borrowed. */
+int engine_socket_kept_check(const struct engine_socket_fds *kept, struct err *err) MUST_CHECK;
+
 struct engine_socket_config {
     struct event_base *base;
     const char *path;         /* unix socket; a stale file is replaced, a live one is ERR_CONFLICT */
     const char *agent_id;
+    uint64_t incarnation;     /* an engine may resume with the process that follows this one; 0: none follows */
+    /* Descriptors of the last process, or NULL.  listen alone may be there, or all.  The socket's from then on; closed on
+     * failure, too. */
+    const struct engine_socket_fds *kept;
     struct worker *worker;    /* borrowed: regions and sealing */
     /* type and fields set, page not: the caller fills in the snapshot.  Called from the loop. */
     void (*on_event)(void *user, struct agent_event *event);
     void *user;
 };
 int engine_socket_open(const struct engine_socket_config *config, struct engine_socket **ret_socket, struct err *err) MUST_CHECK;
-void engine_socket_close(struct engine_socket *s); /* takes NULL; removes the socket file */
+void engine_socket_close(struct engine_socket *s); /* takes NULL; cuts the engine off, removes the socket file */
+struct engine_socket_fds engine_socket_fds(const struct engine_socket *s); /* borrowed: to be kept */
 struct control_page *engine_socket_page(struct engine_socket *s); /* exists from open to close */
 /* The engine's expert load counters, [layers][slots], or NULL before its first weights.  Until close. */
 const uint64_t *engine_socket_load(struct engine_socket *s, uint32_t *ret_layers, uint32_t *ret_slots);

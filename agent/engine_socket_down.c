@@ -260,6 +260,28 @@ static void send_release(struct engine_socket *s)
     engine_conn_send(s, &down, NULL, 0);
 }
 
+static void send_lease(struct engine_socket *s, const struct agent_action *a)
+{
+    if (!s->incarnation)
+        return; /* nobody comes after us */
+    Eep__Engine__Lease body = EEP__ENGINE__LEASE__INIT;
+    body.orphan_ms = a->value < UINT32_MAX ? (uint32_t)a->value : UINT32_MAX;
+    body.held_ms = a->epoch < UINT32_MAX ? (uint32_t)a->epoch : UINT32_MAX;
+    Eep__Engine__EngineDown down = EEP__ENGINE__ENGINE_DOWN__INIT;
+    down.body_case = EEP__ENGINE__ENGINE_DOWN__BODY_LEASE;
+    down.lease = &body;
+    engine_conn_send(s, &down, NULL, 0);
+}
+
+static void send_resumed(struct engine_socket *s)
+{
+    Eep__Engine__Resumed body = EEP__ENGINE__RESUMED__INIT;
+    Eep__Engine__EngineDown down = EEP__ENGINE__ENGINE_DOWN__INIT;
+    down.body_case = EEP__ENGINE__ENGINE_DOWN__BODY_RESUMED;
+    down.resumed = &body;
+    engine_conn_send(s, &down, NULL, 0);
+}
+
 static void cut_off(struct engine_socket *s, const struct agent_action *a)
 {
     Eep__Engine__Detach body = EEP__ENGINE__DETACH__INIT;
@@ -297,6 +319,8 @@ void engine_socket_perform(struct engine_socket *s, const struct agent_action *a
     case AA_ENGINE_RELEASE: send_release(s); return;
     case AA_ENGINE_LOAD: send_load(s, a); return;
     case AA_ENGINE_DETACH: cut_off(s, a); return;
+    case AA_ENGINE_LEASE: send_lease(s, a); return;
+    case AA_ENGINE_RESUME: send_resumed(s); return;
     default: return; /* not ours */
     }
 }

@@ -36,6 +36,9 @@ struct engine_socket {
     struct event_base *base;
     char *address; /* "unix:" and the path */
     char agent_id[AGENT_ID_MAX];
+    uint64_t incarnation; /* 0: no process follows this one */
+    bool awaited;         /* kept: the engine of the last process may resume */
+    bool load_kept;       /* the engine goes on counting in what was kept */
     struct worker *worker;
     void (*on_event)(void *user, struct agent_event *event);
     void *user;
@@ -77,5 +80,6 @@ void engine_socket_discard(struct engine_socket *s);
 
 void engine_socket_up(struct engine_socket *s, struct engine_frame *frame);
 void engine_socket_attached(struct engine_socket *s); /* sends `attached` */
+void engine_socket_resumed(struct engine_socket *s);  /* the same page again: nothing is sent */
 
 #endif

@@ -5,24 +5,26 @@
 #include <unistd.h>
 
 #include "agent/engine_socket_internal.h"
+#include "agent/weights.h"
 #include "common/rpc.h"
 
 /* ---- attach ---- */
 
-static void raise_attached(struct engine_socket *s)
+static void raise_attached(struct engine_socket *s, struct agent_event event)
 {
     const struct engine_conn *c = s->conn;
-    engine_socket_raise(s, (struct agent_event){.type = AE_ENGINE_ATTACHED,
-                                                .text = c->peer,
-                                                .dispatch = c->dispatch,
-                                                .endpoint = c->endpoint,
-                                                .kv_bytes = c->kv_bytes,
-                                                .seals = c->seals,
-                                                .layers = c->layers,
-                                                .logical = c->logical});
+    event.text = c->peer;
+    event.dispatch = c->dispatch;
+    event.endpoint = c->endpoint;
+    event.kv_bytes = c->kv_bytes;
+    event.seals = c->seals;
+    event.layers = c->layers;
+    event.logical = c->logical;
+    engine_socket_raise(s, event);
 }
 
-static void on_attach(struct engine_socket *s, const Eep__Engine__Attach *m)
+/* What the engine tells of itself; false: it was refused. */
+static bool take_attach(struct engine_socket *s, const Eep__Engine__Attach *m)
 {
     struct engine_conn *c = s->conn;
     char why[160];
@@ -30,24 +32,24 @@ static void on_attach(struct engine_socket *s, const Eep__Engine__Attach *m)
         snprintf(why, sizeof why, "the engine's libeep speaks protocol %u, this agent %u: use the libeep that came with it",
                  m->protocol, ENGINE_PROTOCOL);
         engine_conn_refuse(s, why);
-        return;
+        return false;
     }
     if (m->dispatch != DISPATCH_SOURCE_ROUTED && m->dispatch != DISPATCH_REPLICATED) {
         snprintf(why, sizeof why, "unknown kind of dispatch %u", m->dispatch);
         engine_conn_refuse(s, why);
-        return;
+        return false;
     }
     if (m->endpoint && strlen(m->endpoint) >= sizeof c->endpoint) {
         snprintf(why, sizeof why, "the endpoint is longer than %zu bytes", sizeof c->endpoint - 1);
         engine_conn_refuse(s, why);
-        return;
+        return false;
     }
     if (engine_socket_predecessor_lives(s, c->pid)) {
         snprintf(why, sizeof why, "the engine before it (pid %ld) has not ended: what it launched may still run on the GPU; "
                                   "end it, or attach again when it has ended",
                  (long)s->predecessor_pid);
         engine_conn_refuse(s, why);
-        return;
+        return false;
     }
     snprintf(c->endpoint, sizeof c->endpoint, "%s", m->endpoint ? m->endpoint : "");
     c->dispatch = m->dispatch;
@@ -56,8 +58,43 @@ static void on_attach(struct engine_socket *s, const Eep__Engine__Attach *m)
     c->layers = m->layers;
     c->logical = m->logical;
     c->attached = true;
+    return true;
+}
+
+static void on_attach(struct engine_socket *s, const Eep__Engine__Attach *m)
+{
+    if (!take_attach(s, m))
+        return;
+    if (s->awaited) { /* first: the new one takes the page as it is when it is told of it */
+        s->awaited = false;
+        engine_socket_raise(s, (struct agent_event){.type = AE_ENGINE_DETACHED,
+                                                    .text = "another engine attached to its re-adopted agent"});
+    }
     engine_socket_attached(s);
-    raise_attached(s);
+    raise_attached(s, (struct agent_event){.type = AE_ENGINE_ATTACHED});
+}
+
+static void on_resume(struct engine_socket *s, const Eep__Engine__Resume *m)
+{
+    char why[200];
+    if (!s->incarnation || m->incarnation != s->incarnation) {
+        snprintf(why, sizeof why,
+                 "agent %s is another incarnation now: it could not re-adopt what it held; attach anew", s->agent_id);
+        engine_conn_refuse(s, why);
+        return;
+    }
+    if (!take_attach(s, m->attach))
+        return;
+    s->awaited = false;
+    const struct weights *w = worker_weights(s->worker);
+    struct err err;
+    if (w && m->regions && engine_socket_load_size(s, w->manifest.layers, w->manifest.slots, &err)) {
+        engine_conn_fail(s, "%s", err.text);
+        return;
+    }
+    engine_socket_resumed(s);
+    raise_attached(s, (struct agent_event){
+                          .type = AE_ENGINE_RESUMED, .epoch = m->view, .value = m->map, .regions = m->regions});
 }
 
 static void on_endpoint(struct engine_socket *s, const Eep__Engine__Endpoint *m)
@@ -189,10 +226,13 @@ void engine_socket_up(struct engine_socket *s, struct engine_frame *frame)
         (Eep__Engine__EngineUp *)engine_frame_unpack(&eep__engine__engine_up__descriptor, frame);
     if (!up)
         engine_conn_fail(s, "protocol error: a malformed message of %zu bytes", frame->len);
-    else if (s->conn->attached == (up->body_case == EEP__ENGINE__ENGINE_UP__BODY_ATTACH))
+    else if (s->conn->attached == (up->body_case == EEP__ENGINE__ENGINE_UP__BODY_ATTACH ||
+                                   up->body_case == EEP__ENGINE__ENGINE_UP__BODY_RESUME))
         engine_conn_fail(s, "protocol error: %s", s->conn->attached ? "it attached twice" : "it did not attach first");
-    else if (!s->conn->attached)
+    else if (up->body_case == EEP__ENGINE__ENGINE_UP__BODY_ATTACH)
         on_attach(s, up->attach);
+    else if (up->body_case == EEP__ENGINE__ENGINE_UP__BODY_RESUME)
+        on_resume(s, up->resume);
     else
         dispatch(s, up);
     rpc_unpack_free(up ? &up->base : NULL);

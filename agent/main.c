@@ -11,6 +11,7 @@
 
 #include "agent/engine_process.h"
 #include "agent/gpu_share.h"
+#include "agent/keep.h"
 #include "agent/service.h"
 #include "common/clock.h"
 #include "common/daemon.h"
@@ -159,6 +160,7 @@ struct process {
     enum agent_exit why;
     struct service *service;
     struct engine_process *engine;
+    struct keep *keep;
     struct event *turn;  /* what comes next in this phase */
     struct event *stop_after, *status, *signals[3];
     uint64_t opened_ns;
@@ -178,6 +180,7 @@ static int open_service(struct process *p, struct err *err)
     struct service_config config = p->options->service;
     config.base = p->base;
     config.log = p->log;
+    config.keep = p->keep;
     config.on_exit = on_exit_asked;
     config.user = p;
     int rc = service_open(&config, &p->service, err);
@@ -187,6 +190,13 @@ static int open_service(struct process *p, struct err *err)
     p->opened_ns = clock_now_ns();
     const char *addresses[] = {service_address(p->service), service_data_address(p->service)};
     return p->options->port_file ? daemon_write_addresses(p->options->port_file, addresses, 2, err) : 0;
+}
+
+/* After a re-adoption the engine of the last process may be there still. */
+static bool engine_wanted(void *user)
+{
+    const struct process *p = user;
+    return !p->service || !service_has_engine(p->service);
 }
 
 static void on_engine_stopped(void *user)
@@ -305,7 +315,8 @@ static int process_run(struct process *p, struct err *err)
     if ((rc = open_events(p, err)) < 0 || (rc = open_service(p, err)) < 0)
         return rc;
     if (o->engine_command &&
-        (rc = engine_process_start(p->base, p->log, o->engine_command, o->service.engine_socket, &p->engine, err)) < 0)
+        (rc = engine_process_start(p->base, p->log, o->engine_command, o->service.engine_socket, engine_wanted, p,
+                                   &p->engine, err)) < 0)
         return rc;
     daemon_notify("READY=1");
     return event_base_dispatch(p->base) < 0 ? err_set(err, ERR_IO, "the event loop failed") : 0;
@@ -317,6 +328,7 @@ static void process_done(struct process *p)
     daemon_signals_hold(); /* libevent gives them their default back */
     service_close(p->service);
     engine_process_free(p->engine);
+    keep_close(p->keep);
     for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) {
         if (events[i])
             event_free(events[i]);
@@ -336,7 +348,8 @@ int main(int argc, char **argv)
                "  eep-agent --id gpu0 --checkpoint /models/qwen3\n"
                "  eep-agent --id gpu1 --engine-command 'my-engine --port 8001'\n"
                "\n"
-               "SIGTERM asks to be drained first, a second one does not.  Exit status: 0 stopped, 1 failed, 2 usage, 75 "
+               "SIGTERM asks to be drained first, a second one does not.  Under systemd or eep-keeper the next process "
+               "re-adopts what one that dies has held: engines serve on.  Exit status: 0 stopped, 1 failed, 2 usage, 75 "
                "the GPU is lost to this process: start it again.",
     };
     struct options o = {
@@ -360,9 +373,10 @@ int main(int argc, char **argv)
         return 1;
     }
     struct process p = {.options = &o, .restart_ms = RESTART_FIRST_MS};
+    p.keep = keep_open();
     p.base = event_base_new();
     p.log = log_new("eep-agent", o.service.id, o.level, -1);
-    int rc = p.base && p.log ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
+    int rc = p.base && p.log && p.keep ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     process_done(&p);
     if (rc == 0)
         log_event(p.log, LOG_LEVEL_INFO, "stopped", "why=%s", "asked to");

@@ -184,7 +184,8 @@ int peer_links_open(const struct peer_links_config *config, struct peer_links **
         return err_set(err, ERR_NOMEM, "out of memory");
     links->config = *config;
     links->self = *config->self;
-    const struct rpc_options options = {.handlers = &in_handlers, .user = links, .self = &links->self};
+    const struct rpc_options options = {
+        .handlers = &in_handlers, .user = links, .self = &links->self, .fds = &config->listen_fd};
     int rc = rpc_listen(config->rpc, &config->listen, 1, &options, &links->listener, err);
     if (rc < 0) {
         free(links);
@@ -204,6 +205,11 @@ void peer_links_close(struct peer_links *links)
         peer_free(peer);
     view_unref(links->view);
     free(links);
+}
+
+int peer_links_fd(const struct peer_links *links)
+{
+    return rpc_listener_fd(links->listener, 0);
 }
 
 const char *peer_links_address(const struct peer_links *links)

@@ -17,6 +17,7 @@ struct peer_links_config {
     struct rpc *rpc;
     struct log *log;
     const char *listen;
+    int listen_fd;                   /* a socket that listens there already, ours from then on; -1 = make one */
     const struct rpc_identity *self; /* role PEER; copied */
     void (*on_wave)(void *user, uint64_t epoch, uint64_t step);
     void *user;
@@ -24,6 +25,7 @@ struct peer_links_config {
 
 int peer_links_open(const struct peer_links_config *config, struct peer_links **ret_links, struct err *err) MUST_CHECK;
 void peer_links_close(struct peer_links *links); /* takes NULL */
+int peer_links_fd(const struct peer_links *links); /* the listening socket, borrowed: to be kept */
 const char *peer_links_address(const struct peer_links *links); /* with its real port */
 /* The applied view (NULL = none): connects to its other members, lets go of the rest. */
 void peer_links_view(struct peer_links *links, struct view *view);

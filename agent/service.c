@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "agent/adopt.h"
 #include "agent/checkpoint.h"
 #include "agent/coordinator_link.h"
 #include "agent/engine_socket.h"
@@ -27,6 +28,7 @@
 struct service {
     struct service_config config;
     struct log *log;
+    struct adopt *adopt;
     struct agent_config agent;
     struct agent_core *core;
     struct rpc *rpc;
@@ -39,6 +41,7 @@ struct service {
     unsigned depth;
     int gpu_fd; /* holds the GPU for us; -1: none */
     bool exited;
+    bool leaves; /* what is kept stays */
 };
 
 static void service_event(struct service *s, struct agent_event *event);
@@ -122,6 +125,7 @@ static void service_event(struct service *s, struct agent_event *event)
     struct agent_actions *actions = &s->actions[s->depth++];
     page_read(engine_socket_page(s->engine), &event->page);
     agent_core_step(s->core, clock_now_ns(), event, actions);
+    adopt_save(s->adopt, s->core);
     for (size_t i = 0; i < actions->n; i++)
         perform(s, &actions->v[i]);
     agent_actions_clear(actions);
@@ -336,7 +340,7 @@ static int open_transport(struct service *s, struct transport **ret_transport, s
         return err_set(err, ERR_INVALID, "transport '%s' does not reach the memory of --memory %s: use --%s", name,
                        s->config.memory, device ? "transport auto, cuda_peer or nccl" : "memory cuda with it");
     if (transport_table[i].listens) {
-        rc = address_listen(s->config.data_listen, 0600, &fd, actual, err);
+        rc = adopt_listen(s->adopt, "data", s->config.data_listen, 0600, &fd, actual, err);
         if (rc == 0)
             rc = advertise(&s->config, actual, s->agent.data_address, err);
     }
@@ -364,6 +368,8 @@ static int open_worker(struct service *s, struct err *err)
         .checkpoint = s->config.checkpoint,
         .slots = s->config.slots,
         .transfer_timeout_ms = s->config.transfer_timeout_ms,
+        .on_weights = adopt_on_weights,
+        .user = s->adopt,
     };
     if (config.checkpoint) {
         struct checkpoint *checkpoint;
@@ -397,13 +403,14 @@ static int open_worker(struct service *s, struct err *err)
 static int open_links(struct service *s, const struct rpc_identity *self, struct err *err)
 {
     struct rpc_identity peer = *self;
+    char actual[ADDRESS_TEXT_MAX];
     peer.role = RPC_ROLE_PEER;
-    const struct peer_links_config peers = {
+    struct peer_links_config peers = {
         .base = s->config.base, .rpc = s->rpc, .log = s->log, .listen = s->config.listen, .self = &peer,
         .on_wave = on_wave, .user = s,
     };
-    int rc = peer_links_open(&peers, &s->peers, err);
-    if (rc < 0 || (rc = advertise(&s->config, peer_links_address(s->peers), s->agent.address, err)) < 0)
+    int rc = adopt_listen(s->adopt, "peer", s->config.listen, 0600, &peers.listen_fd, actual, err);
+    if (rc < 0 || (rc = peer_links_open(&peers, &s->peers, err)) < 0 || (rc = advertise(&s->config, peer_links_address(s->peers), s->agent.address, err)) < 0)
         return rc;
     const struct coordinator_link_config link = {
         .base = s->config.base, .rpc = s->rpc, .log = s->log, .address = s->config.coordinator, .self = self,
@@ -414,21 +421,53 @@ static int open_links(struct service *s, const struct rpc_identity *self, struct
 
 static int open_engine_socket(struct service *s, struct err *err)
 {
+    char address[ADDRESS_TEXT_MAX + sizeof ADDRESS_UNIX + 512], actual[ADDRESS_TEXT_MAX];
+    int fd, n = snprintf(address, sizeof address, ADDRESS_UNIX "%s", s->config.engine_socket);
+    if (n < 0 || (size_t)n >= sizeof address)
+        return err_set(err, ERR_INVALID, "the engine socket's path is too long: %s", s->config.engine_socket);
+    int rc = adopt_listen(s->adopt, "engine", address, 0660, &fd, actual, err);
+    if (rc < 0)
+        return err_wrap(err, "the engine socket");
+    const struct engine_socket_fds kept = adopt_page(s->adopt, fd);
     const struct engine_socket_config config = {
         .base = s->config.base, .path = s->config.engine_socket, .agent_id = s->config.id, .worker = s->worker,
-        .on_event = on_engine, .user = s,
+        .incarnation = adopt_keeps(s->adopt) ? s->agent.incarnation : 0, .kept = &kept, .on_event = on_engine, .user = s,
     };
-    return engine_socket_open(&config, &s->engine, err);
+    rc = engine_socket_open(&config, &s->engine, err);
+    if (rc < 0)
+        return rc;
+    const struct engine_socket_fds fds = engine_socket_fds(s->engine);
+    return adopt_keep_page(s->adopt, &fds, err);
 }
 
 static int open_core(struct service *s, struct err *err)
 {
-    s->core = agent_core_new(&s->agent, clock_now_ns());
+    const struct agent_record *record = adopt_record(s->adopt);
+    s->core = record ? agent_core_restore(&s->agent, record, clock_now_ns()) : agent_core_new(&s->agent, clock_now_ns());
     s->tick = event_new(s->config.base, -1, 0, on_tick, s);
     s->worker_event = event_new(s->config.base, worker_fd(s->worker), EV_READ | EV_PERSIST, on_worker, s);
     if (!s->core || !s->tick || !s->worker_event || event_add(s->worker_event, NULL) != 0)
         return err_set(err, ERR_NOMEM, "out of memory");
     return 0;
+}
+
+static int open_adopt(struct service *s, struct err *err)
+{
+    const struct adopt_config config = {.keep = s->config.keep, .log = s->log, .id = s->config.id,
+                                        .cluster = s->config.cluster, .memory = s->config.memory};
+    return adopt_new(&config, &s->adopt, err);
+}
+
+/* The one of the last process, if what it held can be re-adopted; else a new one. */
+static int open_incarnation(struct service *s, struct rpc_identity *self, struct err *err)
+{
+    adopt_weights(s->adopt, s->worker);
+    const struct agent_record *record = adopt_record(s->adopt);
+    int rc = record ? 0 : rand_u64(&s->agent.incarnation, err);
+    if (record)
+        s->agent.incarnation = record->incarnation;
+    self->incarnation = s->agent.incarnation;
+    return rc < 0 ? rc : adopt_settle(s->adopt, err);
 }
 
 int service_open(const struct service_config *config, struct service **ret_service, struct err *err)
@@ -452,17 +491,17 @@ int service_open(const struct service_config *config, struct service **ret_servi
     snprintf(self.software, sizeof self.software, "eep-agent %s", EEP_SOFTWARE);
 
     s->rpc = rpc_new(config->base);
-    rc = s->rpc ? rand_u64(&s->agent.incarnation, err) : err_set(err, ERR_NOMEM, "out of memory");
-    self.incarnation = s->agent.incarnation;
-    if (rc < 0 || (rc = open_worker(s, err)) < 0 || (rc = open_engine_socket(s, err)) < 0 ||
-        (rc = open_links(s, &self, err)) < 0 || (rc = open_core(s, err)) < 0) {
+    rc = s->rpc ? open_adopt(s, err) : err_set(err, ERR_NOMEM, "out of memory");
+    if (rc < 0 || (rc = open_worker(s, err)) < 0 || (rc = open_incarnation(s, &self, err)) < 0 ||
+        (rc = open_engine_socket(s, err)) < 0 || (rc = open_links(s, &self, err)) < 0 || (rc = open_core(s, err)) < 0) {
+        s->leaves = s->adopt && adopt_record(s->adopt); /* the next process may have more luck with it */
         service_close(s);
         return rc;
     }
     daemon_timer_set(s->tick, agent_core_deadline(s->core), clock_now_ns());
-    log_event(s->log, LOG_LEVEL_INFO, "incarnation", "incarnation=%016llx address=%s data=%s socket=%s",
+    log_event(s->log, LOG_LEVEL_INFO, "incarnation", "incarnation=%016llx address=%s data=%s socket=%s readopted=%s",
               (unsigned long long)s->agent.incarnation, s->agent.address, s->agent.data_address,
-              s->config.engine_socket);
+              s->config.engine_socket, adopt_record(s->adopt) ? "yes" : "no");
     *ret_service = s;
     return 0;
 }
@@ -472,6 +511,8 @@ void service_close(struct service *s)
     if (!s)
         return;
     s->exited = true; /* no event reaches the core any more */
+    if (!s->leaves)
+        adopt_forget(s->adopt);
     coordinator_link_free(s->coordinator);
     peer_links_close(s->peers);
     engine_socket_close(s->engine);
@@ -486,8 +527,16 @@ void service_close(struct service *s)
     for (size_t i = 0; i < DEPTH; i++)
         agent_actions_done(&s->actions[i]);
     agent_core_free(s->core);
+    adopt_free(s->adopt);
     rpc_free(s->rpc);
     free(s);
+}
+
+bool service_has_engine(const struct service *s)
+{
+    struct agent_status status;
+    agent_core_status(s->core, &status);
+    return status.engine;
 }
 
 void service_stop(struct service *s)
@@ -511,6 +560,7 @@ void service_status_text(const struct service *s, char *text, size_t size)
     struct agent_status status;
     agent_core_status(s->core, &status);
     snprintf(text, size, "%s, epoch %llu, engine %s, %s", status.view ? "serving" : "spare",
-             (unsigned long long)status.applied_epoch, status.engine ? "attached" : "none",
+             (unsigned long long)status.applied_epoch,
+             status.engine && status.resuming ? "awaited after a re-adoption" : status.engine ? "attached" : "none",
              status.welcomed ? "coordinator connected" : "no coordinator");
 }

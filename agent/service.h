@@ -22,6 +22,7 @@ struct service_config {
     const char *engine_socket;        /* path */
     const char *checkpoint;           /* folder, or NULL: joins only, or has an engine that seals */
     const char *memory, *transport;   /* backends by name; transport NULL: what suits the memory */
+    struct keep *keep;                /* what outlives the process; borrowed, NULL = nothing */
     uint32_t slots, node, transfer_timeout_ms;
     bool insecure;
     bool shared_gpu; /* other agents may use the GPU too, if they say the same */
@@ -30,7 +31,9 @@ struct service_config {
 };
 
 int service_open(const struct service_config *config, struct service **ret_service, struct err *err) MUST_CHECK;
-void service_close(struct service *service); /* takes NULL */
+/* Takes NULL.  A clean end: what was kept is given up, the engine is cut off. */
+void service_close(struct service *service);
+bool service_has_engine(const struct service *service); /* attached, or awaited after a re-adoption */
 /* SIGTERM: asks to be drained; again: ends at once.  on_exit follows. */
 void service_stop(struct service *service);
 const char *service_address(const struct service *service);      /* advertised, with its real port */

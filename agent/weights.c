@@ -24,7 +24,21 @@ static int model_check(const struct model *model, const struct manifest *m, stru
     return 0;
 }
 
-int weights_allocate(struct memory_backend *memory, struct model *model, struct weights **ret_weights, struct err *err)
+static int region_adopt(struct memory_backend *memory, const struct region *r, int *fd, struct memory_region *ret_region,
+                        struct err *err)
+{
+    if (*fd < 0)
+        return err_set(err, ERR_NOTFOUND, "region \"%s\" was not kept", r->name);
+    int rc = memory->adopt(memory, *fd, (size_t)r->bytes, ret_region, err);
+    if (rc < 0)
+        return err_wrap(err, "region \"%s\"", r->name);
+    *fd = -1;
+    return 0;
+}
+
+/* fds NULL: new memory. */
+static int weights_make(struct memory_backend *memory, struct model *model, int *fds, size_t n,
+                        struct weights **ret_weights, struct err *err)
 {
     if (!model->manifest)
         return err_set(err, ERR_INVALID, "the model has no manifest");
@@ -46,9 +60,14 @@ int weights_allocate(struct memory_backend *memory, struct model *model, struct 
     }
     for (uint32_t i = 0; i < w->manifest.n_regions; i++)
         w->regions[i].fd = -1;
+    if (fds && n != w->manifest.n_regions) {
+        rc = err_set(err, ERR_CONFLICT, "%zu regions were kept, the manifest has %u", n, w->manifest.n_regions);
+        goto free_weights;
+    }
     for (uint32_t i = 0; i < w->manifest.n_regions; i++) {
         const struct region *r = &w->manifest.regions[i];
-        rc = memory->alloc(memory, r->name, (size_t)r->bytes, &w->regions[i], err);
+        rc = fds ? region_adopt(memory, r, &fds[i], &w->regions[i], err)
+                 : memory->alloc(memory, r->name, (size_t)r->bytes, &w->regions[i], err);
         if (rc < 0)
             goto free_weights;
     }
@@ -58,6 +77,17 @@ int weights_allocate(struct memory_backend *memory, struct model *model, struct 
 free_weights:
     weights_free(w);
     return rc;
+}
+
+int weights_allocate(struct memory_backend *memory, struct model *model, struct weights **ret_weights, struct err *err)
+{
+    return weights_make(memory, model, NULL, 0, ret_weights, err);
+}
+
+int weights_adopt(struct memory_backend *memory, struct model *model, int *fds, size_t n, struct weights **ret_weights,
+                  struct err *err)
+{
+    return weights_make(memory, model, fds, n, ret_weights, err);
 }
 
 void weights_free(struct weights *w)

@@ -14,6 +14,9 @@ struct weights {
 };
 /* Allocates every region of the model's manifest. */
 int weights_allocate(struct memory_backend *memory, struct model *model, struct weights **ret_weights, struct err *err) MUST_CHECK;
+/* The same with memory that is there already, one descriptor a region; those that were adopted are the weights' own and
+ * become -1 in fds, also on failure. */
+int weights_adopt(struct memory_backend *memory, struct model *model, int *fds, size_t n, struct weights **ret_weights, struct err *err) MUST_CHECK;
 void weights_free(struct weights *w); /* takes NULL */
 
 /* One run of bytes: what transports move and engines map. */

@@ -179,7 +179,7 @@ static void job_end(struct worker *w, struct job *job, const struct worker_resul
     pthread_mutex_lock(&w->lock);
     w->current = NULL;
     bell_clear(w->cancel_fd);
-    bool keep = job->kind == JOB_REGION_ALLOC; /* the caller's */
+    bool keep = job->kind == JOB_REGION_ALLOC || job->kind == JOB_ADOPT; /* the caller's */
     if (keep) {
         job->answered = true;
         pthread_cond_broadcast(&w->answered);
@@ -250,6 +250,8 @@ const char *worker_gpu(const struct worker *w)
 
 void worker_weights_set(struct worker *w, struct weights *weights)
 {
+    if (w->config.on_weights)
+        w->config.on_weights(w->config.user, weights);
     pthread_mutex_lock(&w->lock);
     w->weights = weights;
     pthread_mutex_unlock(&w->lock);
@@ -259,14 +261,17 @@ int worker_region_alloc(struct worker *w, const struct region *region, struct me
                         struct err *err)
 {
     struct job job = {.kind = JOB_REGION_ALLOC, .region = region, .ret_region = ret_region};
-    job_queue(w, &job);
+    return worker_call(w, &job, err);
+}
+
+int worker_call(struct worker *w, struct job *job, struct err *err)
+{
+    job_queue(w, job);
     pthread_mutex_lock(&w->lock);
-    while (!job.answered)
+    while (!job->answered)
         pthread_cond_wait(&w->answered, &w->lock);
     pthread_mutex_unlock(&w->lock);
-    if (job.code < 0)
-        return err_set(err, job.code, "%s", job.err.text);
-    return 0;
+    return job->code < 0 ? err_set(err, job->code, "%s", job->err.text) : 0;
 }
 
 void worker_seal(struct worker *w, uint64_t id, const struct manifest *manifest, const struct expert_map *map,

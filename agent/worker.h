@@ -11,6 +11,7 @@
 #include "agent/transport.h"
 
 struct worker;
+struct weights;
 
 struct worker_config {
     struct memory_backend *memory;  /* the worker's, once it has started */
@@ -18,6 +19,9 @@ struct worker_config {
     const char *checkpoint;         /* folder, or NULL; borrowed for the life of the worker */
     uint32_t slots;                 /* 0: as the map says */
     uint32_t transfer_timeout_ms;   /* no progress for so long ends a transfer; 60000 */
+    /* The weights that this rank holds have become these (NULL: none); worker thread, before anybody is told.  Or NULL. */
+    void (*on_weights)(void *user, const struct weights *weights);
+    void *user;
 };
 
 struct worker_result {
@@ -49,10 +53,15 @@ void worker_stop(struct worker *w);
 
 /* For the engine socket (loop thread): the manifest and the regions' descriptors of the weights that are allocated now,
  * or NULL.  Valid until the next WORK_RELEASE is submitted.  Read manifest and regions only: `model` is the worker's. */
-struct weights;
 const struct weights *worker_weights(struct worker *w);
 /* UUID of the GPU that the regions lie on, or NULL: host memory.  Constant. */
 const char *worker_gpu(const struct worker *w);
+
+/* Weights of the last process (loop thread, before anything is submitted; blocks while all of it is read): adopts the
+ * regions, one descriptor each in the order of the manifest, and compares every held slot of rank `self` of the map and every
+ * dense region with the model's digests.  Takes the descriptors over, also on failure.  *ret_bytes: read. */
+int worker_adopt(struct worker *w, struct model *model, int *fds, size_t n, struct expert_map *map, uint32_t self,
+                 uint64_t *ret_bytes, struct err *err) MUST_CHECK;
 
 /* An engine that lays out its own weights (cold start): allocate one region now (blocks briefly; the worker is idle for
  * the operation meanwhile), and seal: take digests and make the model; the result comes as kind WORK_LOAD with `id`. */

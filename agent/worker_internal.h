@@ -11,7 +11,7 @@
 #include "agent/weights.h"
 #include "agent/worker.h"
 
-enum job_kind { JOB_WORK, JOB_REGION_ALLOC, JOB_SEAL, JOB_SEAL_DISCARD };
+enum job_kind { JOB_WORK, JOB_REGION_ALLOC, JOB_ADOPT, JOB_SEAL, JOB_SEAL_DISCARD };
 
 struct job {
     struct job *next;
@@ -19,9 +19,12 @@ struct job {
     bool cancelled;
     struct work work;      /* WORK; SEAL: id, map and self */
     struct blob *manifest; /* SEAL: encoded */
-    /* REGION_ALLOC: on the caller's stack, who waits */
+    /* REGION_ALLOC, ADOPT (work: model, map, self): on the caller's stack, who waits */
     const struct region *region;
     struct memory_region *ret_region;
+    int *fds;
+    size_t n_fds;
+    uint64_t bytes;
     bool answered;
     int code;
     struct err err; /* also what went wrong before a SEAL was queued */
@@ -43,7 +46,7 @@ struct worker {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t wanted;   /* a job was queued */
-    pthread_cond_t answered; /* a REGION_ALLOC is done */
+    pthread_cond_t answered; /* a REGION_ALLOC or an ADOPT is done */
     struct job *first, **last;
     struct result_node *results, **results_last;
     int result_fd, cancel_fd;
@@ -90,6 +93,11 @@ int worker_job_group(struct worker *w, const struct job *job, struct err *err) M
 void worker_group_drop(struct worker *w);
 int worker_job_fill(struct worker *w, const struct job *job, struct worker_result *ret_result,
                     struct err *err) MUST_CHECK;
+
+/* worker_adopt.c */
+int worker_job_adopt(struct worker *w, struct job *job, struct err *err) MUST_CHECK;
+/* Queues a job on the caller's stack and waits for it. */
+int worker_call(struct worker *w, struct job *job, struct err *err) MUST_CHECK;
 
 /* worker_seal.c */
 int worker_job_region_alloc(struct worker *w, const struct job *job, struct err *err) MUST_CHECK;

@@ -173,6 +173,9 @@ void worker_job_run(struct worker *w, struct job *job, struct worker_result *ret
     case JOB_REGION_ALLOC:
         job->code = worker_job_region_alloc(w, job, &job->err);
         return;
+    case JOB_ADOPT:
+        job->code = worker_job_adopt(w, job, &job->err);
+        return;
     case JOB_SEAL:
         rc = worker_job_seal(w, job, ret_result, &err);
         break;

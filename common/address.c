@@ -233,6 +233,53 @@ static void tcp_actual(int fd, const struct address *a, char ret_actual[ADDRESS_
     snprintf(ret_actual, ADDRESS_TEXT_MAX, "%s%.110s%s:%u", v6 ? "[" : "", a->host, v6 ? "]" : "", port);
 }
 
+/* Bound to where the address says; any port will do for port 0. */
+static bool tcp_is(const struct address *a, const struct sockaddr_storage *ss)
+{
+    struct addrinfo *list;
+    bool same = false;
+    if (tcp_resolve("kept", a, AI_PASSIVE, &list, NULL) < 0)
+        return false;
+    for (struct addrinfo *ai = list; ai && !same; ai = ai->ai_next) {
+        if (ai->ai_family != ss->ss_family)
+            continue;
+        const struct sockaddr_in *w4 = (const void *)ai->ai_addr, *h4 = (const void *)ss;
+        const struct sockaddr_in6 *w6 = (const void *)ai->ai_addr, *h6 = (const void *)ss;
+        if (ai->ai_family == AF_INET)
+            same = w4->sin_addr.s_addr == h4->sin_addr.s_addr && (!w4->sin_port || w4->sin_port == h4->sin_port);
+        else if (ai->ai_family == AF_INET6)
+            same = memcmp(&w6->sin6_addr, &h6->sin6_addr, sizeof w6->sin6_addr) == 0 &&
+                   (!w6->sin6_port || w6->sin6_port == h6->sin6_port);
+    }
+    freeaddrinfo(list);
+    return same;
+}
+
+int address_adopt(const char *text, int fd, char ret_actual[ADDRESS_TEXT_MAX], struct err *err)
+{
+    struct address a;
+    struct sockaddr_storage ss = {0};
+    socklen_t len = sizeof ss;
+    int listening = 0;
+    socklen_t size = sizeof listening;
+    int rc = address_parse(text, &a, err);
+    if (rc < 0)
+        return rc;
+    bool same = getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 && listening &&
+                getsockname(fd, (struct sockaddr *)&ss, &len) == 0;
+    if (same && a.is_unix)
+        same = ss.ss_family == AF_UNIX && strcmp(((struct sockaddr_un *)&ss)->sun_path, a.host) == 0;
+    else if (same)
+        same = tcp_is(&a, &ss);
+    if (!same)
+        return err_set(err, ERR_CONFLICT, "a socket that was kept does not listen on %s", text);
+    if (a.is_unix)
+        snprintf(ret_actual, ADDRESS_TEXT_MAX, "%s", text);
+    else
+        tcp_actual(fd, &a, ret_actual);
+    return 0;
+}
+
 int address_listen(const char *text, unsigned unix_mode, int *ret_fd, char ret_actual[ADDRESS_TEXT_MAX],
                    struct err *err)
 {

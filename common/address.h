@@ -26,6 +26,9 @@ int address_parse(const char *text, struct address *ret_address, struct err *err
 int address_listen(const char *text, unsigned unix_mode, int *ret_fd, char ret_actual[ADDRESS_TEXT_MAX],
                    struct err *err) MUST_CHECK;
 
+/* Is fd a listening socket for this address (as address_listen made it, maybe in another process)?  ERR_CONFLICT if not. */
+int address_adopt(const char *text, int fd, char ret_actual[ADDRESS_TEXT_MAX], struct err *err) MUST_CHECK;
+
 /* Ends a unix listener: fd accepts nothing more, and its file is removed unless another process has replaced it.
  * Nothing for other addresses.  fd is still to be closed. */
 void address_unlink(const char *text, int fd);

@@ -23,21 +23,31 @@ void daemon_signals_hold(void)
     sigprocmask(SIG_BLOCK, &set, NULL);
 }
 
-void daemon_notify(const char *state)
+bool daemon_notify_address(struct sockaddr_un *ret_address, socklen_t *ret_len)
 {
     const char *path = getenv("NOTIFY_SOCKET");
-    struct sockaddr_un to = {.sun_family = AF_UNIX};
-    if (!path || (path[0] != '/' && path[0] != '@') || strlen(path) >= sizeof to.sun_path)
-        return;
+    if (!path || (path[0] != '/' && path[0] != '@') || strlen(path) >= sizeof ret_address->sun_path)
+        return false;
     size_t len = strlen(path);
-    memcpy(to.sun_path, path, len);
+    memset(ret_address, 0, sizeof *ret_address);
+    ret_address->sun_family = AF_UNIX;
+    memcpy(ret_address->sun_path, path, len);
     if (path[0] == '@')
-        to.sun_path[0] = '\0'; /* abstract */
+        ret_address->sun_path[0] = '\0'; /* abstract */
+    *ret_len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len);
+    return true;
+}
+
+void daemon_notify(const char *state)
+{
+    struct sockaddr_un to;
+    socklen_t len;
+    if (!daemon_notify_address(&to, &len))
+        return;
     int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
         return;
-    ssize_t sent = sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&to,
-                          (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len));
+    ssize_t sent = sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&to, len);
     (void)sent; /* nobody to tell */
     close(fd);
 }

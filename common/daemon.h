@@ -7,8 +7,13 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/socket.h>
 
 #include "common/err.h"
+
+/* Where $NOTIFY_SOCKET leads; false: nowhere. */
+struct sockaddr_un;
+bool daemon_notify_address(struct sockaddr_un *ret_address, socklen_t *ret_len);
 
 /* "READY=1", "STATUS=...", "STOPPING=1" to $NOTIFY_SOCKET (sd_notify(3)); nothing when systemd did not start us. */
 void daemon_notify(const char *state);

@@ -60,6 +60,9 @@ void page_store(struct control_page *page, enum page_word word, uint64_t value)
     case PAGE_REVOKED:
         atomic_store(&page->revoked, value);
         return;
+    case PAGE_ATTACHMENT:
+        atomic_store(&page->attachment, value);
+        return;
     case PAGE_ENGINE_STATE:
         assert(value == PAGE_ENGINE_NONE); /* every other value is the engine's to write */
         atomic_store(&page->engine_state, value);
@@ -91,6 +94,8 @@ const char *page_word_name(enum page_word word)
         return "notify_done";
     case PAGE_REVOKED:
         return "revoked";
+    case PAGE_ATTACHMENT:
+        return "attachment";
     case PAGE_ENGINE_STATE:
         return "engine_state";
     case PAGE_WORDS:

@@ -51,6 +51,7 @@ struct control_page {
     _Atomic uint64_t map_pending;       /* map_version that the engine shall apply at its next boundary */
     _Atomic uint64_t notify_done;       /* ring the bell when done reaches this; 0 = never */
     _Atomic uint64_t revoked;           /* epoch whose steps are to be left: set by RESET and by detach */
+    _Atomic uint64_t attachment;        /* raised when a re-adopting agent gives its engine up: it keeps off the page */
 };
 
 /* What the agent core sees of the page: read by the edge just before an event is handed in. */
@@ -70,6 +71,7 @@ enum page_word {
     PAGE_MAP_PENDING,
     PAGE_NOTIFY_DONE,
     PAGE_REVOKED,
+    PAGE_ATTACHMENT,
     PAGE_ENGINE_STATE, /* only PAGE_ENGINE_NONE, after a detach */
     PAGE_WORDS
 };

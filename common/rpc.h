@@ -65,6 +65,8 @@ struct rpc_options {
     size_t output_limit;                 /* per connection; 0 = RPC_OUTPUT_LIMIT */
     unsigned unix_mode;                  /* permissions of unix sockets of a listener; 0 = by umask */
     unsigned max_conns;                  /* of a listener, the next ones are closed at once; 0 = 4096 */
+    const int *fds;                      /* of a listener: sockets that listen on its addresses already (address_listen,
+                                            address_adopt), its own from then on, also on failure; NULL = make them */
 };
 
 /* Listens on every address ("host:port", ":port", "[v6]:port", "unix:/path"); all or none. */
@@ -72,6 +74,7 @@ int rpc_listen(struct rpc *rpc, const char *const *addresses, size_t n, const st
                struct rpc_listener **ret_listener, struct err *err) MUST_CHECK;
 /* i-th address with its real port; NULL when there is none. */
 const char *rpc_listener_address(const struct rpc_listener *listener, size_t i);
+int rpc_listener_fd(const struct rpc_listener *listener, size_t i); /* borrowed; -1 when there is none */
 /* Stops accepting and removes socket files; connections past their handshake live on.  Takes NULL. */
 void rpc_listener_close(struct rpc_listener *listener);
 

@@ -79,10 +79,14 @@ static void on_accept_error(struct evconnlistener *ev, void *arg)
 static int listener_open(struct rpc_listener *listener, size_t i, const char *address, struct err *err)
 {
     struct rpc_socket *s = &listener->sockets[i];
-    int fd;
-    int rc = address_listen(address, listener->options.unix_mode, &fd, s->actual, err);
-    if (rc < 0)
+    int fd = listener->options.fds ? listener->options.fds[i] : -1;
+    int rc = fd >= 0 ? address_adopt(address, fd, s->actual, err)
+                     : address_listen(address, listener->options.unix_mode, &fd, s->actual, err);
+    if (rc < 0) {
+        if (fd >= 0)
+            evutil_closesocket(fd);
         return rc;
+    }
     s->ev = evconnlistener_new(listener->rpc->base, on_accept, listener, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC,
                                0, fd);
     if (!s->ev) {
@@ -115,6 +119,7 @@ int rpc_listen(struct rpc *rpc, const char *const *addresses, size_t n, const st
         rc = err_set(err, ERR_NOMEM, "no memory for a listener");
     for (size_t i = 0; i < n && rc == 0; i++)
         rc = listener_open(listener, i, addresses[i], err);
+    listener->options.fds = NULL; /* the caller's array */
     if (rc < 0) {
         rpc_listener_close(listener);
         return rc;
@@ -126,6 +131,11 @@ int rpc_listen(struct rpc *rpc, const char *const *addresses, size_t n, const st
 const char *rpc_listener_address(const struct rpc_listener *listener, size_t i)
 {
     return i < listener->n ? listener->sockets[i].actual : NULL;
+}
+
+int rpc_listener_fd(const struct rpc_listener *listener, size_t i)
+{
+    return i < listener->n ? listener->sockets[i].fd : -1;
 }
 
 /* Connections that nobody knows yet end with their listener; the others forget it. */

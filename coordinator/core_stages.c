@@ -218,7 +218,9 @@ void operation_hello(struct coordinator *c, uint32_t peer, const struct msg_hell
     int party = operation_party(c, peer);
     if (party < 0 || !c->op.announced)
         return;
-    if (!same)
+    /* Who comes back without an operation that is decided, or being so (a re-adopted agent), has its part in the commit,
+     * and none in what follows: it cannot be entered in the middle. */
+    if (!same && !c->op.decided && c->commit.state != COMMIT_DECIDING)
         operation_announce(c, (uint32_t)party);
     if ((c->op.phase == PHASE_GRACE || c->op.phase == PHASE_FILL) && !arrivals_has(&c->op.stage, peer) &&
         operation_concerns(c, c->op.stage_kind, (uint32_t)party))

@@ -1,6 +1,7 @@
 /* Attaching to the agent and letting go of it, errors, and the short answers to events.
  * Attach and detach run on the engine's thread that calls them; libeep's thread lives in between. */
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -58,11 +59,8 @@ const char *eep_last_error(void)
 
 /* ---- sending ---- */
 
-int link_send(struct eep *eep, Eep__Engine__EngineUp *up, struct err *err)
+int link_send_locked(struct eep *eep, Eep__Engine__EngineUp *up, struct err *err)
 {
-    if (atomic_load(&eep->dead))
-        return err_set(err, ERR_UNREACHABLE, "the agent is gone");
-    pthread_mutex_lock(&eep->send_lock);
     int rc = engine_writer_push(&eep->writer, ENGINE_FRAME_UP, &up->base, NULL, 0, err);
     if (!rc) {
         rc = engine_writer_flush(&eep->writer, eep->sock, err);
@@ -71,8 +69,20 @@ int link_send(struct eep *eep, Eep__Engine__EngineUp *up, struct err *err)
         if (rc < 0)
             shutdown(eep->sock, SHUT_RDWR); /* half a message may be out: libeep's thread sees the end */
     }
-    pthread_mutex_unlock(&eep->send_lock);
     return rc < 0 ? rc : 0;
+}
+
+/* While the agent is away nothing needs it: answers are to an operation that is aborted, and what still counts when it
+ * is back is said again then. */
+int link_send(struct eep *eep, Eep__Engine__EngineUp *up, struct err *err)
+{
+    if (atomic_load(&eep->dead))
+        return err_set(err, ERR_UNREACHABLE, "the agent is gone");
+    pthread_mutex_lock(&eep->send_lock);
+    int rc = atomic_load(&eep->orphan) ? 0 : link_send_locked(eep, up, err);
+    pthread_mutex_unlock(&eep->send_lock);
+    /* Its process may have died just now; libeep's thread finds out. */
+    return rc == ERR_UNREACHABLE && eep->incarnation && !atomic_load(&eep->leaving) ? 0 : rc;
 }
 
 int eep_prepared(struct eep *eep, uint64_t op, uint64_t attempt, int code, const char *why)
@@ -102,6 +112,13 @@ int eep_drained(struct eep *eep)
 
 int eep_set_endpoint(struct eep *eep, const char *endpoint)
 {
+    char *copy = endpoint ? strdup(endpoint) : NULL;
+    if (!copy)
+        return eep_fail(ERR_INVALID, "no endpoint");
+    pthread_mutex_lock(&eep->lock);
+    free(eep->endpoint);
+    eep->endpoint = copy; /* an agent that comes back is told, too */
+    pthread_mutex_unlock(&eep->lock);
     Eep__Engine__Endpoint body = EEP__ENGINE__ENDPOINT__INIT;
     body.endpoint = (char *)(uintptr_t)endpoint;
     Eep__Engine__EngineUp up = EEP__ENGINE__ENGINE_UP__INIT;
@@ -143,37 +160,48 @@ void eep_stats_get(struct eep *eep, struct eep_stats *ret_stats)
 
 /* ---- handshake ---- */
 
-static int link_connect(struct eep *eep, const char *path, struct err *err)
+int link_open(const char *path, int *ret_sock, struct err *err)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof address.sun_path)
         return err_set(err, ERR_INVALID, "the engine socket's path is longer than %zu bytes: %s",
                        sizeof address.sun_path - 1, path);
     memcpy(address.sun_path, path, strlen(path));
-    eep->sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (eep->sock < 0)
+    int sock = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (sock < 0)
         return err_set(err, ERR_IO, "cannot make a socket: %s", strerror(errno));
     struct timeval limit = {.tv_sec = ATTACH_TIMEOUT_MS / 1000};
-    setsockopt(eep->sock, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
-    if (connect(eep->sock, (struct sockaddr *)&address, sizeof address) < 0)
+    setsockopt(sock, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+    if (connect(sock, (struct sockaddr *)&address, sizeof address) < 0) {
+        int saved = errno;
+        close(sock);
         return err_set(err, ERR_UNREACHABLE, "cannot connect to the agent at %s: %s; is eep-agent running?", path,
-                       strerror(errno));
+                       strerror(saved));
+    }
+    fcntl(sock, F_SETFL, 0); /* sending waits, for at most the limit */
+    *ret_sock = sock;
     return 0;
 }
 
-static int attach_send(struct eep *eep, const struct eep_options *options, struct err *err)
+void attach_fill(const struct eep *eep, Eep__Engine__Attach *ret_body)
 {
-    Eep__Engine__Attach body = EEP__ENGINE__ATTACH__INIT;
-    body.protocol = ENGINE_PROTOCOL;
-    body.endpoint = (char *)(uintptr_t)options->endpoint;
-    body.dispatch = (uint32_t)options->dispatch;
-    body.kv_bytes = options->kv_bytes;
-    body.seals = (char *)(uintptr_t)options->seals;
-    if (options->seals) {
-        body.has_layers = body.has_logical = true;
-        body.layers = options->moe_layers;
-        body.logical = options->logical_experts;
+    eep__engine__attach__init(ret_body);
+    ret_body->protocol = ENGINE_PROTOCOL;
+    ret_body->endpoint = eep->endpoint;
+    ret_body->dispatch = eep->dispatch;
+    ret_body->kv_bytes = eep->kv_bytes;
+    ret_body->seals = eep->seals;
+    if (eep->seals) {
+        ret_body->has_layers = ret_body->has_logical = true;
+        ret_body->layers = eep->moe_layers;
+        ret_body->logical = eep->logical_experts;
     }
+}
+
+static int attach_send(struct eep *eep, struct err *err)
+{
+    Eep__Engine__Attach body;
+    attach_fill(eep, &body); /* there is no other thread yet */
     Eep__Engine__EngineUp up = EEP__ENGINE__ENGINE_UP__INIT;
     up.body_case = EEP__ENGINE__ENGINE_UP__BODY_ATTACH;
     up.attach = &body;
@@ -222,6 +250,7 @@ static int attached_take(struct eep *eep, const Eep__Engine__EngineDown *down, s
     if (!down || down->body_case != EEP__ENGINE__ENGINE_DOWN__BODY_ATTACHED || frame->n_fds != 4)
         return err_set(err, ERR_PROTOCOL, "the agent's first message is not an answer to attach");
     snprintf(eep->agent, sizeof eep->agent, "%s", down->attached->agent);
+    eep->incarnation = down->attached->has_incarnation ? down->attached->incarnation : 0;
     eep->wake_fd = engine_frame_take(frame, 1);
     eep->bell_fd = engine_frame_take(frame, 2);
     eep->load_fd = engine_frame_take(frame, 3);
@@ -231,10 +260,10 @@ static int attached_take(struct eep *eep, const Eep__Engine__EngineDown *down, s
     return rc;
 }
 
-static int handshake(struct eep *eep, const struct eep_options *options, struct err *err)
+static int handshake(struct eep *eep, struct err *err)
 {
     struct engine_frame frame = {.n_fds = 0};
-    int sent = attach_send(eep, options, err);
+    int sent = attach_send(eep, err);
     if (sent && sent != ERR_UNREACHABLE)
         return sent;
     int rc = frame_wait(eep, &frame, err); /* also when the send failed: why we are refused may lie there */
@@ -322,10 +351,12 @@ static void eep_dispose(struct eep *eep)
     pthread_mutex_destroy(&eep->send_lock);
     pthread_cond_destroy(&eep->cond);
     free(eep->seals);
+    free(eep->path);
+    free(eep->endpoint);
     free(eep);
 }
 
-static struct eep *eep_new(const struct eep_options *options)
+static struct eep *eep_new(const struct eep_options *options, const char *path)
 {
     struct eep *eep = calloc(1, sizeof *eep);
     if (!eep)
@@ -334,6 +365,8 @@ static struct eep *eep_new(const struct eep_options *options)
     eep->max_ranks = options->max_ranks ? options->max_ranks : DEFAULT_MAX_RANKS;
     eep->moe_layers = options->moe_layers;
     eep->logical_experts = options->logical_experts;
+    eep->dispatch = (uint32_t)options->dispatch;
+    eep->kv_bytes = options->kv_bytes;
     eep->on_event = options->on_event;
     eep->user = options->user;
     eep->step.state = PAGE_ENGINE_IDLE;
@@ -343,7 +376,10 @@ static struct eep *eep_new(const struct eep_options *options)
     eep->revoke_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     eep->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     eep->seals = options->seals ? strdup(options->seals) : NULL;
-    if (eep->revoke_fd < 0 || eep->stop_fd < 0 || (options->seals && !eep->seals)) {
+    eep->path = strdup(path);
+    eep->endpoint = options->endpoint ? strdup(options->endpoint) : NULL;
+    if (eep->revoke_fd < 0 || eep->stop_fd < 0 || (options->seals && !eep->seals) || !eep->path ||
+        (options->endpoint && !eep->endpoint)) {
         eep_dispose(eep);
         return NULL;
     }
@@ -356,13 +392,13 @@ int eep_attach(const struct eep_options *options, struct eep **ret_eep)
     int rc = options_check(options, &path);
     if (rc)
         return rc;
-    struct eep *eep = eep_new(options);
+    struct eep *eep = eep_new(options, path);
     if (!eep)
         return eep_fail(ERR_NOMEM, "no memory or descriptors to attach");
     struct err err;
-    rc = link_connect(eep, path, &err);
+    rc = link_open(path, &eep->sock, &err);
     if (!rc)
-        rc = handshake(eep, options, &err);
+        rc = handshake(eep, &err);
     if (rc) {
         eep_dispose(eep);
         return eep_fail_err(&err);

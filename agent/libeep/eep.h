@@ -19,6 +19,9 @@
  * thread.  Everything else may be called from any thread.  libeep runs one thread of its own, which talks to the agent
  * and calls `on_event`; the callback must not block for long and must not call eep_detach.
  *
+ * An agent's process that dies is no event: the engine goes on in its view, and is taken up again by the next process.  What
+ * is answered meanwhile (eep_prepared, eep_drained) returns 0 and is dropped, since its operation is aborted.
+ *
  * Errors: functions return 0 or a negative code (see eep_strerror) and leave a sentence in eep_last_error(). */
 #ifndef EEP_H
 #define EEP_H
@@ -53,7 +56,7 @@ enum eep_event_kind {
                               With streams: abort them from the callback or a thread of your own, since the stepping
                               thread may stand in eep_step_begin while an older step hangs on the device */
     EEP_EVENT_RELEASE,     /* this rank has left: stop using the regions, answer eep_released; they are unmapped then */
-    EEP_EVENT_DETACHED,    /* the agent is gone or has cut us off: only eep_detach is left */
+    EEP_EVENT_DETACHED,    /* the agent is gone for good or has cut us off: only eep_detach is left */
 };
 
 struct eep_member {

@@ -22,6 +22,7 @@ void gate_attach(struct control_page *page, struct gate_local *local)
         .next = get(&page->intent) + 1,
         .view = get(&page->cur_view),
         .wave = get(&page->wave),
+        .attachment = get(&page->attachment),
     };
     /* Whatever the last engine had on the device died with it. */
     put(&page->launched, get(&page->intent));
@@ -40,11 +41,18 @@ static void gate_catch_up(struct control_page *page, struct gate_local *local)
         local->next = 1;
 }
 
+bool gate_stale(struct control_page *page, const struct gate_local *local)
+{
+    return get(&page->attachment) != local->attachment;
+}
+
 enum gate_verdict gate_announce(struct control_page *page, struct gate_local *local, bool has_work)
 {
     /* flip_view before next_step: who sees the flip sees the step it starts with. */
     bool in_view = local->view || get(&page->flip_view);
 
+    if (gate_stale(page, local))
+        return GATE_STALE;
     gate_catch_up(page, local);
     if (!in_view || !(local->running || has_work || local->next < get(&page->run_to))) {
         put(&page->running, 0);
@@ -68,8 +76,12 @@ enum gate_verdict gate_check(struct control_page *page, struct gate_local *local
     bool flip, wave_start;
 
     for (;;) {
+        bool shut;
         n = local->next;
-        if (n >= get(&page->gate))
+        shut = n >= get(&page->gate);
+        if (gate_stale(page, local)) /* read after the gate: it may have been opened for another engine */
+            return GATE_STALE;
+        if (shut)
             return gate_hold(page, local);
         /* A repair may have opened the gate since we announced n: steps below its first one are not to be run.  Its
          * next_step was written before the gate, so that it is seen here. */

@@ -7,12 +7,13 @@
  *   if not (running or has_work or n < run_to): idle
  *   intent = n
  *   if n >= gate: intent = n-1; wait; start over
+ *   if the attachment is another one: end
  *   if next_step > n: n = next_step; intent = n; look at the gate again
  *   if a flip is pending and n >= flip_step: switch view; cur_view = its epoch
  *   if that view is revoked, or there is none: intent = n-1; wait; start over
  *
  * What the agent must keep to: flip_step, flip_wave and next_step are stored before flip_view, flip_view before gate;
- * revoked is stored before flip_view is taken back.  Steps are counted from 1, so that 0 is "none" in every word. */
+ * revoked is stored before flip_view is taken back; attachment before any word that lets a step begin.  Steps are counted from 1, so that 0 is "none" in every word. */
 #ifndef EEP_LIBEEP_GATE_H
 #define EEP_LIBEEP_GATE_H
 
@@ -26,18 +27,22 @@ struct gate_local {
     uint64_t view;     /* epoch of the view in use; 0 = none yet */
     uint64_t wave;     /* current_wave */
     uint64_t map;      /* map_version in use */
+    uint64_t attachment; /* as the page had it at the attachment: another one later means that we are given up */
 };
 
 enum gate_verdict {
     GATE_IDLE,    /* nothing to run: wait for work or a wake-up */
     GATE_HELD,    /* at the gate: wait for a wake-up, then start over */
     GATE_RUN,     /* step `next` has begun */
+    GATE_STALE,   /* a re-adopting agent has given this engine up: nothing was written, and nothing may be any more */
 };
 
+/* The agent has given this engine up. */
+bool gate_stale(struct control_page *page, const struct gate_local *local);
 /* Takes over next_step, applies nothing else; decides idle or announces intent = next. */
 enum gate_verdict gate_announce(struct control_page *page, struct gate_local *local, bool has_work);
 /* After gate_announce returned GATE_RUN: GATE_RUN (begun; *ret_flip tells that view `local->view` is new with this
- * step, *ret_wave_start that this rank starts a wave others must be told of) or GATE_HELD. */
+ * step, *ret_wave_start that this rank starts a wave others must be told of), GATE_HELD or GATE_STALE. */
 enum gate_verdict gate_check(struct control_page *page, struct gate_local *local, bool *ret_flip, bool *ret_wave_start);
 /* A (re-)attached engine takes up the page where the last one left it: a step that may have begun is not run again. */
 void gate_attach(struct control_page *page, struct gate_local *local);

@@ -4,12 +4,13 @@
  *   view.c     views and routings              maps.c     the expert map arrays at fixed addresses
  *   regions.c  mapped weights, tensors         seal.c     a layout that the engine produces
  *   step.c     step boundaries                 gate.c     the gate loop, pure
+ *   orphan.c   the agent's process is gone and may come back
  *   device*.c  the GPU that the weights lie on
  *
- * Threads.  The stepping thread owns `step`; libeep's own thread owns `reader` and `incoming`.  `send_lock` makes one
- * message at a time go to the agent.  `lock` protects everything under its heading below, and is never held while a
- * callback runs or a message is sent; a boundary with nothing pending takes neither lock.  What crosses between the
- * two threads at every step is atomic, and described at its word. */
+ * Threads.  The stepping thread owns `step`; libeep's own thread owns `reader`, `incoming`, `patience` and the making of a
+ * new `sock`.  `send_lock` makes one message at a time go to the agent, and none while it is away.  `lock` protects
+ * everything under its heading below, and is never held while a callback runs or a message is sent; a boundary with nothing
+ * pending takes neither lock.  What crosses between the two threads at every step is atomic, and described at its word. */
 #ifndef EEP_LIBEEP_INTERNAL_H
 #define EEP_LIBEEP_INTERNAL_H
 
@@ -90,13 +91,16 @@ struct stepping {
 
 struct eep {
     /* constant after eep_attach */
-    int sock, wake_fd, bell_fd, load_fd, revoke_fd, stop_fd;
+    int wake_fd, bell_fd, load_fd, revoke_fd, stop_fd;
     struct control_page *page;
     size_t page_bytes;
     struct device *device; /* NULL: the weights are host memory */
     uint32_t max_ranks, moe_layers, logical_experts;
     char *seals;
-    char agent[64];
+    char agent[64], *path;
+    uint64_t incarnation; /* of the agent; 0: no process of it comes back */
+    uint32_t dispatch;
+    uint64_t kv_bytes;
     void (*on_event)(void *user, const struct eep_event *event);
     void *user;
     pthread_t thread;
@@ -109,14 +113,21 @@ struct eep {
         uint32_t total, got;
         int *fds;
     } incoming; /* regions that have not all come yet */
+    struct {
+        uint32_t orphan_ms, held_ms;
+    } patience; /* how long to wait for the agent's next process; 0: not at all */
+    bool cut;   /* the agent has cut us off: it is not waited for */
 
     pthread_mutex_t send_lock;
     struct engine_writer writer; /* under send_lock */
+    int sock;                    /* changed under send_lock, by libeep's thread alone; -1: the agent is away */
 
     pthread_mutex_t lock;
     pthread_cond_t cond; /* a commit, an answer, or the end has come */
     /* under lock */
     char dead_why[256];
+    char *endpoint;
+    uint64_t losses;             /* how often the agent's process was lost: its answers are, with it */
     struct commit *commits;      /* decided, not switched to yet; ascending epochs */
     struct map_update *updates;  /* ascending versions */
     struct regions *regions;     /* mapped and complete */
@@ -137,6 +148,11 @@ struct eep {
     atomic_bool in_step;             /* set before the gate is read, cleared when the step is left */
     atomic_bool user_wake;           /* eep_wake since it was last answered */
     atomic_bool left_owed;           /* a revoke waits for left_step; who takes it sends it */
+    atomic_bool orphan;              /* the agent is away: what is sent is dropped, and said again if it still counts */
+    /* What is said again to an agent that is back, if its view is still in use; epoch last. */
+    _Atomic uint64_t view_epoch;     /* in use; 0 = none */
+    _Atomic uint64_t wave_step, wave_view;
+    _Atomic uint64_t failed_step, failed_view;
 
     /* figures of this attachment; written by the stepping thread */
     _Atomic uint64_t steps, flips, holds, longest_hold_ns, boundary_syscalls;
@@ -151,6 +167,17 @@ int eep_fail_err(const struct err *err);
 int eep_fail_dead(struct eep *eep);
 /* Sends one message; any thread, none of the locks held. */
 int link_send(struct eep *eep, Eep__Engine__EngineUp *up, struct err *err);
+/* The same with send_lock held, also while the agent is away. */
+int link_send_locked(struct eep *eep, Eep__Engine__EngineUp *up, struct err *err);
+/* A connection to the agent's socket that does not wait for room in its queue. */
+int link_open(const char *path, int *ret_sock, struct err *err);
+/* What the engine is; borrows from eep, under lock. */
+void attach_fill(const struct eep *eep, Eep__Engine__Attach *ret_body);
+
+/* ---- orphan.c; libeep's thread ---- */
+/* The connection has ended (why: *err).  0: the agent is back, and what may have got lost is said; else the end: *err says
+ * of what, ERR_ABORTED = eep_detach was called. */
+int orphan_wait(struct eep *eep, struct err *err);
 
 /* ---- receive.c ---- */
 void *receive_main(void *eep);
@@ -158,6 +185,8 @@ void wake_stepping(struct eep *eep);
 /* Tells the agent that no step of the revoked view runs any more, if nobody has told it yet. */
 bool left_step_claim(struct eep *eep);
 void left_step_send(struct eep *eep, uint64_t step, uint64_t failed_view); /* 0: it did not fail by itself */
+void wave_send(struct eep *eep, uint64_t view, uint64_t step);
+void incoming_drop(struct eep *eep);
 
 /* ---- view.c; under lock ---- */
 void commit_add(struct eep *eep, struct commit *commit);

@@ -45,6 +45,19 @@ void left_step_send(struct eep *eep, uint64_t step, uint64_t failed_view)
     (void)rc;
 }
 
+void wave_send(struct eep *eep, uint64_t view, uint64_t step)
+{
+    Eep__Engine__Wave body = EEP__ENGINE__WAVE__INIT;
+    body.epoch = view;
+    body.step = step;
+    Eep__Engine__EngineUp up = EEP__ENGINE__ENGINE_UP__INIT;
+    up.body_case = EEP__ENGINE__ENGINE_UP__BODY_WAVE;
+    up.wave = &body;
+    struct err err;
+    int rc = link_send(eep, &up, &err); /* if that fails, the next boundary says why */
+    (void)rc;
+}
+
 static void revoke_signal(struct eep *eep)
 {
     uint64_t one = 1;
@@ -70,7 +83,7 @@ static void on_revoke(struct eep *eep, const Eep__Engine__Revoke *m)
 
 /* ---- weights ---- */
 
-static void incoming_drop(struct eep *eep)
+void incoming_drop(struct eep *eep)
 {
     for (uint32_t i = 0; i < eep->incoming.got; i++)
         close(eep->incoming.fds[i]);
@@ -267,7 +280,12 @@ static int dispatch(struct eep *eep, const Eep__Engine__EngineDown *down, struct
         on_answer(eep, down->region_alloced->code, down->region_alloced->text, engine_frame_take(frame, 0));
         return 0;
     case EEP__ENGINE__ENGINE_DOWN__BODY_SEALED: on_sealed(eep, down->sealed); return 0;
+    case EEP__ENGINE__ENGINE_DOWN__BODY_LEASE:
+        eep->patience.orphan_ms = down->lease->orphan_ms;
+        eep->patience.held_ms = down->lease->held_ms;
+        return 0;
     case EEP__ENGINE__ENGINE_DOWN__BODY_DETACH:
+        eep->cut = true;
         return err_set(err, ERR_UNREACHABLE, "the agent cut this engine off: %s",
                        down->detach->why ? down->detach->why : "no reason given");
     default: return err_set(err, ERR_PROTOCOL, "a message from the agent that this libeep does not know");
@@ -298,7 +316,7 @@ static int drain_socket(struct eep *eep, struct err *err)
 static void end(struct eep *eep, const char *why)
 {
     pthread_mutex_lock(&eep->lock);
-    snprintf(eep->dead_why, sizeof eep->dead_why, "%s", why);
+    snprintf(eep->dead_why, sizeof eep->dead_why, "%.255s", why);
     atomic_store(&eep->dead, true);
     pthread_cond_broadcast(&eep->cond);
     revoke_signal(eep); /* an engine inside an all-to-all must come out of it */
@@ -306,25 +324,31 @@ static void end(struct eep *eep, const char *why)
     wake_stepping(eep);
 }
 
+/* Until the connection ends: why.  ERR_ABORTED: eep_detach was called. */
+static int serve(struct eep *eep, struct err *err)
+{
+    /* What came along with the handshake's answer is in the reader already. */
+    int rc = drain_socket(eep, err);
+    while (!rc) {
+        struct pollfd p[2] = {{.fd = eep->sock, .events = POLLIN}, {.fd = eep->stop_fd, .events = POLLIN}};
+        if (poll(p, 2, -1) < 0 && errno != EINTR)
+            return err_set(err, ERR_IO, "cannot wait for the agent: %s", strerror(errno));
+        if (p[1].revents)
+            return err_set(err, ERR_ABORTED, "eep_detach was called");
+        if (p[0].revents)
+            rc = drain_socket(eep, err);
+    }
+    return rc;
+}
+
 void *receive_main(void *user)
 {
     struct eep *eep = user;
     struct err err = {.code = 0};
-    /* What came along with the handshake's answer is in the reader already. */
-    int rc = drain_socket(eep, &err);
-    while (!rc) {
-        struct pollfd p[2] = {{.fd = eep->sock, .events = POLLIN}, {.fd = eep->stop_fd, .events = POLLIN}};
-        if (poll(p, 2, -1) < 0 && errno != EINTR) {
-            rc = err_set(&err, ERR_IO, "cannot wait for the agent: %s", strerror(errno));
-            break;
-        }
-        if (p[1].revents) {
-            end(eep, "eep_detach was called");
-            return NULL;
-        }
-        if (p[0].revents)
-            rc = drain_socket(eep, &err);
-    }
+    int rc;
+    do
+        rc = serve(eep, &err);
+    while (rc == ERR_UNREACHABLE && (rc = orphan_wait(eep, &err)) == 0);
     end(eep, err.text);
     if (!atomic_load(&eep->leaving))
         say(eep, (struct eep_event){.kind = EEP_EVENT_DETACHED, .text = err.text});

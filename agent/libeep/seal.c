@@ -15,16 +15,20 @@ static int ask(struct eep *eep, Eep__Engine__EngineUp *up, int *ret_fd)
     pthread_mutex_lock(&eep->lock);
     while (eep->waiting && !atomic_load(&eep->dead))
         pthread_cond_wait(&eep->cond, &eep->lock);
-    eep->waiting = true;
+    bool away = atomic_load(&eep->orphan);
+    uint64_t losses = eep->losses;
+    eep->waiting = !away;
     eep->answered = false;
     pthread_mutex_unlock(&eep->lock);
+    if (away)
+        return eep_fail(ERR_UNREACHABLE, "the agent is away; what was being loaded is void");
 
     struct err err;
     int rc = link_send(eep, up, &err);
     pthread_mutex_lock(&eep->lock);
-    while (!rc && !eep->answered && !atomic_load(&eep->dead))
+    while (!rc && !eep->answered && !atomic_load(&eep->dead) && eep->losses == losses)
         pthread_cond_wait(&eep->cond, &eep->lock);
-    bool answered = eep->answered;
+    bool answered = eep->answered, lost = eep->losses != losses;
     int code = eep->answer_code, fd = eep->answer_fd;
     char text[sizeof eep->answer_text];
     memcpy(text, eep->answer_text, sizeof text);
@@ -35,6 +39,8 @@ static int ask(struct eep *eep, Eep__Engine__EngineUp *up, int *ret_fd)
 
     if (rc)
         return eep_fail_err(&err);
+    if (!answered && lost)
+        return eep_fail(ERR_UNREACHABLE, "the agent's process has ended; what was being loaded is void");
     if (!answered)
         return eep_fail_dead(eep);
     if (code) {

@@ -103,6 +103,7 @@ static bool view_same_ranks(const struct eep_view *a, const struct eep_view *b)
 static void view_use(struct eep *eep, struct view_box *view)
 {
     struct stepping *s = &eep->step;
+    atomic_store(&eep->view_epoch, view->pub.epoch);
     bool revoked = s->view && (s->broken_view || s->view->pub.epoch <= atomic_load(&eep->page->revoked));
     if (!s->view || revoked || !view_same_ranks(&s->view->pub, &view->pub))
         s->view_changed = true;
@@ -188,6 +189,7 @@ static int leave(struct eep *eep, struct eep_step *ret_step)
     view_release(s->previous);
     s->previous = s->view;
     s->view = NULL;
+    atomic_store(&eep->view_epoch, 0);
     s->hold_since_ns = 0;
     s->gate.running = false;
     atomic_store(&eep->page->running, 0);
@@ -300,16 +302,11 @@ static void device_boundary(struct eep *eep)
 
 static void wave_tell(struct eep *eep)
 {
-    Eep__Engine__Wave body = EEP__ENGINE__WAVE__INIT;
-    body.epoch = eep->step.gate.view;
-    body.step = eep->step.gate.next;
-    Eep__Engine__EngineUp up = EEP__ENGINE__ENGINE_UP__INIT;
-    up.body_case = EEP__ENGINE__ENGINE_UP__BODY_WAVE;
-    up.wave = &body;
-    struct err err;
+    const struct gate_local *gate = &eep->step.gate;
+    atomic_store(&eep->wave_step, gate->next); /* before it is sent, or not sent: the agent may be away */
+    atomic_store(&eep->wave_view, gate->view);
     count_syscall(eep);
-    int rc = link_send(eep, &up, &err); /* if that fails, the next boundary says why */
-    (void)rc;
+    wave_send(eep, gate->view, gate->next);
 }
 
 /* The gate has let a flip pass: its view was sent before the page said so, and may have to be waited for. */
@@ -390,6 +387,11 @@ static bool wants_step(struct eep *eep, bool has_work)
     return has_work || gate->running || gate->next < atomic_load(&eep->page->run_to);
 }
 
+static int given_up(void)
+{
+    return eep_fail(ERR_UNREACHABLE, "not attached any more: the agent came back without this engine; attach anew");
+}
+
 int eep_step_begin(struct eep *eep, void *stream, bool has_work, int timeout_ms, struct eep_step *ret_step)
 {
     struct stepping *s = &eep->step;
@@ -423,6 +425,8 @@ int eep_step_begin(struct eep *eep, void *stream, bool has_work, int timeout_ms,
             verdict = GATE_HELD;
         if (verdict == GATE_RUN)
             return begun(eep, flip, wave_start, ret_step);
+        if (verdict == GATE_STALE)
+            return given_up();
 
         int wait_ms = -1;
         if (verdict == GATE_HELD) {
@@ -473,6 +477,10 @@ int eep_step_end(struct eep *eep, void *stream, bool any_work)
         return eep_fail(ERR_INVALID, "the weights are host memory: a step has no stream there, pass NULL");
     if (!atomic_load(&eep->in_step))
         return eep_fail(ERR_INVALID, "no step was begun");
+    if (gate_stale(eep->page, &eep->step.gate)) {
+        atomic_store(&eep->in_step, false);
+        return given_up(); /* the page may be another engine's by now */
+    }
     uint64_t step = eep->step.gate.next;
     if (eep->device) {
         int rc = step_end_on_device(eep, stream, any_work);
@@ -497,6 +505,8 @@ int eep_step_failed(struct eep *eep)
     struct err err = {.code = 0};
     uint64_t step = s->gate.next;
     s->broken_view = s->gate.view;
+    atomic_store(&eep->failed_step, step); /* before it is said */
+    atomic_store(&eep->failed_view, s->broken_view);
     if (eep->device) { /* what was launched of it is still there */
         gate_left(eep->page, &s->gate);
         if (device_step_done(eep->device, s->stream, step, &err))

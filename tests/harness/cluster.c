@@ -218,9 +218,11 @@ int cluster_start(struct cluster *c, const struct cluster_options *options)
 
 int cluster_agent_start(struct cluster *c, int i)
 {
-    char id[16], socket[192], log[32], memory[24];
-    const char *args[ARGS_MAX] = {"--id", id, "--coordinator", c->address, "--engine-socket", socket, NULL};
-    int n = 6;
+    char id[16], socket[192], log[32], program[512], memory[24];
+    const char *args[ARGS_MAX] = {"--steady-ms", "200",          "--",       program,           "--id", id,
+                                  "--coordinator", c->address, "--engine-socket", socket, NULL};
+    int n = 10;
+    snprintf(program, sizeof(program), "%s/eep-agent", c->bin);
     snprintf(id, sizeof(id), "gpu%d", i);
     snprintf(log, sizeof(log), "agent-%d", i);
     snprintf(socket, sizeof(socket), "%s/engine-%d.sock", c->dir, i);
@@ -231,8 +233,24 @@ int cluster_agent_start(struct cluster *c, int i)
     }
     n += cluster_memory_args(c, i, args + n, memory, sizeof(memory));
     args[n] = NULL;
-    c->agent[i] = cluster_spawn(c, log, "eep-agent", args);
+    c->agent[i] = c->options.keeper ? cluster_spawn(c, log, "eep-keeper", args)
+                                    : cluster_spawn(c, log, "eep-agent", args + 4);
     return c->agent[i] > 0 ? 0 : -1;
+}
+
+pid_t cluster_agent_pid(const struct cluster *c, int i)
+{
+    char path[96];
+    int pid = 0;
+    if (!c->options.keeper || c->agent[i] <= 0)
+        return c->agent[i];
+    snprintf(path, sizeof(path), "/proc/%d/task/%d/children", c->agent[i], c->agent[i]);
+    FILE *f = fopen(path, "re");
+    if (f && fscanf(f, "%d", &pid) != 1)
+        pid = 0;
+    if (f)
+        fclose(f);
+    return pid;
 }
 
 int cluster_engine_start(struct cluster *c, int i)

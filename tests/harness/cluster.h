@@ -21,6 +21,7 @@ struct cluster_options {
     const char *layout;       /* of the engines: "loader" (default) or "fused" (sealed by the engine) */
     const char *dispatch;     /* "source" (default) or "replicated" */
     int step_ms;              /* minimum duration of an engine step */
+    bool keeper;              /* agents run under eep-keeper, which `agent` is then */
     int busy_us;              /* spinning at the beginning of each step, where it is computed */
     /* Of the agents; NULL: $EEP_TEST_MEMORY and $EEP_TEST_TRANSPORT, or else "host" (transport "auto" with memory "cuda").
        With "cuda" the agents are spread over the GPUs that there are, and share them. */
@@ -55,6 +56,8 @@ int cluster_feeder_wait(struct cluster *c, int timeout_ms);
 
 /* Signals one process; SIGKILL is waited for.  *pid becomes 0 when it has ended. */
 void cluster_signal(pid_t *pid, int signal);
+/* The process of agent i itself: the keeper's child, if there is a keeper; 0 between two of them. */
+pid_t cluster_agent_pid(const struct cluster *c, int i);
 /* Waits for the end of a child; its exit status (128 + signal when killed), -1 when it runs on after timeout_ms. */
 int cluster_wait(pid_t *pid, int timeout_ms);
 

@@ -43,7 +43,7 @@ static int rank_in(const struct view *view, const struct sim_agent *a)
 /* A step in this view does not count any more: a repair has replaced it, and told who is left to leave it. */
 bool check_void(const struct sim *s, const struct sim_agent *a, uint64_t view)
 {
-    if (!a->up)
+    if (!agent_lives(a))
         return true;
     for (size_t i = s->n_commits; i-- > 0 && s->commits[i].epoch > view;)
         if (s->commits[i].kind == FLIP_RESET)
@@ -318,7 +318,7 @@ static void check_view(struct sim *s, struct sim_agent *a)
                  epoch, commit->step);
     for (size_t i = s->n_commits; !s->failed && i-- > 0 && s->commits[i].epoch > epoch;) {
         const struct sim_commit *next = &s->commits[i];
-        if (n >= next->step && (next->kind != FLIP_RESET || rank_in(next->view, a) >= 0) && a->up)
+        if (n >= next->step && (next->kind != FLIP_RESET || rank_in(next->view, a) >= 0) && agent_lives(a))
             sim_fail(s, "promise 4: a%02u begins step %" PRIu64 " in e%" PRIu64 ", but e%" PRIu64
                      " begins with %" PRIu64, a->index, n, epoch, next->epoch, next->step);
     }
@@ -392,7 +392,7 @@ void check_begin(struct sim *s, struct sim_agent *a)
         sim_fail(s, "promise 4: a%02u has left with step %" PRIu64 " and begins step %" PRIu64, a->index, a->left_at,
                  n);
     check_number(s, a);
-    if (!a->up || s->failed)
+    if (!agent_lives(a) || s->failed)
         return;
     if (a->acked_map > a->engine.map->version && n >= a->acked_step)
         sim_fail(s, "promise 5: a%02u acknowledged map %" PRIu64 " from step %" PRIu64 " and begins %" PRIu64
@@ -434,13 +434,24 @@ void check_destroy(struct sim *s, struct sim_agent *a, uint32_t layer, uint32_t 
 
 /* ---- who may go ---- */
 
+/* One that is out of reach may be put out by a repair that is under way. */
+static bool in_reach(const struct sim *s, const struct sim_agent *a)
+{
+    struct agent_status status;
+
+    if (!a->up || a->stopping || !a->conn || a->paused_until > s->now)
+        return false;
+    agent_core_status(a->core, &status);
+    return status.welcomed;
+}
+
 static bool has_other_holder(struct sim *s, const struct sim_agent *a, uint32_t layer, int32_t expert, bool careful)
 {
     const struct view *view = s->coordinator.disk.view;
 
     for (uint32_t r = 0; r < view->n; r++) {
         struct sim_agent *b = agent_of(s, &view->members[r]);
-        if (b == a || !agent_is(b, &view->members[r]) || (careful && b->stopping))
+        if (b == a || !agent_is(b, &view->members[r]) || (careful && !in_reach(s, b)))
             continue;
         for (uint32_t slot = 0; slot < s->slots; slot++)
             if (view->map->held[expert_map_at(view->map, layer, r, slot)] == expert)
@@ -452,7 +463,7 @@ static bool has_other_holder(struct sim *s, const struct sim_agent *a, uint32_t 
 bool check_last_copy(struct sim *s, const struct sim_agent *a, bool careful)
 {
     const struct view *view = s->coordinator.disk.view;
-    int rank = view && a->up ? rank_in(view, a) : -1;
+    int rank = view && agent_lives(a) ? rank_in(view, a) : -1;
 
     if (rank < 0)
         return false;

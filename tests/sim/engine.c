@@ -50,7 +50,8 @@ void engine_forget(struct sim_agent *a)
     e->pc = ENGINE_NONE;
     e->life++;
     e->requests = e->revoked = e->step = e->device_at = e->broken = e->busy_until = 0;
-    e->draining = e->wake = e->release_asked = e->launching = false;
+    e->draining = e->wake = e->release_asked = e->launching = e->orphan = false;
+    e->wave_view = e->wave_step = 0;
     memset(&e->local, 0, sizeof e->local);
 }
 
@@ -109,7 +110,7 @@ bool engine_takes_requests(struct sim *s, const struct sim_agent *a)
     const struct view *view = s->coordinator.disk.view;
     const struct sim_engine *e = &a->engine;
 
-    if (!view || !a->up || e->pc == ENGINE_NONE || e->draining || e->release_asked || e->local.view != view->epoch)
+    if (!view || !agent_lives(a) || e->pc == ENGINE_NONE || e->draining || e->release_asked || e->local.view != view->epoch)
         return false;
     for (uint32_t i = 0; i < view->n; i++)
         if (agent_is(a, &view->members[i]))
@@ -239,8 +240,11 @@ static void begin(struct sim *s, struct sim_agent *a)
     if (s->failed)
         return;
     a->last_begun = e->step;
-    if (e->wave_start)
+    if (e->wave_start) {
+        e->wave_view = e->local.view;
+        e->wave_step = e->step;
         tell(s, a, sim_between(s, 2 * US, 200 * US), AE_ENGINE_WAVE)->x = e->step;
+    }
     step = check_step(s, e->step);
     step->begun++;
     step->any_work |= e->requests > 1;
@@ -267,13 +271,23 @@ static bool flip_due(struct sim_agent *a)
            (next > at_least ? next : at_least) >= atomic_load(&a->page.flip_step);
 }
 
+static void stale(struct sim *s, struct sim_agent *a)
+{
+    engine_death(s, a, "its agent has given it up", true);
+}
+
 static void boundary(struct sim *s, struct sim_agent *a)
 {
     struct sim_engine *e = &a->engine;
     uint64_t version, gate = atomic_load(&a->page.gate);
+    enum gate_verdict verdict;
     bool can_work = e->local.view && view_known(e, e->local.view) && e->map;
 
     e->pc = ENGINE_BOUNDARY;
+    if (gate_stale(&a->page, &e->local)) {
+        stale(s, a);
+        return;
+    }
     if (e->release_asked && atomic_load(&a->page.done) >= atomic_load(&a->page.launched)) {
         e->release_asked = false;
         tell(s, a, sim_between(s, 10 * US, MS), AE_ENGINE_RELEASED);
@@ -297,7 +311,12 @@ static void boundary(struct sim *s, struct sim_agent *a)
         sleep_now(s, a);
         return;
     }
-    if (gate_announce(&a->page, &e->local, e->requests > 0 && can_work) == GATE_IDLE) {
+    verdict = gate_announce(&a->page, &e->local, e->requests > 0 && can_work);
+    if (verdict == GATE_STALE) {
+        stale(s, a);
+        return;
+    }
+    if (verdict == GATE_IDLE) {
         sleep_now(s, a);
         return;
     }
@@ -340,6 +359,10 @@ void engine_turn(struct sim *s, struct sim_agent *a)
         atomic_store(&a->page.gate, gate);
     if (verdict == GATE_RUN) {
         begin(s, a);
+        return;
+    }
+    if (verdict == GATE_STALE) {
+        stale(s, a);
         return;
     }
     sim_note(s, "a%02u engine is held before step %" PRIu64, a->index, e->local.next);
@@ -469,13 +492,14 @@ static void revoke(struct sim *s, struct sim_agent *a)
 void engine_death(struct sim *s, struct sim_agent *a, const char *why, bool tell_agent)
 {
     struct sim_engine *e = &a->engine;
+    bool said = e->said; /* else its agent has no connection to it, and is told nothing */
 
     sim_note(s, "a%02u engine DIES%s: %s", a->index, e->pc == ENGINE_IN_STEP ? " in its step" : "", why);
     s->losses++;
     s->fault_at = s->now;
     leave_steps(s, a);
     hand_back(s, a);
-    if (tell_agent && a->up)
+    if (tell_agent && said && a->up)
         tell(s, a, sim_between(s, 10 * US, 2 * MS), AE_ENGINE_DETACHED);
     engine_forget(a);
     if (tell_agent && a->up)
@@ -506,7 +530,10 @@ void engine_action(struct sim *s, struct sim_agent *a, struct agent_action *acti
         return;
     switch (action->type) {
     case AA_ENGINE_PREPARE: prepare(s, a, action); return;
+    case AA_ENGINE_RESUME: e->orphan = false; return;
     case AA_ENGINE_COMMIT:
+        if (view_known(e, action->view->epoch))
+            return; /* said again */
         view_unref(e->views[2]);
         e->views[2] = e->views[1];
         e->views[1] = e->views[0];
@@ -520,7 +547,7 @@ void engine_action(struct sim *s, struct sim_agent *a, struct agent_action *acti
         return;
     case AA_ENGINE_DRAIN:
         e->draining = true;
-        sim_push(s, action->value * MS, SE_DRAIN_DEADLINE, a->index, e->life);
+        sim_push(s, sim_clock_delay(s, a, sim_clock(s, a) + action->value * MS), SE_DRAIN_DEADLINE, a->index, e->life);
         drained(s, a);
         return;
     case AA_ENGINE_ABORT: e->draining = false; return;
@@ -541,6 +568,62 @@ void engine_action(struct sim *s, struct sim_agent *a, struct agent_action *acti
         return;
     default: return;
     }
+}
+
+void engine_orphaned(struct sim *s, struct sim_agent *a)
+{
+    struct sim_engine *e = &a->engine;
+
+    e->said = false;
+    if (e->pc == ENGINE_NONE)
+        return;
+    e->orphan = true;
+    e->orphan_at = s->now;
+    sim_push(s, 2 * s->config.lease_ms * MS, SE_ORPHAN, a->index, e->life)->x = ++e->orphans;
+}
+
+/* Its agent is back on the socket: what may have got lost is said again. */
+static void resume(struct sim *s, struct sim_agent *a)
+{
+    struct sim_engine *e = &a->engine;
+    struct agent_event event = {.type = AE_ENGINE_RESUMED, .dispatch = s->dispatch, .endpoint = "engine",
+                                .kv_bytes = 1000 + a->index, .epoch = e->local.view, .value = e->local.map,
+                                .regions = true};
+
+    if (!a->up || !e->orphan)
+        return;
+    if (a->paused_until > s->now) {
+        sim_push(s, a->paused_until - s->now, SE_RESUME, a->index, e->life);
+        return;
+    }
+    sim_note(s, "a%02u engine RESUMES in e%" PRIu64, a->index, e->local.view);
+    e->said = true;
+    agent_event(s, a, &event);
+    if (!a->up || e->orphan || s->failed)
+        return;
+    if (e->broken && e->broken == e->local.view) {
+        struct sim_event *told = tell(s, a, sim_between(s, 10 * US, 500 * US), AE_ENGINE_LEFT_STEP);
+        told->x = e->step;
+        told->epoch = e->broken;
+    }
+    if (e->wave_view && e->wave_view == e->local.view)
+        tell(s, a, sim_between(s, 2 * US, 200 * US), AE_ENGINE_WAVE)->x = e->wave_step;
+    drained(s, a);
+}
+
+/* Nobody has come back for it. */
+static void orphan_ends(struct sim *s, struct sim_agent *a, uint64_t which)
+{
+    struct sim_engine *e = &a->engine;
+    bool held = atomic_load(&a->page.engine_state) == PAGE_ENGINE_HELD;
+
+    if (!e->orphan || e->orphans != which)
+        return;
+    if (held && s->now < e->orphan_at + s->config.indoubt_ms * MS) {
+        sim_push(s, 50 * MS, SE_ORPHAN, a->index, e->life)->x = which;
+        return;
+    }
+    engine_death(s, a, "its agent did not come back", true);
 }
 
 void engine_event(struct sim *s, const struct sim_event *ev)
@@ -564,13 +647,15 @@ void engine_event(struct sim *s, const struct sim_event *ev)
     case SE_DEVICE_DONE: device_done(s, a, ev->x); return;
     case SE_REVOKE: revoke(s, a); return;
     case SE_ENGINE_DEATH:
-        if (a->up || ev->y)
+        if (agent_lives(a) || ev->y)
             engine_death(s, a, "as simulated", true);
         return;
     case SE_ENGINE_FAILS:
         if (!s->calm)
             engine_fails(s, a);
         return;
+    case SE_RESUME: resume(s, a); return;
+    case SE_ORPHAN: orphan_ends(s, a, ev->x); return;
     case SE_DRAIN_DEADLINE:
         if (e->draining) {
             hand_back(s, a);

@@ -28,6 +28,7 @@ static const struct {
     {"grace-begun", .agent = AGENT_BUG_GRACE_BEGUN},
     {"failure-unsaid", .agent = AGENT_BUG_FAILURE_UNSAID},
     {"digest-unchecked", .agent = AGENT_BUG_DIGEST_UNCHECKED},
+    {"restore-opens-gate", .agent = AGENT_BUG_RESTORE_OPENS_GATE},
     {"go-before-durable", .coordinator = COORDINATOR_BUG_GO_BEFORE_DURABLE},
     {"min-of-promises", .coordinator = COORDINATOR_BUG_MIN_OF_PROMISES},
     {"abort-while-deciding", .coordinator = COORDINATOR_BUG_ABORT_WHILE_DECIDING},
@@ -43,6 +44,8 @@ static const struct {
     {"wave-bypasses-gate", .sim = SIM_BUG_WAVE_BYPASSES_GATE},
     {"gate-before-intent", .sim = SIM_BUG_GATE_BEFORE_INTENT},
     {"first-step-not-forced", .sim = SIM_BUG_FIRST_STEP_NOT_FORCED},
+    {"record-after-actions", .sim = SIM_BUG_RECORD_AFTER_ACTIONS},
+    {"readopt-new-page", .sim = SIM_BUG_READOPT_NEW_PAGE},
 };
 #define BUGS (sizeof bugs / sizeof *bugs)
 

@@ -288,10 +288,21 @@ static void fault_of_an_engine(struct sim *s, struct sim_agent *a)
             engine_fails(s, &s->agents[i]);
 }
 
+/* The process dies, at once or before one of its next actions; what it holds is kept, and the next one re-adopts it. */
+static void lose(struct sim *s, struct sim_agent *a)
+{
+    if (!a->up || a->stopping)
+        return;
+    if (sim_chance(s, 500))
+        agent_lose(s, a, outage(s));
+    else
+        a->die_after = (uint32_t)sim_between(s, 1, 12);
+}
+
 static void fault(struct sim *s)
 {
     struct sim_agent *a = &s->agents[sim_random(s) % s->n];
-    uint64_t kind = sim_between(s, 0, 114);
+    uint64_t kind = sim_between(s, 0, 139);
 
     s->fault_at = s->now;
     if (kind < 25) {
@@ -319,6 +330,8 @@ static void fault(struct sim *s)
         a->corrupt = 1;
     } else if (kind < 107) {
         a->fail = 1;
+    } else if (kind >= 115) {
+        lose(s, a);
     } else if (a->up && !a->stopping && expendable(s, a)) {
         sim_push(s, 0, SE_AGENT_CALL, a->index, a->life)->call = AE_STOP;
         a->stopping = true;
@@ -338,7 +351,7 @@ void scenario_target(struct sim *s, const struct msg *msg)
         return;
     soon = sim_between(s, US, sim_chance(s, 500) ? MS : 12 * MS);
     a = &s->agents[sim_random(s) % s->n];
-    switch (sim_between(s, 0, 7)) {
+    switch (sim_between(s, 0, 9)) {
     case 0:
     case 1:
     case 2: sim_push(s, soon, SE_COORDINATOR_CRASH, 0, 0)->x = outage(s); return;
@@ -347,6 +360,11 @@ void scenario_target(struct sim *s, const struct msg *msg)
     case 5: sim_push(s, soon, SE_ENGINE_FAILS, a->index, a->engine.life); return;
     case 6:
         pause_process(s, a);
+        return;
+    case 7: sim_push(s, soon, SE_AGENT_LOSE, a->index, a->life)->x = outage(s); return;
+    case 8:
+        if (a->up && !a->stopping)
+            a->die_after = (uint32_t)sim_between(s, 1, 12);
         return;
     default:
         if (a->conn)
@@ -364,6 +382,7 @@ static void calm_down(struct sim *s)
     for (uint32_t i = 0; i < s->n; i++) {
         s->agents[i].blocked_until = 0;
         s->agents[i].corrupt = s->agents[i].fail = 0;
+        s->agents[i].die_after = 0;
     }
     sim_note(s, "---- no more faults, requests or commands ----");
 }

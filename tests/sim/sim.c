@@ -224,6 +224,10 @@ static void dispatch(struct sim *s, struct sim_event *e)
         if (a->up && a->life == e->life && !s->calm && (s->careless || !check_last_copy(s, a, true)))
             agent_crash(s, a, e->x);
         return;
+    case SE_AGENT_LOSE:
+        if (a->up && a->life == e->life && !s->calm)
+            agent_lose(s, a, e->x);
+        return;
     case SE_WORK_END:
     case SE_MOVE_BEGIN:
     case SE_MOVE_END: worker_event(s, e); return;
@@ -234,7 +238,9 @@ static void dispatch(struct sim *s, struct sim_event *e)
     case SE_ENGINE_DEATH:
     case SE_ENGINE_FAILS:
     case SE_ATTACH:
-    case SE_DRAIN_DEADLINE: engine_event(s, e); return;
+    case SE_DRAIN_DEADLINE:
+    case SE_RESUME:
+    case SE_ORPHAN: engine_event(s, e); return;
     case SE_OPERATOR:
     case SE_FAULT:
     case SE_REQUEST:

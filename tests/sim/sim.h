@@ -4,7 +4,7 @@
  *   sim.c       clock, event heap, generator, the story, one run from a seed
  *   network.c   connections (FIFO, delays, cuts) and the waves between agents
  *   process.c   the coordinator's process: core, journal, crash and restart
- *   agent.c     the agents' processes: core, page writes, crash and restart
+ *   agent.c     the agents' processes: core, page writes, crash and restart; state record, re-adoption
  *   worker.c    allocation, groups, transfers: what every slot really holds
  *   engine.c    engines: the gate one atomic step at a time, all-to-all steps, waves, requests
  *   check.c     the invariants (listed there), checked where the thing that could break them happens
@@ -30,9 +30,10 @@
 enum sim_event_kind {
     SE_TO_COORDINATOR = 1, SE_TO_AGENT, SE_CUT_COORDINATOR, SE_CUT_AGENT, SE_CONNECT,
     SE_COORDINATOR_TICK, SE_DURABLE, SE_COORDINATOR_CRASH, SE_COORDINATOR_RESTART,
-    SE_AGENT_TICK, SE_AGENT_CALL, SE_BELL, SE_PEER_WAVE, SE_AGENT_RESTART, SE_AGENT_CRASH,
+    SE_AGENT_TICK, SE_AGENT_CALL, SE_BELL, SE_PEER_WAVE, SE_AGENT_RESTART, SE_AGENT_CRASH, SE_AGENT_LOSE,
     SE_WORK_END, SE_MOVE_BEGIN, SE_MOVE_END,
     SE_ENGINE, SE_STEP_END, SE_DEVICE_DONE, SE_REVOKE, SE_ENGINE_DEATH, SE_ENGINE_FAILS, SE_ATTACH, SE_DRAIN_DEADLINE,
+    SE_RESUME, SE_ORPHAN,
     SE_OPERATOR, SE_FAULT, SE_REQUEST, SE_PROBE,
 };
 
@@ -48,12 +49,14 @@ struct sim_event {
     struct msg *msg;     /* owned, or NULL */
 };
 
-/* A mistake of the engine, planted by the simulator itself. */
+/* A mistake of an engine, or of an agent's edge, planted by the simulator itself. */
 enum sim_bug {
     SIM_BUG_NONE = 0,
     SIM_BUG_WAVE_BYPASSES_GATE,
     SIM_BUG_GATE_BEFORE_INTENT,
     SIM_BUG_FIRST_STEP_NOT_FORCED,
+    SIM_BUG_RECORD_AFTER_ACTIONS, /* the state record is written after the actions of its step */
+    SIM_BUG_READOPT_NEW_PAGE,     /* a re-adopting agent begins with the page of a new incarnation */
 };
 
 struct sim_options {
@@ -101,6 +104,10 @@ struct sim_begun { /* a step that an engine has begun: what it reads, and where 
 struct sim_engine {
     enum engine_pc pc;
     bool said;              /* its agent knows it: attached, not yet detached */
+    bool orphan;            /* its agent's process is gone and may come back for it */
+    uint64_t orphans;       /* how often */
+    uint64_t orphan_at;
+    uint64_t wave_view, wave_step; /* the last wave that it started, to be told again */
     bool draining, wake;    /* wake: the eventfd is readable */
     uint64_t life, turn;    /* turn: of the loop; an older SE_ENGINE is void */
     struct gate_local local;
@@ -122,6 +129,11 @@ struct sim_engine {
 struct sim_agent {
     uint32_t index;
     bool up;                /* false: the process is dead; its engine may still be running for a moment */
+    bool away;              /* not up, but what it held is kept: the next process may re-adopt it */
+    struct agent_record record; /* as last kept */
+    uint32_t die_after;     /* the process dies before the action that makes this 0 */
+    bool dying;
+    uint64_t wave_epoch, wave_step; /* what it told its peers last: said again to one that connects anew */
     uint64_t life, ticks, spins, incarnation, conn;
     uint64_t blocked_until; /* partition: no connection before this */
     uint64_t paused_until;  /* SIGSTOP: nothing of the process happens before this; its engine runs on */
@@ -243,6 +255,8 @@ void process_done(struct sim *s);
 /* agent.c */
 void agent_start(struct sim *s, struct sim_agent *a);
 void agent_crash(struct sim *s, struct sim_agent *a, uint64_t restart_in);
+void agent_lose(struct sim *s, struct sim_agent *a, uint64_t restart_in); /* the process only: what it holds is kept */
+bool agent_lives(const struct sim_agent *a); /* this incarnation: its weights are there, its engine may step */
 void agent_event(struct sim *s, struct sim_agent *a, struct agent_event *event);
 void agent_call(struct sim *s, const struct sim_event *e);
 void agent_tick(struct sim *s, const struct sim_event *e);
@@ -270,6 +284,7 @@ bool engine_takes_requests(struct sim *s, const struct sim_agent *a);
 void engine_request(struct sim *s, struct sim_agent *a, uint64_t steps);
 void engine_forget(struct sim_agent *a);
 void engine_attached(struct sim *s, struct sim_agent *a); /* the agent has taken it: it may step */
+void engine_orphaned(struct sim *s, struct sim_agent *a);
 
 /* check.c */
 void check_coordinator_sends(struct sim *s, uint64_t conn, const struct msg *msg);

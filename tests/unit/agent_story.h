@@ -159,6 +159,8 @@ static inline void story_action(struct story *s, const struct agent_action *a)
     case AA_ENGINE_RELEASE: story_say(s, "engine: release"); return;
     case AA_ENGINE_LOAD: story_say(s, "engine: load as party %u", a->self); return;
     case AA_ENGINE_DETACH: story_say(s, "engine: detach, %s", a->text); return;
+    case AA_ENGINE_LEASE: return; /* no part of the story */
+    case AA_ENGINE_RESUME: story_say(s, "engine: resumed in view %" PRIu64, a->epoch); return;
     case AA_PEER_WAVE: story_say(s, "peers: wave in view %" PRIu64 " from step %" PRIu64, a->epoch, a->value); return;
     case AA_TRANSITION:
         story_say(s, "%s: %s --%s--> %s", op_role_name(a->role), machine_state_name(a->from),

@@ -19,7 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "agent/engine_socket.h"
+#include "agent/engine_socket_internal.h"
 #include "agent/libeep/eep.h"
 #include "agent/manifest.h"
 #include "agent/weights.h"
@@ -111,6 +111,7 @@ struct agent {
     struct control_page *page;
     struct records events;
     char path[108];
+    uint64_t incarnation; /* 0: nobody comes after it */
 };
 
 static inline void agent_on_event(void *user, struct agent_event *e)
@@ -172,6 +173,16 @@ static inline int data_listener(void)
     return fd;
 }
 
+static inline void agent_socket_open(struct agent *agent, const struct engine_socket_fds *kept)
+{
+    struct err err = {.text = ""};
+    struct engine_socket_config sc = {.base = agent->base, .path = agent->path, .agent_id = "gpu0", .kept = kept,
+                                      .incarnation = agent->incarnation, .worker = agent->worker,
+                                      .on_event = agent_on_event, .user = agent};
+    ck_assert_msg(engine_socket_open(&sc, &agent->socket, &err) == 0, "%s", err.text);
+    agent->page = engine_socket_page(agent->socket);
+}
+
 static inline void agent_start(struct agent *agent, const char *path)
 {
     struct err err = {.text = ""};
@@ -183,10 +194,8 @@ static inline void agent_start(struct agent *agent, const char *path)
     struct worker_config wc = {.memory = memory_open(agent_memory, &err), .transport = transport_host_open(data_listener(), &err)};
     ck_assert_msg(wc.memory && wc.transport, "%s", err.text);
     ck_assert_msg(worker_start(&wc, &agent->worker, &err) == 0, "%s", err.text);
-    struct engine_socket_config sc = {.base = agent->base, .path = agent->path, .agent_id = "gpu0",
-                                      .worker = agent->worker, .on_event = agent_on_event, .user = agent};
-    ck_assert_msg(engine_socket_open(&sc, &agent->socket, &err) == 0, "%s", err.text);
-    agent->page = engine_socket_page(agent->socket);
+    agent->incarnation = 7;
+    agent_socket_open(agent, NULL);
     agent->worker_event = event_new(agent->base, worker_fd(agent->worker), EV_READ | EV_PERSIST, agent_on_worker, agent);
     event_add(agent->worker_event, NULL);
     ck_assert_int_eq(pthread_create(&agent->thread, NULL, agent_main, agent), 0);
@@ -238,6 +247,36 @@ static inline void agent_stop(struct agent *agent)
     worker_stop(agent->worker);
     event_base_free(agent->base);
     ck_assert_int_ne(access(agent->path, F_OK), 0);
+}
+
+/* The process dies: its connection ends without a word; page, eventfds and counters are kept. */
+static inline void agent_lose_on_loop(struct agent *agent, void *arg)
+{
+    struct engine_socket_fds *kept = arg, fds = engine_socket_fds(agent->socket);
+    *kept = (struct engine_socket_fds){
+        .listen = -1, .page = dup(fds.page), .wake = dup(fds.wake), .bell = dup(fds.bell), .load = dup(fds.load)};
+    if (agent->socket->conn)
+        agent->socket->conn->attached = false; /* no last word */
+    engine_socket_close(agent->socket);
+    agent->socket = NULL;
+}
+
+static inline struct engine_socket_fds agent_lose(struct agent *agent)
+{
+    struct engine_socket_fds kept;
+    agent_run(agent, agent_lose_on_loop, &kept);
+    return kept;
+}
+
+static inline void agent_return_on_loop(struct agent *agent, void *arg)
+{
+    agent_socket_open(agent, arg);
+}
+
+/* And the next one takes its place. */
+static inline void agent_return(struct agent *agent, struct engine_socket_fds *kept)
+{
+    agent_run(agent, agent_return_on_loop, kept);
 }
 
 static inline void agent_perform_on_loop(struct agent *agent, void *arg)

@@ -44,6 +44,7 @@ START_TEST(stores_by_name)
         {PAGE_MAP_PENDING, &page.map_pending, "map_pending"},
         {PAGE_NOTIFY_DONE, &page.notify_done, "notify_done"},
         {PAGE_REVOKED, &page.revoked, "revoked"},
+        {PAGE_ATTACHMENT, &page.attachment, "attachment"},
     };
     _Static_assert(sizeof words / sizeof *words == PAGE_WORDS - 1, "a word is not tested");
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
