@@ -8,6 +8,7 @@
  *
  * Whatever ends it only marks it; the deferred event of struct rpc tells the user and frees, so that nobody up the
  * stack holds a pointer to a freed connection. */
+#include <errno.h>
 #include <event2/buffer.h>
 #include <event2/bufferevent.h>
 #include <event2/dns.h>
@@ -28,6 +29,8 @@
 
 static void conn_free(struct rpc_conn *conn)
 {
+    if (conn->dirty)
+        DL_DELETE2(conn->rpc->dirty, conn, dirty_prev, dirty_next);
     if (conn->listener)
         conn->listener->n_conns--;
     if (conn->bev)
@@ -102,6 +105,8 @@ static void on_deferred(evutil_socket_t fd, short what, void *arg)
     }
 }
 
+static void on_flush(evutil_socket_t fd, short what, void *arg);
+
 struct rpc *rpc_new(struct event_base *base)
 {
     struct rpc *rpc = calloc(1, sizeof *rpc);
@@ -109,7 +114,10 @@ struct rpc *rpc_new(struct event_base *base)
         return NULL;
     rpc->base = base;
     rpc->deferred = event_new(base, -1, 0, on_deferred, rpc);
-    if (!rpc->deferred) {
+    rpc->flush = event_new(base, -1, 0, on_flush, rpc);
+    if (!rpc->deferred || !rpc->flush) {
+        if (rpc->deferred)
+            event_free(rpc->deferred);
         free(rpc);
         return NULL;
     }
@@ -133,6 +141,7 @@ void rpc_free(struct rpc *rpc)
     if (rpc->dns)
         evdns_base_free(rpc->dns, 0);
     event_free(rpc->deferred);
+    event_free(rpc->flush);
     free(rpc);
 }
 
@@ -148,6 +157,16 @@ static void conn_frame(struct rpc_conn *conn, const struct frame *frame)
         conn->handlers->on_frame(conn->user, conn, frame);
 }
 
+/* Its peer has answers to read before it is heard again. */
+static bool conn_paused(struct rpc_conn *conn)
+{
+    if (conn->pause_bytes && evbuffer_get_length(bufferevent_get_output(conn->bev)) > conn->pause_bytes) {
+        conn->paused = true;
+        bufferevent_disable(conn->bev, EV_READ);
+    }
+    return conn->paused;
+}
+
 static void on_read(struct bufferevent *bev, void *arg)
 {
     struct rpc_conn *conn = arg;
@@ -157,7 +176,7 @@ static void on_read(struct bufferevent *bev, void *arg)
         evbuffer_drain(input, evbuffer_get_length(input));
         return;
     }
-    while (conn->state == RPC_SHAKING || conn->state == RPC_READY) {
+    while ((conn->state == RPC_SHAKING || conn->state == RPC_READY) && !conn_paused(conn)) {
         size_t len = evbuffer_get_length(input);
         need = FRAME_HEADER_BYTES;
         if (len == 0)
@@ -194,14 +213,68 @@ static void on_read(struct bufferevent *bev, void *arg)
         bufferevent_setwatermark(bev, EV_READ, need > FRAME_HEADER_BYTES ? need : 0, need + READ_AHEAD);
 }
 
+/* All output is with the kernel. */
 static void on_write(struct bufferevent *bev, void *arg)
 {
     struct rpc_conn *conn = arg;
-    if (conn->state != RPC_FINISHING || evbuffer_get_length(bufferevent_get_output(bev)) > 0)
+    if (evbuffer_get_length(bufferevent_get_output(bev)) > 0)
+        return;
+    bufferevent_disable(bev, EV_WRITE); /* until a flush cannot send everything at once */
+    if (conn->paused && conn->state == RPC_READY) {
+        conn->paused = false;
+        bufferevent_enable(bev, EV_READ);
+        on_read(bev, conn); /* frames that were left lying */
+    }
+    if (conn->state != RPC_FINISHING)
         return;
     /* The last bytes are in the kernel.  Wait for the peer's end of file before closing: unread input would turn the
      * close into a reset, which may overtake them. */
     shutdown(bufferevent_getfd(bev), SHUT_WR);
+}
+
+/* Sends directly, once per loop turn: replies to what one turn brought leave together, and waiting for writability, with
+ * its system calls, is only for what the kernel does not take. */
+static void conn_flush(struct rpc_conn *conn)
+{
+    struct evbuffer *output = bufferevent_get_output(conn->bev);
+    int error = 0;
+    evbuffer_unfreeze(output, 1); /* bufferevents keep others from taking bytes out */
+    while (evbuffer_get_length(output) > 0 && !error)
+        if (evbuffer_write(output, bufferevent_getfd(conn->bev)) <= 0)
+            error = EVUTIL_SOCKET_ERROR();
+    evbuffer_freeze(output, 1);
+    if (!error)
+        on_write(conn->bev, conn);
+    else if (error == EAGAIN || error == EINTR)
+        bufferevent_enable(conn->bev, EV_WRITE);
+    else
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "the connection with %s was lost: %s", conn->name,
+                      evutil_socket_error_to_string(error));
+}
+
+static void on_flush(evutil_socket_t fd, short what, void *arg)
+{
+    (void)fd;
+    (void)what;
+    struct rpc *rpc = arg;
+    struct rpc_conn *conn, *list = rpc->dirty;
+    rpc->dirty = NULL; /* what becomes dirty now has its turn in the next call */
+    while ((conn = list)) {
+        DL_DELETE2(list, conn, dirty_prev, dirty_next);
+        conn->dirty = false;
+        if (conn->state == RPC_SHAKING || conn->state == RPC_READY || conn->state == RPC_FINISHING)
+            conn_flush(conn);
+    }
+}
+
+static void conn_dirty(struct rpc_conn *conn)
+{
+    if (conn->dirty)
+        return;
+    conn->dirty = true;
+    if (!conn->rpc->dirty)
+        event_active(conn->rpc->flush, EV_TIMEOUT, 0);
+    DL_APPEND2(conn->rpc->dirty, conn, dirty_prev, dirty_next);
 }
 
 static void on_event(struct bufferevent *bev, short what, void *arg)
@@ -209,6 +282,7 @@ static void on_event(struct bufferevent *bev, short what, void *arg)
     struct rpc_conn *conn = arg;
     int error = EVUTIL_SOCKET_ERROR();
     if (what & BEV_EVENT_CONNECTED) {
+        bufferevent_disable(bev, EV_WRITE);
         address_tune(bufferevent_getfd(bev));
         evutil_make_socket_closeonexec(bufferevent_getfd(bev)); /* libevent leaves it open for children */
         conn->state = RPC_SHAKING;
@@ -220,6 +294,9 @@ static void on_event(struct bufferevent *bev, short what, void *arg)
         int dns = bufferevent_socket_get_dns_error(bev);
         rpc_conn_fail(conn, ERR_UNREACHABLE, "cannot connect to %s: %s", conn->name,
                       dns ? evutil_gai_strerror(dns) : evutil_socket_error_to_string(error));
+    } else if (what & BEV_EVENT_TIMEOUT) {
+        rpc_conn_fail(conn, ERR_LIMIT, "%s reads too slowly: cut off, it took nothing of %zu bytes for a while",
+                      conn->name, evbuffer_get_length(bufferevent_get_output(bev)));
     } else if (what & BEV_EVENT_EOF) {
         rpc_conn_fail(conn, ERR_UNREACHABLE, "%s closed the connection%s", conn->name, during);
     } else {
@@ -256,7 +333,9 @@ struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options
     conn->state = state;
     conn->timer = evtimer_new(rpc->base, on_timer, conn);
     conn->bev = bufferevent_socket_new(rpc->base, fd, BEV_OPT_CLOSE_ON_FREE);
-    if (!conn->timer || !conn->bev || bufferevent_enable(conn->bev, EV_READ | EV_WRITE) < 0) {
+    /* A connector has to wait for writability first: that is how it learns that it is connected. */
+    if (!conn->timer || !conn->bev || bufferevent_enable(conn->bev, EV_READ) < 0 ||
+        (state != RPC_CONNECTING && bufferevent_disable(conn->bev, EV_WRITE) < 0)) {
         conn_free(conn);
         return NULL;
     }
@@ -355,6 +434,7 @@ int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, u
     if (msg)
         protobuf_c_message_pack(msg, (uint8_t *)vec.iov_base + FRAME_HEADER_BYTES);
     evbuffer_commit_space(bufferevent_get_output(conn->bev), &vec, 1);
+    conn_dirty(conn);
     return 0;
 }
 
@@ -377,6 +457,7 @@ int rpc_conn_send_bytes(struct rpc_conn *conn, enum frame_kind kind, uint16_t me
     if (len > 0)
         memcpy((uint8_t *)vec.iov_base + FRAME_HEADER_BYTES, data, len);
     evbuffer_commit_space(bufferevent_get_output(conn->bev), &vec, 1);
+    conn_dirty(conn);
     return 0;
 }
 
@@ -403,11 +484,21 @@ void rpc_conn_finish(struct rpc_conn *conn, unsigned linger_ms)
     conn->owed_close = false;
     daemon_timer_in(conn->timer, linger_ms);
     bufferevent_setwatermark(conn->bev, EV_READ, 0, READ_AHEAD);
+    if (conn->paused)
+        bufferevent_enable(conn->bev, EV_READ); /* what comes is thrown away */
     if (evbuffer_get_length(bufferevent_get_output(conn->bev)) == 0)
         shutdown(bufferevent_getfd(conn->bev), SHUT_WR);
 }
 
 /* ---- small things ---- */
+
+void rpc_conn_limit(struct rpc_conn *conn, size_t pause_bytes, size_t cut_bytes, unsigned stall_ms)
+{
+    const struct timeval stall = {.tv_sec = stall_ms / 1000, .tv_usec = (long)(stall_ms % 1000) * 1000};
+    conn->pause_bytes = pause_bytes;
+    conn->output_limit = cut_bytes;
+    bufferevent_set_timeouts(conn->bev, NULL, &stall);
+}
 
 void rpc_conn_set_user(struct rpc_conn *conn, void *user)
 {

@@ -28,7 +28,10 @@ struct rpc_conn {
     enum rpc_state state;
     bool connector;
     bool owed_close; /* the user knows this connection and must be told of its end */
-    size_t output_limit;
+    size_t output_limit, pause_bytes; /* pause_bytes 0 = never */
+    bool dirty;  /* in rpc->dirty: has output to be sent at the end of the loop turn */
+    bool paused; /* nothing is read until its output has been taken */
+    struct rpc_conn *dirty_prev, *dirty_next;
     struct bufferevent *bev;
     struct event *timer; /* of the handshake, or of lingering */
     int why_code;
@@ -41,6 +44,8 @@ struct rpc {
     struct event_base *base;
     struct evdns_base *dns; /* made when first needed */
     struct event *deferred; /* tells users, frees connections */
+    struct event *flush;    /* sends what the loop turn has left in output buffers */
+    struct rpc_conn *dirty;
     uint64_t last_id;
     struct rpc_conn *conns, *failing, *dead;
     struct rpc_listener *listeners;
