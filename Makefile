@@ -203,6 +203,10 @@ check-unit: check-deps ## unit tests alone
 sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/eep-sim
 	$(BUILD)/tests/eep-sim --seeds $(SIM_SEEDS)
+.PHONY: check-torch
+check-torch: ## PyTorch's own client over our TCPStore port, where PyTorch is (PYTHON=python3)
+	@$(MAKE) --no-print-directory -s -j2 $(BUILD)/eep-coordinator
+	@tests/gpu/tcpstore.sh $(BUILD)
 SOAK_SECONDS ?= 1800
 .PHONY: soak
 soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800

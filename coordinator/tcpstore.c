@@ -109,11 +109,12 @@ static bool conn_room(struct tcpconn *conn, size_t need)
     return true;
 }
 
-/* Carries out what is complete; *ret_need: bytes that the next command needs. */
+/* Carries out what is complete; *ret_need: bytes that the next command needs.  1: its answers have to go first, then
+ * there may be more. */
 static int conn_commands(struct tcpconn *conn, size_t *ret_need, struct err *err)
 {
     size_t done = 0;
-    int rc = 0;
+    int rc = 1;
     while (evbuffer_get_length(conn->out) <= UNSENT_PAUSE &&
            (rc = tcpstore_scan(&conn->scan, conn->in + done, conn->have - done, ret_need, err)) == 1) {
         size_t len = conn->scan.at;
@@ -122,35 +123,38 @@ static int conn_commands(struct tcpconn *conn, size_t *ret_need, struct err *err
         if (rc < 0)
             break;
         done += len;
+        rc = 1;
     }
     conn->have -= done;
     if (done)
         memmove(conn->in, conn->in + done, conn->have);
     if (conn->have == 0)
         conn_in_free(conn);
-    return rc < 0 ? rc : 0;
+    return rc;
 }
 
 /* Commands that are here, and their answers.  false: the connection is gone. */
 static bool conn_serve(struct tcpconn *conn, size_t *ret_need)
 {
     struct err err;
-    conn->corked = true;
-    bool valid = conn->valid;
-    int rc = conn_commands(conn, ret_need, &err);
-    conn->corked = false;
+    bool valid = conn->valid, whole;
+    int rc;
+    do {
+        conn->corked = true;
+        rc = conn_commands(conn, ret_need, &err);
+        conn->corked = false;
+        whole = conn_flush(conn);
+    } while (rc == 1 && whole && !conn->paused);
     if (!valid && conn->valid) {
-        event_del(conn->readable);
-        event_add(conn->readable, NULL); /* the deadline of VALIDATE goes */
+        event_remove_timer(conn->readable); /* the deadline of VALIDATE */
     }
-    bool whole = conn_flush(conn);
     struct store_edge *edge = conn->space->t->edge;
     if (rc < 0)
         conn_cut(conn, &err);
     else if (!whole)
         conn_free(conn);
     edge_changed(edge);
-    return rc == 0 && whole;
+    return rc >= 0 && whole;
 }
 
 static void on_readable(evutil_socket_t fd, short what, void *user)
