@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "common/daemon.h"
@@ -150,6 +151,16 @@ static void parse_options(int argc, char **argv, struct options *o)
         exit(2);
 }
 
+/* Every connection is a descriptor: as many as we are allowed. */
+static void raise_descriptors(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        (void)setrlimit(RLIMIT_NOFILE, &limit); /* with fewer, listeners pause when they run out */
+    }
+}
+
 struct process {
     struct event_base *base;
     struct log *log;
@@ -251,6 +262,7 @@ int main(int argc, char **argv)
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
+    raise_descriptors();
 
     struct err err = {0};
     struct process p = {.base = event_base_new(), .log = log_new("eep-coordinator", o.cluster, o.level, -1)};
