@@ -92,14 +92,33 @@ static int file_walk(const char *path)
     return rc == 0 ? database_walk(txn, dbi) : rc;
 }
 
+/* A new file is made under another name and renamed when it is whole: whoever is killed in between leaves nothing behind
+ * that could not be opened. */
+static int file_make(const char *path, struct err *err)
+{
+    char fresh[PATH_BYTES + 16], lock[PATH_BYTES + 32];
+    MDB_env *env;
+    MDB_dbi dbi;
+    snprintf(fresh, sizeof fresh, "%s.new", path);
+    snprintf(lock, sizeof lock, "%s-lock", fresh);
+    (void)unlink(fresh);
+    int rc = env_open(fresh, 0, &env, &dbi);
+    if (rc != 0)
+        return mdb_file_err(err, rc, fresh, "cannot make it");
+    rc = mdb_env_sync(env, 1);
+    mdb_env_close(env);
+    (void)unlink(lock);
+    if (rc != 0)
+        return mdb_file_err(err, rc, fresh, "cannot write it");
+    return rename(fresh, path) == 0 ? 0 : err_set(err, ERR_IO, "cannot name %s: %s", path, strerror(errno));
+}
+
 /* In a process of its own, which a damaged page may end. */
 static int probe(const char *path, struct err *err)
 {
     struct stat file;
     if (stat(path, &file) < 0)
-        return errno == ENOENT ? 0 : err_set(err, ERR_IO, "%s: %s", path, strerror(errno));
-    if (file.st_size == 0)
-        return 0; /* it was being made */
+        return errno == ENOENT ? file_make(path, err) : err_set(err, ERR_IO, "%s: %s", path, strerror(errno));
     pid_t child = fork();
     if (child < 0)
         return err_set(err, ERR_NOMEM, "cannot look through %s: fork: %s", path, strerror(errno));

@@ -112,8 +112,16 @@ int edge_may_write(const struct store_edge *edge, struct err *err)
 
 /* ---- waking those who wait ---- */
 
+static uint64_t next_deadline(const struct store_edge *edge)
+{
+    uint64_t store = store_deadline(edge->store), barrier = barriers_deadline(edge->barriers);
+    return store < barrier ? store : barrier;
+}
+
 static void serve_waits(struct store_edge *edge)
 {
+    if (next_deadline(edge) == edge->tick_ns)
+        return; /* nothing has ended: the usual case, and without looking at the clock */
     struct store_wake wake;
     struct barrier_wake released;
     struct call *call;
@@ -130,8 +138,8 @@ static void serve_waits(struct store_edge *edge)
     while (barriers_next_wake(edge->barriers, now, &released))
         if ((call = call_find(edge->server, released.request)))
             control_barrier_woken(call, &released);
-    uint64_t deadline = store_deadline(edge->store), barrier = barriers_deadline(edge->barriers);
-    daemon_timer_set(edge->tick, barrier < deadline ? barrier : deadline, now);
+    edge->tick_ns = next_deadline(edge);
+    daemon_timer_set(edge->tick, edge->tick_ns, now);
 }
 
 static void turn_arm(struct store_edge *edge)
@@ -154,6 +162,7 @@ void edge_changed(struct store_edge *edge)
 static void on_tick(evutil_socket_t fd, short what, void *user)
 {
     (void)fd, (void)what;
+    ((struct store_edge *)user)->tick_ns = 0; /* it is due, whatever it was armed for */
     edge_changed(user);
 }
 
@@ -204,7 +213,7 @@ int store_edge_open(struct server *s, struct err *err)
         return err_set(err, ERR_NOMEM, "out of memory");
     s->edge = edge;
     edge->server = s;
-    edge->disk_first = UINT64_MAX;
+    edge->disk_first = edge->tick_ns = UINT64_MAX;
     edge->store = store_new(&config);
     edge->barriers = barriers_new();
     edge->tick = event_new(s->base, -1, 0, on_tick, edge);

@@ -38,6 +38,7 @@ struct store_edge {
     size_t held_bytes;
     struct event *tick, *turn, *disk_event, *lag;
     bool turn_set;
+    uint64_t tick_ns;        /* what `tick` is armed for; UINT64_MAX = not */
     struct call *watches;    /* control_watch.c: calls, by watch_next */
     struct tcpstore *tcpstore; /* NULL: not listening */
 };

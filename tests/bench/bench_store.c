@@ -45,12 +45,13 @@ struct result {
 
 /* ---- requests and answers ---- */
 
+/* Keys of the durable cases are others: a counter stays what it was made. */
 static struct request request_eep(enum op op, unsigned key, bool ephemeral)
 {
     char name[32], value[VALUE_BYTES];
     struct request r;
     memset(value, 'v', sizeof value);
-    snprintf(name, sizeof name, op == OP_ADD ? "counter:%u" : "key:%u", key);
+    snprintf(name, sizeof name, ephemeral ? "%s:%u" : "%s-d:%u", op == OP_ADD ? "counter" : "key", key);
     Pb__KvSetRequest set = PB__KV_SET_REQUEST__INIT;
     Pb__KvGetRequest get = PB__KV_GET_REQUEST__INIT;
     Pb__KvAddRequest add = PB__KV_ADD_REQUEST__INIT;

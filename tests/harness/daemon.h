@@ -49,8 +49,13 @@ static inline bool daemon_process_start(struct daemon_process *d)
         for (int i = 0; d->extra[i]; i++)
             args[n++] = d->extra[i];
         prctl(PR_SET_PDEATHSIG, SIGKILL);
-        if (d->preload)
+        if (d->preload) {
             setenv("LD_PRELOAD", d->preload, 1);
+            const char *asan = getenv("ASAN_OPTIONS"); /* a sanitizer wants to be first */
+            char options[512];
+            snprintf(options, sizeof options, "%s:verify_asan_link_order=0", asan ? asan : "");
+            setenv("ASAN_OPTIONS", options, 1);
+        }
         dup2(fd, 2);
         execv(d->bin, (char *const *)args);
         _exit(127);
