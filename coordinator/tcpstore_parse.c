@@ -41,17 +41,6 @@ static uint64_t get(const uint8_t *p, size_t n)
     return value;
 }
 
-/* The bytes that one field takes from data on; 0: not all of its head is there. */
-static size_t field_bytes(char field, const uint8_t *data, size_t len, uint64_t *ret_number)
-{
-    if (field == '4')
-        return 4;
-    if (len < 8)
-        return 0;
-    *ret_number = get(data, 8);
-    return field == '8' || field == '*' ? 8 : 8 + (size_t)*ret_number;
-}
-
 static int field_check(const char *name, char field, uint64_t number, struct err *err)
 {
     uint64_t max = field == 'k' ? TCPSTORE_KEY_MAX : field == 'v' ? TCPSTORE_VALUE_MAX : TCPSTORE_KEYS_MAX;
@@ -75,16 +64,16 @@ int tcpstore_scan(struct tcpstore_scan *scan, const uint8_t *data, size_t len, s
         scan->at = 1;
     while (fields[scan->place]) {
         char field = fields[scan->place];
-        uint64_t number = 0;
         size_t left = len - scan->at, head = field == '4' ? 4 : 8;
-        size_t bytes = left < head ? 0 : field_bytes(field, data + scan->at, left, &number);
-        if (bytes == 0) {
+        if (left < head) {
             *ret_need = scan->at + head;
             return 0;
         }
-        int rc = field_check(name, field, number, err);
+        uint64_t number = get(data + scan->at, head);
+        int rc = field_check(name, field, number, err); /* before it is used as a length */
         if (rc < 0)
             return rc;
+        size_t bytes = field == 'k' || field == 'v' ? head + (size_t)number : head;
         if (scan->at + bytes > TCPSTORE_COMMAND_MAX)
             return err_set(err, ERR_LIMIT, "TCPStore %s is longer than %u bytes", name, TCPSTORE_COMMAND_MAX);
         if (left < bytes) {
