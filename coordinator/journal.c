@@ -43,8 +43,8 @@ struct journal {
     struct err failed; /* code 0 = not; under db */
 
     pthread_mutex_t queue;
-    pthread_cond_t more;
-    bool started, stop;
+    pthread_cond_t more, idle; /* idle: nothing waits and nothing is being written */
+    bool started, stop, writing;
     pthread_t writer;
     struct entry *waiting, *done;
 };
@@ -183,6 +183,7 @@ int journal_open(const char *dir, const char *cluster, struct journal **ret_jour
     pthread_mutex_init(&j->db, NULL);
     pthread_mutex_init(&j->queue, NULL);
     pthread_cond_init(&j->more, NULL);
+    pthread_cond_init(&j->idle, NULL);
     j->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = j->event_fd < 0 ? err_set(err, ERR_NOMEM, "eventfd: %s", strerror(errno)) : 0;
     if (rc == 0)
@@ -223,6 +224,7 @@ void journal_close(struct journal *j)
     if (j->lock_fd >= 0)
         close(j->lock_fd);
     pthread_cond_destroy(&j->more);
+    pthread_cond_destroy(&j->idle);
     pthread_mutex_destroy(&j->queue);
     pthread_mutex_destroy(&j->db);
     free(j);
@@ -247,6 +249,10 @@ int journal_history(struct journal *j, unsigned max, bool (*each)(void *user, co
                     void *user, struct err *err)
 {
     MDB_txn *txn;
+    pthread_mutex_lock(&j->queue);
+    while (j->started && (j->waiting || j->writing))
+        pthread_cond_wait(&j->idle, &j->queue);
+    pthread_mutex_unlock(&j->queue);
     pthread_mutex_lock(&j->db);
     int rc = read_begin(j, &txn, err);
     if (rc == 0) {
@@ -298,6 +304,7 @@ static void writer_batch(struct journal *j)
         entries[n] = entry;
         batch[n++] = (struct journal_batch){.durable = entry->durable, .parts = entry->parts};
     }
+    j->writing = true;
     pthread_mutex_unlock(&j->queue);
     pthread_mutex_lock(&j->db);
     int code = journal_txn(j, NULL, batch, n, NULL);
@@ -309,6 +316,9 @@ static void writer_batch(struct journal *j)
         entries[i]->code = code;
     }
     pthread_mutex_lock(&j->queue);
+    j->writing = false;
+    if (!j->waiting)
+        pthread_cond_signal(&j->idle);
     for (size_t i = 0; i < n; i++)
         DL_APPEND(j->done, entries[i]);
     ssize_t ignored = write(j->event_fd, &(uint64_t){1}, sizeof(uint64_t));
