@@ -4,7 +4,7 @@
  * the clock starts, over KEYS keys with values of VALUE_BYTES.  Each case runs ROUNDS times, the servers in turn; the
  * medians are shown.  Without redis-server the eep side alone is measured, and it is said.
  *
- * usage: bench_store [--seconds S] [--million] */
+ * usage: bench_store [--seconds S] [--million] [--durable] */
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/epoll.h>
@@ -332,14 +332,16 @@ static void fill(const struct side *side, unsigned n_keys)
 int main(int argc, char **argv)
 {
     double seconds = 1.0;
-    bool million = false;
+    bool million = false, only_durable = false;
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--seconds") == 0 && i + 1 < argc)
             seconds = atof(argv[++i]);
         else if (strcmp(argv[i], "--million") == 0)
             million = true;
+        else if (strcmp(argv[i], "--durable") == 0)
+            only_durable = true;
         else {
-            fprintf(stderr, "usage: bench_store [--seconds S] [--million]\n");
+            fprintf(stderr, "usage: bench_store [--seconds S] [--million] [--durable]\n");
             return 2;
         }
     }
@@ -366,7 +368,7 @@ int main(int argc, char **argv)
     if (have)
         fill(&memory.side, KEYS);
     static const unsigned shapes[][2] = {{1, 1}, {50, 1}, {1, 16}, {50, 16}};
-    for (size_t s = 0; s < 4; s++)
+    for (size_t s = 0; s < 4 && !only_durable; s++)
         for (int op = OP_SET; op <= OP_ADD; op++)
             compare("memory", &eep, have ? &memory.side : NULL, (enum op)op, false, shapes[s][0], shapes[s][1], seconds, KEYS);
     for (size_t s = 0; s < 2; s++)
