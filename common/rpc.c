@@ -239,9 +239,15 @@ static void conn_flush(struct rpc_conn *conn)
     struct evbuffer *output = bufferevent_get_output(conn->bev);
     int error = 0;
     evbuffer_unfreeze(output, 1); /* bufferevents keep others from taking bytes out */
-    while (evbuffer_get_length(output) > 0 && !error)
-        if (evbuffer_write(output, bufferevent_getfd(conn->bev)) <= 0)
-            error = EVUTIL_SOCKET_ERROR();
+    while (evbuffer_get_length(output) > 0 && !error) {
+        struct evbuffer_iovec piece;
+        (void)evbuffer_peek(output, -1, NULL, &piece, 1); /* nearly always all there is */
+        ssize_t n = send(bufferevent_getfd(conn->bev), piece.iov_base, piece.iov_len, MSG_NOSIGNAL);
+        if (n < 0)
+            error = errno;
+        else
+            evbuffer_drain(output, (size_t)n);
+    }
     evbuffer_freeze(output, 1);
     if (!error)
         on_write(conn->bev, conn);
