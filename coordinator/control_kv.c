@@ -95,18 +95,19 @@ void control_kv_add(struct session *session, const struct frame *frame, const Pr
     struct store_value value = {0};
     struct err err;
     uint64_t batch = 0;
-    (void)!store_get(edge->store, request->key, &value, &batch, NULL); /* what an error would tell of */
-    int rc = edge_may_write(edge, &err);
+    bool ephemeral = is_ephemeral(request->key, request->ephemeral);
+    if (store_get(edge->store, request->key, &value, &batch, NULL) == 0) /* batch: what an error would tell of */
+        ephemeral = !value.durable;
+    int rc = ephemeral ? 0 : edge_may_write(edge, &err);
     if (rc == 0)
-        rc = store_add(edge->store, request->key, request->amount, is_ephemeral(request->key, request->ephemeral),
-                       request->request ? request->request : "", &done.value, &done.revision, &err);
+        rc = store_add(edge->store, request->key, request->amount, ephemeral, request->request ? request->request : "",
+                       &done.value, &done.revision, &err);
     if (rc < 0) {
         fail(session, frame, batch, &err);
     } else {
         done.has_revision = 1;
-        (void)!store_get(edge->store, request->key, &value, &batch, NULL);
-        if (request->request && edge_everything(edge) > batch)
-            batch = edge_everything(edge); /* the first answer to this id may still be on its way to the disk */
+        if (!ephemeral || request->request) /* the first answer to this id may still be on its way to the disk */
+            batch = edge_everything(edge);
         reply(session, frame, batch, &done.base);
     }
     edge_changed(edge);
