@@ -1,7 +1,7 @@
 # eep: elastic expert parallelism.  `make help` lists the targets.
 #
 # Variables: BUILD (folder of outputs), CC, SANITIZE (address,undefined or thread), WERROR=1, CUDA=0 or NCCL=0 (build
-# without), CUDA_HOME, NCCL_HOME (where they are).
+# without), CUDA_HOME, NCCL_HOME (where they are), LINK=static (third-party libraries inside the programs: the bundle).
 
 BUILD    ?= build
 comma    := ,
@@ -25,7 +25,10 @@ endif
 # The caller's own flags, from the environment or the command line, are added to ours and come last.
 override CPPFLAGS := -I. -I$(BUILD)/proto $(CPPFLAGS)
 override CFLAGS   := $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP $(CFLAGS)
-LIBS     := -levent -levent_pthreads -lprotobuf-c -llmdb -ljansson -lpthread -ldl -lm
+# Libraries that are not libc's own: shared, or with LINK=static inside the programs.
+third     = $(if $(filter static,$(LINK)),-Wl$(comma)-Bstatic $(1) -Wl$(comma)-Bdynamic,$(1))
+LIBS     := $(call third,-levent_pthreads -levent -lprotobuf-c -llmdb -ljansson) -lpthread -ldl -lm
+CHECK_LIBS = $(call third,$(filter-out -lrt -lm,$(shell pkg-config --libs check 2>/dev/null))) -lrt
 
 # ---- GPUs: only headers and nvcc are needed to build; libcuda and libnccl are loaded at run time ----
 first_with = $(firstword $(foreach d,$(2),$(if $(wildcard $(d)/$(1)),$(d))))
@@ -45,13 +48,13 @@ endif
 HAVE_NVCC  := $(if $(NVCC),1)
 HAVE_NCCL  := $(if $(NCCL_INC),1)
 # sources whose headers, or whose compiler, are there; the stubs of the others
-CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
-CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c
+CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c agent/libeep/device_cuda.c agent/libeep/device_steps.c tests/engine/compute_cuda.c tests/harness/gpu_memory.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
+CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c agent/libeep/device_stub.c tests/engine/compute_cuda_stub.c tests/harness/gpu_memory_stub.c
 NCCL_SRC   := $(filter-out %_stub.c,$(wildcard agent/transport_nccl*.c agent/nccl_*.c))
 NCCL_STUBS := agent/transport_nccl_stub.c
-GPU_OUT    := $(if $(HAVE_CUDA),$(CUDA_STUBS),$(CUDA_SRC) agent/digest_kernel.c agent/digest_kernel_stub.c)
+GPU_OUT    := $(if $(HAVE_CUDA),$(CUDA_STUBS),$(CUDA_SRC) agent/digest_kernel.c agent/digest_kernel_stub.c tests/engine/kernels_image.c tests/engine/kernels_image_stub.c)
 GPU_OUT    += $(if $(HAVE_NCCL),$(NCCL_STUBS),$(NCCL_SRC))
-GPU_OUT    += $(if $(HAVE_NVCC),agent/digest_kernel_stub.c,agent/digest_kernel.c)
+GPU_OUT    += $(if $(HAVE_NVCC),agent/digest_kernel_stub.c tests/engine/kernels_image_stub.c,agent/digest_kernel.c tests/engine/kernels_image.c)
 ifeq ($(MAKELEVEL)$(filter help clean format deps deps-test,$(MAKECMDGOALS)),0)
 gpu_nccl   := $(if $(HAVE_NCCL),NCCL $(call header_int,$(NCCL_INC)/nccl.h,NCCL_MAJOR).$(call header_int,$(NCCL_INC)/nccl.h,NCCL_MINOR),no NCCL headers)
 gpu_nvcc   := $(if $(HAVE_NVCC),nvcc $(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'),no nvcc (digests on the CPU))
@@ -65,14 +68,18 @@ COMMON_SRC := $(wildcard common/*.c)
 COORD_SRC  := $(filter-out coordinator/main.c,$(wildcard coordinator/*.c))
 CTL_SRC    := $(wildcard coordinator/eepctl/*.c)
 AGENT_SRC  := $(filter-out agent/main.c $(GPU_OUT),$(wildcard agent/*.c))
-LIBEEP_SRC := $(wildcard agent/libeep/*.c)
+LIBEEP_SRC := $(filter-out $(GPU_OUT),$(wildcard agent/libeep/*.c))
 SIM_SRC    := $(wildcard tests/sim/*.c)
-ENGINE_SRC := $(wildcard tests/engine/*.c)
+ENGINE_SRC := $(filter-out $(GPU_OUT),$(wildcard tests/engine/*.c))
 FEEDER_SRC := $(wildcard tests/feeder/*.c)
 UNIT_SRC   := $(wildcard tests/unit/test_*.c)
 UNIT_BIN   := $(UNIT_SRC:tests/unit/%.c=$(BUILD)/tests/%)
 BENCH_SRC  := $(wildcard tests/bench/bench_*.c)
 BENCH_BIN  := $(BENCH_SRC:tests/bench/%.c=$(BUILD)/tests/%)
+
+# the CUDA driver on host memory, for tests; only where cuda.h is
+FAKECUDA_SRC := $(if $(HAVE_CUDA),$(wildcard tests/fakecuda/*.c))
+FAKECUDA   := $(if $(HAVE_CUDA),$(BUILD)/fakecuda/libcuda.so.1)
 
 obj = $(patsubst %.c,$(BUILD)/%.o,$(patsubst $(BUILD)/%,%,$(1)))
 
@@ -92,14 +99,20 @@ $(BUILD)/%.o: %.c | $(PROTO_HDR)
 	$(CC) $(CPPFLAGS) $(CFLAGS) -c -o $@ $<
 
 ifeq ($(HAVE_CUDA),1)
-$(call obj,$(CUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
+$(call obj,$(CUDA_SRC) $(FAKECUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_INC)
 $(call obj,$(NCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
 $(BUILD)/agent/digest_kernel.o: override CPPFLAGS += -DDIGEST_FATBIN='"$(BUILD)/agent/digest_kernel.fatbin"'
 $(BUILD)/agent/digest_kernel.o: $(BUILD)/agent/digest_kernel.fatbin
+$(BUILD)/tests/engine/kernels_image.o: override CPPFLAGS += -DKERNELS_FATBIN='"$(BUILD)/tests/engine/kernels.fatbin"'
+$(BUILD)/tests/engine/kernels_image.o: $(BUILD)/tests/engine/kernels.fatbin
+# the results are compared bit for bit between placements, and with the host's
+$(BUILD)/tests/engine/kernels.fatbin: NVCC_FLAGS += --fmad=false
+$(BUILD)/tests/engine/kernels.fatbin: tests/engine/kernels.h
+$(BUILD)/tests/fakecuda/kernels_engine.o: tests/engine/kernels.cu
 endif
 # sm_90 as machine code; newer and older GPUs translate the compute_80 form when they load it
 NVCC_FLAGS ?= -O3 -std=c++17 -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=sm_90
-$(BUILD)/%.fatbin: %.cu common/digest.h
+$(BUILD)/%.fatbin: %.cu %.h common/digest.h
 	@mkdir -p $(@D)
 	$(NVCC) -fatbin $(NVCC_FLAGS) -I. -o $@ $<
 
@@ -111,8 +124,9 @@ $(BUILD)/libcoordinator.a: $(call obj,$(COORD_SRC))
 	rm -f $@ && ar rcs $@ $^
 $(BUILD)/libagent.a: $(call obj,$(AGENT_SRC))
 	rm -f $@ && ar rcs $@ $^
-# what libeep shares with the agent: the manifest, the frames of the engine socket
+# what libeep shares with the agent: the manifest, the frames of the engine socket, the CUDA driver
 LIBEEP_SHARED := agent/manifest.c agent/manifest_wire.c agent/engine_frame.c agent/dtype.c
+LIBEEP_SHARED += $(if $(HAVE_CUDA),agent/cuda_driver.c agent/cuda_memory.c)
 $(BUILD)/agent/libeep/%.o: override CFLAGS += -fvisibility=hidden
 $(BUILD)/libeep.a: $(call obj,$(LIBEEP_SRC) $(LIBEEP_SHARED))
 	rm -f $@ && ar rcs $@ $^
@@ -124,27 +138,43 @@ $(BUILD)/eep-agent: $(call obj,agent/main.c) $(BUILD)/libagent.a $(BUILD)/libcom
 $(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libcommon.a
-	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ -lprotobuf-c -lpthread
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ $(call third,-lprotobuf-c) -lpthread -ldl
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
-HARNESS   := $(call obj,$(filter-out tests/harness/fault_disk.c,$(wildcard tests/harness/*.c)))
+# tests that call the driver themselves; without it they skip themselves, or a part
+ifeq ($(HAVE_CUDA),1)
+GPU_TESTS := $(BUILD)/tests/test_libeep_gpu $(BUILD)/tests/test_reference_model
+$(GPU_TESTS) $(BUILD)/tests/test_fakecuda $(BUILD)/tests/test_cuda_faults: override CPPFLAGS += -isystem $(CUDA_INC) -DHAVE_CUDA
+$(GPU_TESTS): $(BUILD)/tests/engine/kernels_image$(if $(HAVE_NVCC),,_stub).o
+endif
+$(BUILD)/tests/test_reference_model: $(BUILD)/tests/engine/compute_cuda$(if $(HAVE_CUDA),,_stub).o
+HARNESS   := $(call obj,$(filter-out $(GPU_OUT) tests/harness/fault_disk.c,$(wildcard tests/harness/*.c)))
 # preloaded into a coordinator by the tests of its files
 $(BUILD)/tests/fault_disk.so: tests/harness/fault_disk.c
 	@mkdir -p $(@D)
 	$(CC) $(CSTD) $(WARN) -O1 -g -fPIC -shared -o $@ $< -ldl
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(filter %.o,$^) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
 $(BUILD)/tests/itest_%: tests/integration/itest_%.c $(HARNESS) $(TEST_LIBS)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(shell pkg-config --libs check 2>/dev/null) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
 $(BUILD)/tests/bench_%: tests/bench/bench_%.c $(HARNESS) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(LIBS)
 $(BUILD)/tests/nccl_abort: tests/gpu/nccl_abort.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(LIBS)
+$(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c) $(BUILD)/libcommon.a
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ -lpthread
+.PHONY: fakecuda
+fakecuda: $(FAKECUDA)
+$(BUILD)/fakecuda/libcuda.so.1: $(call obj,$(FAKECUDA_SRC)) $(BUILD)/libcommon.a tests/fakecuda/export.map
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 -Wl,-z,nodelete -Wl,--version-script=tests/fakecuda/export.map \
+	  -o $@ $(filter-out %.map,$^) -lpthread -lm
 $(BUILD)/tests/eep-sim: $(call obj,$(SIM_SRC)) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
@@ -168,7 +198,7 @@ $(BUILD)/tests/fuzz_%: tests/fuzz/fuzz_%.c $(TEST_LIBS)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -fsanitize=fuzzer -o $@ $< $(TEST_LIBS) $(LIBS)
 
 .PHONY: test-tools
-test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo
+test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
@@ -193,7 +223,7 @@ deps-test: ## install what only the tests need (as root, once)
 
 # "make -j deps demo" must not build before the packages are there
 ifneq ($(filter deps deps-test,$(MAKECMDGOALS)),)
-demo check check-unit sim bench: $(filter deps deps-test,$(MAKECMDGOALS))
+demo check check-unit sim bench bundle bundle-test: $(filter deps deps-test,$(MAKECMDGOALS))
 endif
 demo:      ## watch a served model go 2 -> 4 -> 3 -> 2 -> 4 ranks under load
 	@[ -x $(BUILD)/tests/eep-demo ] || echo "building in $(BUILD), which takes less than a minute"
@@ -208,10 +238,10 @@ check-deps:
 	@missing="$(call missing,$(DEPS_TEST))"; if [ -n "$$missing" ]; then \
 	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
 check: check-deps ## all tests: unit, simulation, integration with the real daemons
-	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(FUZZ:%=$(BUILD)/tests/replay_%) $(BUILD)/tests/eep-sim || { $(hint); }
+	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(FUZZ:%=$(BUILD)/tests/replay_%) $(BUILD)/tests/eep-sim $(FAKECUDA) || { $(hint); }
 	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) FUZZ="$(FUZZ)" tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
 check-unit: check-deps ## unit tests alone
-	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN)
+	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN) $(FAKECUDA)
 	@BUILD=$(BUILD) SIM_SEEDS=0 tests/run.sh $(notdir $(UNIT_BIN)) --
 sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/eep-sim
@@ -234,6 +264,10 @@ soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800
 bench:     ## the figures of docs/figures.md
 	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
 	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests
+.PHONY: bench-load
+bench-load: ## the rate of loading a checkpoint of real shapes (4 GB, twice): BENCH_LOAD_MEMORY=cuda, BENCH_LOAD_DIR=/data/model
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_load $(BUILD)/tests/eep-make-checkpoint
+	@tests/bench/load.sh $(BUILD)/tests
 
 PREFIX ?= /usr/local
 install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr/local, DESTDIR=)
@@ -246,11 +280,13 @@ install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr
 	for unit in $(notdir $(wildcard systemd/*.service)); do \
 	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
 
+include systemd/bundle/rules.mk
+
 format:    ## lay out the code
 	clang-format -i $$(git ls-files '*.c' '*.h')
 clean:
 	rm -rf $(BUILD)
 help:      ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # Runs the test programs one after another and counts: unit tests, the simulation, integration tests.
+# Tests of GPU paths run on the CUDA driver of tests/fakecuda (where the build has one); on a GPU tests/gpu/contract.sh
+# runs them.
 # usage: BUILD=build SIM_SEEDS=2000 tests/run.sh UNIT... -- INTEGRATION...
 set -u
 cd "$(dirname "$0")/.."
 BUILD=${BUILD:-build}
 export EEP_BIN=$BUILD
+fakecuda=$(cd "$BUILD" && pwd)/fakecuda
+# Two GPUs, whose memory is counted over all processes of this run, and which take their time.
+on_fakecuda=(env "LD_LIBRARY_PATH=$fakecuda${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FAKECUDA_GPUS=2 "FAKECUDA_STATE=run$$"
+    FAKECUDA_DELAY_US=200)
 passed=0 failed=0 skipped=0
 run() { # name, command...
     local name=$1 begin=$SECONDS out
@@ -12,6 +18,7 @@ run() { # name, command...
     if out=$("$@" 2>&1); then
         passed=$((passed + 1))
         printf 'ok    %-28s %3ds  %s\n' "$name" $((SECONDS - begin)) "$(printf '%s\n' "$out" | grep -E '^[0-9]+%|passed' | tail -n 1)"
+        printf '%s\n' "$out" | grep ' not tested: ' | sed 's/^/      /'
     elif [ $? = 77 ]; then
         skipped=$((skipped + 1))
         printf 'skip  %-28s %3ds  %s\n' "$name" $((SECONDS - begin)) "$(printf '%s\n' "$out" | tail -n 1)"
@@ -36,7 +43,27 @@ for t in "$@"; do
         fi
         continue
     fi
-    run "$t" timeout 900 "$BUILD/tests/$t"
+    driver=()
+    case $t in
+    test_memory | test_transport_gpu | test_libeep_gpu | test_reference_model | test_fakecuda | test_cuda_faults | \
+        itest_checkpoint)
+        [ -e "$fakecuda/libcuda.so.1" ] && driver=("${on_fakecuda[@]}")
+        ;;
+    esac
+    run "$t" "${driver[@]}" timeout 900 "$BUILD/tests/$t"
 done
+# The same cluster with its weights in GPU memory: scaling, and the demo, over cuda_peer.
+if [ $part = integration ]; then
+    on_gpu=(env "LD_LIBRARY_PATH=$fakecuda${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FAKECUDA_GPUS=2 "FAKECUDA_STATE=run$$"
+        EEP_TEST_MEMORY=cuda EEP_TEST_TRANSPORT=cuda_peer timeout 900)
+    if [ -e "$fakecuda/libcuda.so.1" ]; then
+        run "itest_scale, cuda_peer" "${on_gpu[@]}" "$BUILD/tests/itest_scale"
+        run "demo, cuda_peer" "${on_gpu[@]}" "$BUILD/tests/eep-demo" --sequence 2,4,3,2 --settle-ms 200
+    else
+        no_gpu() { echo "this build has no cuda.h"; return 77; }
+        run "itest_scale, cuda_peer" no_gpu
+        run "demo, cuda_peer" no_gpu
+    fi
+fi
 printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
 [ "$failed" = 0 ]
