@@ -152,7 +152,11 @@ $(GPU_TESTS) $(BUILD)/tests/test_fakecuda $(BUILD)/tests/test_cuda_faults: overr
 $(GPU_TESTS): $(BUILD)/tests/engine/kernels_image$(if $(HAVE_NVCC),,_stub).o
 endif
 $(BUILD)/tests/test_reference_model: $(BUILD)/tests/engine/compute_cuda$(if $(HAVE_CUDA),,_stub).o
-HARNESS   := $(call obj,$(filter-out $(GPU_OUT),$(wildcard tests/harness/*.c)))
+HARNESS   := $(call obj,$(filter-out $(GPU_OUT) tests/harness/fault_disk.c,$(wildcard tests/harness/*.c)))
+# preloaded into a coordinator by the tests of its files
+$(BUILD)/tests/fault_disk.so: tests/harness/fault_disk.c
+	@mkdir -p $(@D)
+	$(CC) $(CSTD) $(WARN) -O1 -g -fPIC -shared -o $@ $< -ldl
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(filter %.o,$^) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
@@ -195,8 +199,17 @@ $(BUILD)/tests/eep-demo: $(call obj,$(wildcard tests/demo/*.c)) $(HARNESS) $(TES
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
+# fuzz targets: replayed over their corpus by make check; with libFuzzer by make fuzz
+FUZZ      := $(patsubst tests/fuzz/fuzz_%.c,%,$(wildcard tests/fuzz/fuzz_*.c))
+$(BUILD)/tests/replay_%: tests/fuzz/fuzz_%.c tests/fuzz/replay.c $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< tests/fuzz/replay.c $(TEST_LIBS) $(LIBS)
+$(BUILD)/tests/fuzz_%: tests/fuzz/fuzz_%.c $(TEST_LIBS)
+	@mkdir -p $(@D)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -fsanitize=fuzzer -o $@ $< $(TEST_LIBS) $(LIBS)
+
 .PHONY: test-tools
-test-tools: $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint
+test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
@@ -236,14 +249,24 @@ check-deps:
 	@missing="$(call missing,$(DEPS_TEST))"; if [ -n "$$missing" ]; then \
 	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
 check: check-deps ## all tests: unit, simulation, integration with the real daemons
-	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(BUILD)/tests/eep-sim $(FAKECUDA) || { $(hint); }
-	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
+	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(FUZZ:%=$(BUILD)/tests/replay_%) $(BUILD)/tests/eep-sim $(FAKECUDA) || { $(hint); }
+	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) FUZZ="$(FUZZ)" tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
 check-unit: check-deps ## unit tests alone
 	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN) $(FAKECUDA)
 	@BUILD=$(BUILD) SIM_SEEDS=0 tests/run.sh $(notdir $(UNIT_BIN)) --
 sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/eep-sim
 	$(BUILD)/tests/eep-sim --seeds $(SIM_SEEDS)
+.PHONY: check-torch
+check-torch: ## PyTorch's own client over our TCPStore port, where PyTorch is (PYTHON=python3)
+	@$(MAKE) --no-print-directory -s -j2 $(BUILD)/eep-coordinator
+	@tests/gpu/tcpstore.sh $(BUILD)
+FUZZ_SECONDS ?= 60
+.PHONY: fuzz
+fuzz:      ## libFuzzer (clang) on each target: make fuzz FUZZ_SECONDS=60
+	@$(MAKE) --no-print-directory -s -j2 BUILD=$(BUILD)-fuzz CC=clang SANITIZE=fuzzer-no-link,address,undefined $(FUZZ:%=$(BUILD)-fuzz/tests/fuzz_%)
+	@for t in $(FUZZ); do mkdir -p $(BUILD)-fuzz/found/$$t && $(BUILD)-fuzz/tests/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) \
+	  -rss_limit_mb=1024 -malloc_limit_mb=256 -print_final_stats=1 $(BUILD)-fuzz/found/$$t tests/fuzz/corpus/$$t || exit 1; done
 SOAK_SECONDS ?= 1800
 .PHONY: soak
 soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800

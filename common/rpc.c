@@ -8,6 +8,7 @@
  *
  * Whatever ends it only marks it; the deferred event of struct rpc tells the user and frees, so that nobody up the
  * stack holds a pointer to a freed connection. */
+#include <errno.h>
 #include <event2/buffer.h>
 #include <event2/bufferevent.h>
 #include <event2/dns.h>
@@ -24,12 +25,16 @@
 #include "common/daemon.h"
 #include "common/rpc_parts.h"
 
-#define READ_AHEAD (64u << 10) /* bytes taken from the kernel beyond the frame that is being received */
-
 static void conn_free(struct rpc_conn *conn)
 {
+    if (conn->dirty)
+        DL_DELETE2(conn->rpc->dirty, conn, dirty_prev, dirty_next);
     if (conn->listener)
         conn->listener->n_conns--;
+    if (conn->readable)
+        event_free(conn->readable);
+    if (conn->in)
+        evbuffer_free(conn->in);
     if (conn->bev)
         bufferevent_free(conn->bev);
     if (conn->timer)
@@ -50,6 +55,8 @@ static void conn_silence(struct rpc_conn *conn)
         bufferevent_setcb(conn->bev, NULL, NULL, NULL, NULL);
         bufferevent_disable(conn->bev, EV_READ | EV_WRITE);
     }
+    if (conn->readable)
+        event_del(conn->readable);
     event_del(conn->timer);
 }
 
@@ -102,6 +109,8 @@ static void on_deferred(evutil_socket_t fd, short what, void *arg)
     }
 }
 
+static void on_flush(evutil_socket_t fd, short what, void *arg);
+
 struct rpc *rpc_new(struct event_base *base)
 {
     struct rpc *rpc = calloc(1, sizeof *rpc);
@@ -109,7 +118,14 @@ struct rpc *rpc_new(struct event_base *base)
         return NULL;
     rpc->base = base;
     rpc->deferred = event_new(base, -1, 0, on_deferred, rpc);
-    if (!rpc->deferred) {
+    rpc->flush = event_new(base, -1, 0, on_flush, rpc);
+    rpc->scratch = malloc(RPC_READ_BYTES);
+    if (!rpc->deferred || !rpc->flush || !rpc->scratch) {
+        if (rpc->deferred)
+            event_free(rpc->deferred);
+        if (rpc->flush)
+            event_free(rpc->flush);
+        free(rpc->scratch);
         free(rpc);
         return NULL;
     }
@@ -133,6 +149,8 @@ void rpc_free(struct rpc *rpc)
     if (rpc->dns)
         evdns_base_free(rpc->dns, 0);
     event_free(rpc->deferred);
+    event_free(rpc->flush);
+    free(rpc->scratch);
     free(rpc);
 }
 
@@ -148,60 +166,167 @@ static void conn_frame(struct rpc_conn *conn, const struct frame *frame)
         conn->handlers->on_frame(conn->user, conn, frame);
 }
 
-static void on_read(struct bufferevent *bev, void *arg)
+/* Its peer has answers to read before it is heard again. */
+static bool conn_paused(struct rpc_conn *conn)
 {
-    struct rpc_conn *conn = arg;
-    struct evbuffer *input = bufferevent_get_input(bev);
-    size_t need = FRAME_HEADER_BYTES;
-    if (conn->state == RPC_FINISHING) {
-        evbuffer_drain(input, evbuffer_get_length(input));
-        return;
+    if (conn->pause_bytes && evbuffer_get_length(bufferevent_get_output(conn->bev)) > conn->pause_bytes) {
+        conn->paused = true;
+        event_del(conn->readable);
     }
-    while (conn->state == RPC_SHAKING || conn->state == RPC_READY) {
-        size_t len = evbuffer_get_length(input);
-        need = FRAME_HEADER_BYTES;
-        if (len == 0)
-            break;
-        uint8_t head[FRAME_HEADER_BYTES];
-        ev_ssize_t got = evbuffer_copyout(input, head, sizeof head);
+    return conn->paused;
+}
+
+static bool conn_listens(struct rpc_conn *conn)
+{
+    return (conn->state == RPC_SHAKING || conn->state == RPC_READY) && !conn_paused(conn);
+}
+
+/* Hands on the frames at the start of these bytes; how many bytes they had.  *ret_need: of the next one, as far as is
+ * known.  Who does not speak the protocol is found out by its first bytes. */
+static size_t conn_frames(struct rpc_conn *conn, const uint8_t *data, size_t len, size_t *ret_need)
+{
+    size_t at = 0;
+    while (at < len && conn_listens(conn)) {
         struct err err = {0};
         struct frame frame;
         uint32_t limit = conn->state == RPC_READY ? FRAME_LIMIT : FRAME_LIMIT_HANDSHAKE;
-        int rc = frame_header_get(head, got < 0 ? 0 : (size_t)got, limit, &frame.header, &err);
-        if (rc < 0) {
+        int rc = frame_parse(data + at, len - at, limit, &frame, ret_need, &err);
+        if (rc < 0)
             rpc_conn_fail(conn, rc, "%s: %s", conn->name, err.text);
-            return;
-        }
-        if (rc == 0)
+        if (rc != 1)
             break;
-        need = FRAME_HEADER_BYTES + (size_t)frame.header.length;
-        if (len < need)
-            break;
-        const uint8_t *data = evbuffer_pullup(input, (ev_ssize_t)need);
-        if (!data) {
-            rpc_conn_fail(conn, ERR_NOMEM, "no memory for a frame of %zu bytes of %s", need, conn->name);
-            return;
-        }
-        frame.payload = data + FRAME_HEADER_BYTES;
         conn_frame(conn, &frame);
-        if (conn->state == RPC_SHAKING || conn->state == RPC_READY)
-            evbuffer_drain(input, need);
+        at += *ret_need;
     }
-    if (conn->state == RPC_FINISHING)
-        evbuffer_drain(input, evbuffer_get_length(input));
-    /* Less than 24 bytes wake us as well: who does not speak the protocol is found out by its first bytes. */
-    if (conn->state == RPC_SHAKING || conn->state == RPC_READY)
-        bufferevent_setwatermark(bev, EV_READ, need > FRAME_HEADER_BYTES ? need : 0, need + READ_AHEAD);
+    return at;
 }
 
+/* Frames in conn->in. */
+static void conn_input(struct rpc_conn *conn)
+{
+    while (conn_listens(conn)) {
+        size_t len = evbuffer_get_length(conn->in), need = 0, want = len;
+        uint8_t head[FRAME_HEADER_BYTES];
+        struct frame_header header;
+        if (conn->state == RPC_READY && evbuffer_copyout(conn->in, head, sizeof head) == FRAME_HEADER_BYTES &&
+            frame_header_get(head, sizeof head, FRAME_LIMIT, &header, NULL) == 1)
+            want = FRAME_HEADER_BYTES + (size_t)header.length;
+        if (len < want)
+            break; /* only what is whole is moved into one piece */
+        const uint8_t *data = len ? evbuffer_pullup(conn->in, (ev_ssize_t)want) : NULL;
+        if (len && !data) {
+            rpc_conn_fail(conn, ERR_NOMEM, "no memory for a frame of %zu bytes of %s", want, conn->name);
+            break;
+        }
+        size_t done = conn_frames(conn, data, want, &need);
+        evbuffer_drain(conn->in, done);
+        if (done == 0)
+            break;
+    }
+}
+
+static void on_readable(evutil_socket_t fd, short what, void *arg)
+{
+    (void)what;
+    struct rpc_conn *conn = arg;
+    struct rpc *rpc = conn->rpc;
+    ssize_t n = recv(fd, rpc->scratch, RPC_READ_BYTES, 0);
+    const char *during = conn->state == RPC_SHAKING ? " during the handshake" : "";
+    if (n == 0) {
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "%s closed the connection%s", conn->name, during);
+    } else if (n < 0) {
+        if (errno != EAGAIN && errno != EINTR)
+            rpc_conn_fail(conn, ERR_UNREACHABLE, "the connection with %s was lost%s: %s", conn->name, during,
+                          evutil_socket_error_to_string(errno));
+    } else if (conn->state != RPC_FINISHING) { /* else what comes is thrown away */
+        size_t done = 0, need;
+        bool fresh = evbuffer_get_length(conn->in) == 0;
+        if (fresh)
+            done = conn_frames(conn, rpc->scratch, (size_t)n, &need);
+        if (conn->state != RPC_SHAKING && conn->state != RPC_READY)
+            return;
+        if (done < (size_t)n && evbuffer_add(conn->in, rpc->scratch + done, (size_t)n - done) < 0)
+            rpc_conn_fail(conn, ERR_NOMEM, "no memory for %zd bytes of %s", n, conn->name);
+        else if (!fresh)
+            conn_input(conn);
+    }
+}
+
+/* The connection is there: listen to it. */
+static int conn_listen(struct rpc_conn *conn)
+{
+    conn->readable = event_new(conn->rpc->base, bufferevent_getfd(conn->bev), EV_READ | EV_PERSIST, on_readable, conn);
+    return conn->readable && event_add(conn->readable, NULL) == 0 ? 0 : ERR_NOMEM;
+}
+
+/* All output is with the kernel. */
 static void on_write(struct bufferevent *bev, void *arg)
 {
     struct rpc_conn *conn = arg;
-    if (conn->state != RPC_FINISHING || evbuffer_get_length(bufferevent_get_output(bev)) > 0)
+    if (evbuffer_get_length(bufferevent_get_output(bev)) > 0)
+        return;
+    bufferevent_disable(bev, EV_WRITE); /* until a flush cannot send everything at once */
+    if (conn->paused && conn->state == RPC_READY) {
+        conn->paused = false;
+        event_add(conn->readable, NULL);
+        conn_input(conn); /* frames that were left lying */
+    }
+    if (conn->state != RPC_FINISHING)
         return;
     /* The last bytes are in the kernel.  Wait for the peer's end of file before closing: unread input would turn the
      * close into a reset, which may overtake them. */
     shutdown(bufferevent_getfd(bev), SHUT_WR);
+}
+
+/* Sends directly, once per loop turn: replies to what one turn brought leave together, and waiting for writability, with
+ * its system calls, is only for what the kernel does not take. */
+static void conn_flush(struct rpc_conn *conn)
+{
+    struct evbuffer *output = bufferevent_get_output(conn->bev);
+    int error = 0;
+    evbuffer_unfreeze(output, 1); /* bufferevents keep others from taking bytes out */
+    while (evbuffer_get_length(output) > 0 && !error) {
+        struct evbuffer_iovec piece;
+        (void)evbuffer_peek(output, -1, NULL, &piece, 1); /* nearly always all there is */
+        ssize_t n = send(bufferevent_getfd(conn->bev), piece.iov_base, piece.iov_len, MSG_NOSIGNAL);
+        if (n < 0)
+            error = errno;
+        else
+            evbuffer_drain(output, (size_t)n);
+    }
+    evbuffer_freeze(output, 1);
+    if (!error)
+        on_write(conn->bev, conn);
+    else if (error == EAGAIN || error == EINTR)
+        bufferevent_enable(conn->bev, EV_WRITE);
+    else
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "the connection with %s was lost: %s", conn->name,
+                      evutil_socket_error_to_string(error));
+}
+
+static void on_flush(evutil_socket_t fd, short what, void *arg)
+{
+    (void)fd;
+    (void)what;
+    struct rpc *rpc = arg;
+    struct rpc_conn *conn, *list = rpc->dirty;
+    rpc->dirty = NULL; /* what becomes dirty now has its turn in the next call */
+    while ((conn = list)) {
+        DL_DELETE2(list, conn, dirty_prev, dirty_next);
+        conn->dirty = false;
+        if (conn->state == RPC_SHAKING || conn->state == RPC_READY || conn->state == RPC_FINISHING)
+            conn_flush(conn);
+    }
+}
+
+static void conn_dirty(struct rpc_conn *conn)
+{
+    if (conn->dirty)
+        return;
+    conn->dirty = true;
+    if (!conn->rpc->dirty)
+        event_active(conn->rpc->flush, EV_TIMEOUT, 0);
+    DL_APPEND2(conn->rpc->dirty, conn, dirty_prev, dirty_next);
 }
 
 static void on_event(struct bufferevent *bev, short what, void *arg)
@@ -209,6 +334,11 @@ static void on_event(struct bufferevent *bev, short what, void *arg)
     struct rpc_conn *conn = arg;
     int error = EVUTIL_SOCKET_ERROR();
     if (what & BEV_EVENT_CONNECTED) {
+        bufferevent_disable(bev, EV_WRITE);
+        if (conn_listen(conn) < 0) {
+            rpc_conn_fail(conn, ERR_NOMEM, "no memory for a connection to %s", conn->name);
+            return;
+        }
         address_tune(bufferevent_getfd(bev));
         evutil_make_socket_closeonexec(bufferevent_getfd(bev)); /* libevent leaves it open for children */
         conn->state = RPC_SHAKING;
@@ -220,8 +350,9 @@ static void on_event(struct bufferevent *bev, short what, void *arg)
         int dns = bufferevent_socket_get_dns_error(bev);
         rpc_conn_fail(conn, ERR_UNREACHABLE, "cannot connect to %s: %s", conn->name,
                       dns ? evutil_gai_strerror(dns) : evutil_socket_error_to_string(error));
-    } else if (what & BEV_EVENT_EOF) {
-        rpc_conn_fail(conn, ERR_UNREACHABLE, "%s closed the connection%s", conn->name, during);
+    } else if (what & BEV_EVENT_TIMEOUT) {
+        rpc_conn_fail(conn, ERR_LIMIT, "%s reads too slowly: cut off, it took nothing of %zu bytes for a while",
+                      conn->name, evbuffer_get_length(bufferevent_get_output(bev)));
     } else {
         rpc_conn_fail(conn, ERR_UNREACHABLE, "the connection with %s was lost%s: %s", conn->name, during,
                       evutil_socket_error_to_string(error));
@@ -256,12 +387,17 @@ struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options
     conn->state = state;
     conn->timer = evtimer_new(rpc->base, on_timer, conn);
     conn->bev = bufferevent_socket_new(rpc->base, fd, BEV_OPT_CLOSE_ON_FREE);
-    if (!conn->timer || !conn->bev || bufferevent_enable(conn->bev, EV_READ | EV_WRITE) < 0) {
+    conn->in = evbuffer_new();
+    bool connected = state != RPC_CONNECTING;
+    /* A connector has to wait for writability first: that is how it learns that it is connected. */
+    if (!conn->timer || !conn->bev || !conn->in ||
+        (connected && (bufferevent_disable(conn->bev, EV_WRITE) < 0 || conn_listen(conn) < 0))) {
+        if (conn->bev && connected)
+            bufferevent_setfd(conn->bev, -1); /* it stays the caller's */
         conn_free(conn);
         return NULL;
     }
-    bufferevent_setcb(conn->bev, on_read, on_write, on_event, conn);
-    bufferevent_setwatermark(conn->bev, EV_READ, 0, FRAME_HEADER_BYTES + READ_AHEAD);
+    bufferevent_setcb(conn->bev, NULL, on_write, on_event, conn);
     daemon_timer_in(conn->timer, RPC_HANDSHAKE_MS);
     DL_APPEND(rpc->conns, conn);
     return conn;
@@ -355,6 +491,7 @@ int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, u
     if (msg)
         protobuf_c_message_pack(msg, (uint8_t *)vec.iov_base + FRAME_HEADER_BYTES);
     evbuffer_commit_space(bufferevent_get_output(conn->bev), &vec, 1);
+    conn_dirty(conn);
     return 0;
 }
 
@@ -377,6 +514,7 @@ int rpc_conn_send_bytes(struct rpc_conn *conn, enum frame_kind kind, uint16_t me
     if (len > 0)
         memcpy((uint8_t *)vec.iov_base + FRAME_HEADER_BYTES, data, len);
     evbuffer_commit_space(bufferevent_get_output(conn->bev), &vec, 1);
+    conn_dirty(conn);
     return 0;
 }
 
@@ -402,12 +540,21 @@ void rpc_conn_finish(struct rpc_conn *conn, unsigned linger_ms)
     conn->state = RPC_FINISHING;
     conn->owed_close = false;
     daemon_timer_in(conn->timer, linger_ms);
-    bufferevent_setwatermark(conn->bev, EV_READ, 0, READ_AHEAD);
+    if (conn->paused)
+        event_add(conn->readable, NULL); /* what comes is thrown away */
     if (evbuffer_get_length(bufferevent_get_output(conn->bev)) == 0)
         shutdown(bufferevent_getfd(conn->bev), SHUT_WR);
 }
 
 /* ---- small things ---- */
+
+void rpc_conn_limit(struct rpc_conn *conn, size_t pause_bytes, size_t cut_bytes, unsigned stall_ms)
+{
+    const struct timeval stall = {.tv_sec = stall_ms / 1000, .tv_usec = (long)(stall_ms % 1000) * 1000};
+    conn->pause_bytes = pause_bytes;
+    conn->output_limit = cut_bytes;
+    bufferevent_set_timeouts(conn->bev, NULL, &stall);
+}
 
 void rpc_conn_set_user(struct rpc_conn *conn, void *user)
 {

@@ -83,6 +83,10 @@ void rpc_listener_close(struct rpc_listener *listener);
 int rpc_connect(struct rpc *rpc, const char *address, const struct rpc_options *options, struct rpc_conn **ret_conn,
                 struct err *err) MUST_CHECK;
 
+/* Of an accepted connection whose peer makes calls: while more than pause_bytes are unsent, nothing more is read from it
+ * (no frame is handed on); with more than cut_bytes, or when the peer has taken nothing for stall_ms, it is cut off.
+ * Without this there is only options.output_limit. */
+void rpc_conn_limit(struct rpc_conn *conn, size_t pause_bytes, size_t cut_bytes, unsigned stall_ms);
 void rpc_conn_set_user(struct rpc_conn *conn, void *user); /* replaces options.user for this connection */
 uint64_t rpc_conn_id(const struct rpc_conn *conn); /* unique in this struct rpc, from 1; never reused */
 const struct rpc_identity *rpc_conn_peer(const struct rpc_conn *conn); /* what the other end said; role 0 = acceptor */

@@ -9,6 +9,8 @@
 #include "common/address.h"
 #include "common/rpc.h"
 
+#define RPC_READ_BYTES (64u << 10)
+
 enum rpc_state {
     RPC_CONNECTING, /* no connection yet */
     RPC_SHAKING,    /* the other end's half of the handshake is awaited */
@@ -28,8 +30,13 @@ struct rpc_conn {
     enum rpc_state state;
     bool connector;
     bool owed_close; /* the user knows this connection and must be told of its end */
-    size_t output_limit;
-    struct bufferevent *bev;
+    size_t output_limit, pause_bytes; /* pause_bytes 0 = never */
+    bool dirty;  /* in rpc->dirty: has output to be sent at the end of the loop turn */
+    bool paused; /* nothing is read until its output has been taken */
+    struct rpc_conn *dirty_prev, *dirty_next;
+    struct bufferevent *bev; /* connects, and waits for writability; it never reads */
+    struct event *readable;  /* NULL until there is a connection */
+    struct evbuffer *in;     /* what was read and is no whole frame yet, or waits while it is paused */
     struct event *timer; /* of the handshake, or of lingering */
     int why_code;
     char why[ERR_TEXT_MAX];
@@ -41,6 +48,9 @@ struct rpc {
     struct event_base *base;
     struct evdns_base *dns; /* made when first needed */
     struct event *deferred; /* tells users, frees connections */
+    struct event *flush;    /* sends what the loop turn has left in output buffers */
+    struct rpc_conn *dirty;
+    uint8_t *scratch; /* [RPC_READ_BYTES]: what one read brings; frames that are whole are handed on from here */
     uint64_t last_id;
     struct rpc_conn *conns, *failing, *dead;
     struct rpc_listener *listeners;

@@ -1,6 +1,6 @@
 /* Arrival sets: who has arrived at a phase, by rank and incarnation, with MIN and MAX over what they brought.
  *
- * These are the engine counts of the phases, the sets of PROMISE and FLIPPED, and the named barriers.  An arrival
+ * These are the engine counts of the phases, the sets of PROMISE and FLIPPED.  An arrival
  * is idempotent: a retry, a duplicate or a reconnect never counts twice; another incarnation of a member does not
  * count for it.  Pure. */
 #ifndef EEP_COORDINATOR_ARRIVALS_H

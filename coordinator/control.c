@@ -9,6 +9,8 @@
 
 #include "common/topology_wire.h"
 
+#define CALLS_MAX 4096 /* open at once on one connection */
+
 typedef void handler(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
 
 /* ---- calls ---- */
@@ -26,11 +28,14 @@ void frame_fail(struct session *session, const struct frame *frame, int code, co
 struct call *call_new(struct session *session, const struct frame *frame, enum call_kind kind)
 {
     struct server *s = session->server;
-    struct call *call = calloc(1, sizeof *call);
+    struct call *call = session->n_calls < CALLS_MAX ? calloc(1, sizeof *call) : NULL;
     if (!call) {
-        frame_fail(session, frame, ERR_NOMEM, "the coordinator is out of memory");
+        frame_fail(session, frame, session->n_calls < CALLS_MAX ? ERR_NOMEM : ERR_LIMIT,
+                   session->n_calls < CALLS_MAX ? "the coordinator is out of memory"
+                                                : "4096 calls of this connection are open already");
         return NULL;
     }
+    session->n_calls++;
     call->session = session;
     call->request = ++s->next_request;
     call->id = frame->header.call;
@@ -52,6 +57,7 @@ void call_free(struct call *call)
 {
     HASH_DEL(call->session->server->calls, call);
     DL_DELETE(call->session->calls, call);
+    call->session->n_calls--;
     free(call->key);
     free(call);
 }
@@ -72,8 +78,8 @@ void control_closed(struct session *session)
 {
     struct call *call, *next;
     DL_FOREACH_SAFE(session->calls, call, next) {
-        if (call->kind == CALL_WAIT || call->kind == CALL_BARRIER)
-            control_store_cancel(call);
+        if (call->kind == CALL_WAIT || call->kind == CALL_BARRIER || call->kind == CALL_WATCH_KEYS)
+            store_edge_cancel(call);
         call_free(call); /* an operation goes on without the one who asked for it */
     }
 }
@@ -262,6 +268,19 @@ static const struct {
     [CONTROL_KV_LIST] = {control_kv_list, true},
     [CONTROL_KV_WAIT] = {control_kv_wait, true},
     [CONTROL_BARRIER_ARRIVE] = {control_barrier_arrive, false},
+    [CONTROL_KV_MULTI_GET] = {control_kv_multi_get, true},
+    [CONTROL_KV_MULTI_SET] = {control_kv_multi_set, false},
+    [CONTROL_KV_COUNT] = {control_kv_count, true},
+    [CONTROL_KV_WATCH] = {control_kv_watch, true},
+    [CONTROL_KV_STAT] = {control_kv_stat, true},
+    [CONTROL_LEASE_GRANT] = {control_lease_grant, false},
+    [CONTROL_LEASE_KEEP] = {control_lease_keep, false},
+    [CONTROL_LEASE_END] = {control_lease_end, false},
+    [CONTROL_QUEUE_PUSH] = {control_queue_push, false},
+    [CONTROL_QUEUE_POP] = {control_queue_pop, false},
+    [CONTROL_QUEUE_LENGTH] = {control_queue_length, true},
+    [CONTROL_BARRIER_LIST] = {control_barrier_list, true},
+    [CONTROL_BARRIER_SHOW] = {control_barrier_show, true},
 };
 
 void control_frame(struct session *session, const struct frame *frame)

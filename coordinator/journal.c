@@ -21,9 +21,8 @@
 
 #include "common/topology.h"
 #include "coordinator/journal_parts.h"
+#include "coordinator/mdb_file.h"
 
-#define MAP_BYTES_FIRST ((size_t)16 << 20)
-#define MAP_BYTES_MAX ((size_t)64 << 30)
 #define BATCH_MAX 64
 #define PATH_BYTES 4096
 
@@ -44,8 +43,8 @@ struct journal {
     struct err failed; /* code 0 = not; under db */
 
     pthread_mutex_t queue;
-    pthread_cond_t more;
-    bool started, stop;
+    pthread_cond_t more, idle; /* idle: nothing waits and nothing is being written */
+    bool started, stop, writing;
     pthread_t writer;
     struct entry *waiting, *done;
 };
@@ -60,15 +59,6 @@ static void entry_free(struct entry *entry)
 }
 
 /* ---- transactions; all under db ---- */
-
-static int env_grow(struct journal *j)
-{
-    MDB_envinfo info;
-    int rc = mdb_env_info(j->env, &info);
-    if (rc != 0)
-        return rc;
-    return info.me_mapsize >= MAP_BYTES_MAX ? MDB_MAP_FULL : mdb_env_set_mapsize(j->env, info.me_mapsize * 2);
-}
 
 static int write_once(struct journal *j, const char *cluster, const struct journal_batch *batch, size_t n)
 {
@@ -95,7 +85,7 @@ static int journal_txn(struct journal *j, const char *cluster, const struct jour
     }
     int rc;
     while ((rc = write_once(j, cluster, batch, n)) == MDB_MAP_FULL) {
-        rc = env_grow(j);
+        rc = mdb_file_grow(j->env);
         if (rc != 0)
             break;
     }
@@ -142,29 +132,6 @@ static int journal_lock(struct journal *j, const char *dir, struct err *err)
                    ? err_set(err, ERR_CONFLICT, "the state folder %s is in use by another coordinator", dir)
                    : err_set(err, ERR_IO, "cannot lock %s: %s", path, strerror(errno));
     return 0;
-}
-
-static int env_open(struct journal *j, const char *dir, struct err *err)
-{
-    char path[PATH_BYTES];
-    snprintf(path, sizeof path, "%s/journal.mdb", dir);
-    int rc = mdb_env_create(&j->env);
-    if (rc == 0)
-        rc = mdb_env_set_mapsize(j->env, MAP_BYTES_FIRST);
-    if (rc == 0)
-        rc = mdb_env_open(j->env, path, MDB_NOSUBDIR, 0600);
-    MDB_txn *txn = NULL;
-    if (rc == 0)
-        rc = mdb_txn_begin(j->env, NULL, MDB_RDONLY, &txn);
-    if (rc == 0)
-        rc = mdb_dbi_open(txn, NULL, 0, &j->dbi);
-    if (txn && rc == 0)
-        rc = mdb_txn_commit(txn);
-    else if (txn)
-        mdb_txn_abort(txn);
-    if (rc != 0)
-        return journal_mdb_err(err, rc, path);
-    return folder_sync(dir, err);
 }
 
 static int read_begin(struct journal *j, MDB_txn **ret_txn, struct err *err)
@@ -216,6 +183,7 @@ int journal_open(const char *dir, const char *cluster, struct journal **ret_jour
     pthread_mutex_init(&j->db, NULL);
     pthread_mutex_init(&j->queue, NULL);
     pthread_cond_init(&j->more, NULL);
+    pthread_cond_init(&j->idle, NULL);
     j->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = j->event_fd < 0 ? err_set(err, ERR_NOMEM, "eventfd: %s", strerror(errno)) : 0;
     if (rc == 0)
@@ -223,7 +191,7 @@ int journal_open(const char *dir, const char *cluster, struct journal **ret_jour
     if (rc == 0)
         rc = journal_lock(j, dir, err);
     if (rc == 0)
-        rc = env_open(j, dir, err);
+        rc = mdb_file_open(dir, "journal.mdb", 0, &j->env, &j->dbi, err);
     if (rc == 0)
         rc = cluster_check(j, dir, cluster, err);
     if (rc == 0)
@@ -256,6 +224,7 @@ void journal_close(struct journal *j)
     if (j->lock_fd >= 0)
         close(j->lock_fd);
     pthread_cond_destroy(&j->more);
+    pthread_cond_destroy(&j->idle);
     pthread_mutex_destroy(&j->queue);
     pthread_mutex_destroy(&j->db);
     free(j);
@@ -280,6 +249,10 @@ int journal_history(struct journal *j, unsigned max, bool (*each)(void *user, co
                     void *user, struct err *err)
 {
     MDB_txn *txn;
+    pthread_mutex_lock(&j->queue);
+    while (j->started && (j->waiting || j->writing))
+        pthread_cond_wait(&j->idle, &j->queue);
+    pthread_mutex_unlock(&j->queue);
     pthread_mutex_lock(&j->db);
     int rc = read_begin(j, &txn, err);
     if (rc == 0) {
@@ -331,6 +304,7 @@ static void writer_batch(struct journal *j)
         entries[n] = entry;
         batch[n++] = (struct journal_batch){.durable = entry->durable, .parts = entry->parts};
     }
+    j->writing = true;
     pthread_mutex_unlock(&j->queue);
     pthread_mutex_lock(&j->db);
     int code = journal_txn(j, NULL, batch, n, NULL);
@@ -342,6 +316,9 @@ static void writer_batch(struct journal *j)
         entries[i]->code = code;
     }
     pthread_mutex_lock(&j->queue);
+    j->writing = false;
+    if (!j->waiting)
+        pthread_cond_signal(&j->idle);
     for (size_t i = 0; i < n; i++)
         DL_APPEND(j->done, entries[i]);
     ssize_t ignored = write(j->event_fd, &(uint64_t){1}, sizeof(uint64_t));

@@ -34,8 +34,8 @@ int journal_load(struct journal *j, struct durable *ret_durable, bool *ret_found
  * DURABLE_HISTORY appends durable->ended.  Blocks for a sync of the disk. */
 int journal_write(struct journal *j, const struct durable *durable, unsigned parts, struct err *err) MUST_CHECK;
 
-/* Newest first, at most max.  The record is borrowed during the callback; false from it stops.  May be called while
- * writes are queued; waits for the one that is being synced, and so sees it. */
+/* Newest first, at most max.  The record is borrowed during the callback; false from it stops.  Waits for the
+ * writes that are queued, and so sees them. */
 int journal_history(struct journal *j, unsigned max, bool (*each)(void *user, const struct op_record *record),
                     void *user, struct err *err) MUST_CHECK;
 

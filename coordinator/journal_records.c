@@ -14,20 +14,14 @@
 #include "common/topology_wire.h"
 #include "coordinator/durable_wire.h"
 #include "coordinator/journal_parts.h"
+#include "coordinator/mdb_file.h"
 
 #define RECORD_VERSION 1
 #define RECORD_HEADER 16
 
 int journal_mdb_err(struct err *err, int mdb, const char *what)
 {
-    int code = ERR_IO;
-    if (mdb == ENOMEM)
-        code = ERR_NOMEM;
-    else if (mdb == MDB_CORRUPTED || mdb == MDB_PAGE_NOTFOUND || mdb == MDB_INVALID || mdb == MDB_PANIC)
-        code = ERR_CORRUPT;
-    else if (mdb == MDB_VERSION_MISMATCH)
-        code = ERR_UNSUPPORTED;
-    return err_set(err, code, "journal: %s: %s", what, mdb_strerror(mdb));
+    return mdb_file_err(err, mdb, "journal", what);
 }
 
 static void put_u64(uint8_t *out, uint64_t value)

@@ -4,6 +4,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "common/daemon.h"
@@ -17,12 +18,18 @@ struct options {
     const char *listen[LISTEN_MAX];
     size_t n_listen;
     bool insecure;
+    const char *tcpstore[LISTEN_MAX];
+    size_t n_tcpstore;
+    bool tcpstore_insecure;
+    uint32_t tcpstore_grace_ms, store_mib;
+    enum store_durability durability;
     const char *state, *cluster, *port_file;
     enum log_level level;
     struct coordinator_config core;
 };
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
+       KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY,
        KEY_FOREGROUND, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
@@ -52,6 +59,22 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         if (o->n_listen == LISTEN_MAX)
             argp_error(state, "at most %d addresses to listen on", LISTEN_MAX);
         o->listen[o->n_listen++] = arg;
+        return 0;
+    case KEY_TCPSTORE:
+        if (o->n_tcpstore == LISTEN_MAX)
+            argp_error(state, "at most %d addresses to listen on for TCPStore", LISTEN_MAX);
+        o->tcpstore[o->n_tcpstore++] = arg;
+        return 0;
+    case KEY_TCPSTORE_INSECURE: o->tcpstore_insecure = true; return 0;
+    case KEY_TCPSTORE_GRACE:
+        o->tcpstore_grace_ms = (uint32_t)options_number(state, "--tcpstore-grace-ms", arg, 1, 86400000);
+        return 0;
+    case KEY_STORE_MIB:
+        o->store_mib = (uint32_t)options_number(state, "--store-mib", arg, 1, 1 << 20);
+        return 0;
+    case KEY_DURABILITY:
+        if (store_durability_parse(arg, &o->durability) < 0)
+            argp_error(state, "unknown durability '%s': use fsync, os or none", arg);
         return 0;
     case KEY_STATE:
         if (!*arg)
@@ -91,6 +114,17 @@ static void parse_options(int argc, char **argv, struct options *o)
         {"port-file", KEY_PORT_FILE, "FILE", 0, "write the addresses with their real ports there, one a line", 0},
         {"state", KEY_STATE, "DIR", 0, "folder of the journal (default /var/lib/eep)", 0},
         {"cluster", KEY_CLUSTER, "NAME", 0, "only agents of this cluster are taken (default eep)", 0},
+        {"durability", KEY_DURABILITY, "MODE", 0,
+         "what an acknowledged write of a durable key survives: fsync (a power failure; default), os (the end of the "
+         "coordinator) or none", 0},
+        {"store-mib", KEY_STORE_MIB, "MIB", 0, "memory for the key-value store (256)", 0},
+        {"tcpstore-listen", KEY_TCPSTORE, "ADDR[/NAMESPACE]", 0,
+         "serve the protocol of PyTorch's TCPStore on host:port (repeatable); keys of a namespace go when its last "
+         "connection has closed (default namespace: the port)", 0},
+        {"tcpstore-insecure", KEY_TCPSTORE_INSECURE, 0, 0,
+         "allow that beyond the loopback: its protocol has no authentication", 0},
+        {"tcpstore-grace-ms", KEY_TCPSTORE_GRACE, "MS", 0,
+         "a namespace without connections is emptied after this (1000)", 0},
         {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 0},
         {"foreground", KEY_FOREGROUND, 0, 0, "stay in the foreground (always so)", 0},
         OPTIONS_HELP(-1),
@@ -115,6 +149,16 @@ static void parse_options(int argc, char **argv, struct options *o)
     argp_err_exit_status = 2;
     if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, o))
         exit(2);
+}
+
+/* Every connection is a descriptor: as many as we are allowed. */
+static void raise_descriptors(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0 && limit.rlim_cur < limit.rlim_max) {
+        limit.rlim_cur = limit.rlim_max;
+        (void)setrlimit(RLIMIT_NOFILE, &limit); /* with fewer, listeners pause when they run out */
+    }
 }
 
 struct process {
@@ -154,10 +198,12 @@ static void on_fatal(void *user, const struct err *err)
 
 static int announce(const struct process *p, const struct options *o, struct err *err)
 {
-    const char *addresses[LISTEN_MAX];
+    const char *addresses[2 * LISTEN_MAX]; /* TCPStore's come last */
     size_t n = 0;
     for (; n < LISTEN_MAX && (addresses[n] = server_address(p->server, n)); n++)
         log_event(p->log, LOG_LEVEL_INFO, "listening", "address=%s", addresses[n]);
+    for (size_t i = 0; n < 2 * LISTEN_MAX && (addresses[n] = server_tcpstore_address(p->server, i)); i++, n++)
+        log_event(p->log, LOG_LEVEL_INFO, "listening", "address=%s protocol=tcpstore", addresses[n]);
     return o->port_file ? daemon_write_addresses(o->port_file, addresses, n, err) : 0;
 }
 
@@ -166,6 +212,9 @@ static int serve(struct process *p, const struct options *o, struct err *err)
     const struct server_config config = {
         .base = p->base, .log = p->log, .cluster = o->cluster, .state = o->state, .listen = o->listen,
         .n_listen = o->n_listen, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
+        .store_bytes = (size_t)o->store_mib << 20, .durability = o->durability, .tcpstore = o->tcpstore,
+        .n_tcpstore = o->n_tcpstore, .tcpstore_insecure = o->tcpstore_insecure,
+        .tcpstore_grace_ms = o->tcpstore_grace_ms,
     };
     int rc = server_open(&config, &p->server, err);
     if (rc < 0)
@@ -213,6 +262,7 @@ int main(int argc, char **argv)
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
+    raise_descriptors();
 
     struct err err = {0};
     struct process p = {.base = event_base_new(), .log = log_new("eep-coordinator", o.cluster, o.level, -1)};

@@ -17,7 +17,14 @@
 #include "common/daemon.h"
 #include "common/topology_wire.h"
 #include "common/version.h"
+#include "coordinator/tcpstore.h"
 
+/* Operators and readers: unsent bytes after which no more calls are taken, after which streams cut them off, and how long
+ * they may take nothing. */
+#define CALLER_PAUSE_BYTES ((size_t)1 << 20)
+#define CALLER_CUT_BYTES ((size_t)32 << 20)
+#define CALLER_STALL_MS 30000
+#define CONNS_MAX 16384
 #define STORE_BYTES_DEFAULT ((size_t)256 << 20)
 
 struct session *server_session(struct server *s, uint64_t id)
@@ -27,7 +34,7 @@ struct session *server_session(struct server *s, uint64_t id)
     return session;
 }
 
-static void fatal(struct server *s, const struct err *err)
+_Noreturn void server_fatal(struct server *s, const struct err *err)
 {
     log_event(s->log, LOG_LEVEL_ERROR, "journal-failed", "why=%s", err->text);
     s->config.on_fatal(s->config.user, err);
@@ -57,7 +64,7 @@ static void perform(struct server *s, struct coordinator_action *a)
         struct durable *durable = a->durable;
         a->durable = NULL; /* the journal's now */
         if (journal_submit(s->journal, a->seq, durable, a->parts, &err) < 0)
-            fatal(s, &err);
+            server_fatal(s, &err);
         break;
     }
     case CA_REPLY:
@@ -115,7 +122,7 @@ static void on_journal(evutil_socket_t fd, short what, void *user)
     int code;
     while (journal_completed(s->journal, &seq, &code, &err)) {
         if (code < 0)
-            fatal(s, &err);
+            server_fatal(s, &err);
         struct coordinator_event event = {.type = CE_JOURNALED, .seq = seq};
         server_step(s, &event);
     }
@@ -167,6 +174,8 @@ static void on_ready(void *user, struct rpc_conn *conn)
     session->conn = conn;
     session->id = rpc_conn_id(conn);
     session->role = rpc_conn_peer(conn)->role;
+    if (session->role != RPC_ROLE_AGENT)
+        rpc_conn_limit(conn, CALLER_PAUSE_BYTES, CALLER_CUT_BYTES, CALLER_STALL_MS);
     HASH_ADD(hh, s->sessions, id, sizeof session->id, session);
     rpc_conn_set_user(conn, session);
     log_event(s->log, LOG_LEVEL_DEBUG, "connected", /* an agent's HELLO is what counts: the core logs it */
@@ -236,6 +245,17 @@ static int check_listen(const struct server_config *config, struct err *err)
                            "use a unix socket or the loopback, or --insecure in a network that you trust",
                            config->listen[i]);
     }
+    for (size_t i = 0; i < config->n_tcpstore; i++) {
+        char address[ADDRESS_TEXT_MAX], name[ADDRESS_TEXT_MAX];
+        int rc = tcpstore_listen_parse(config->tcpstore[i], address, sizeof address, name, sizeof name, err);
+        if (rc < 0)
+            return rc;
+        if (!config->tcpstore_insecure && !daemon_address_is_local(address))
+            return err_set(err, ERR_DENIED,
+                           "will not listen for TCPStore on %s: its protocol has no authentication, everyone who reaches "
+                           "the port can read and change the keys; use the loopback, or --tcpstore-insecure in a network "
+                           "that you trust", address);
+    }
     if (!name_valid(config->cluster))
         return err_set(err, ERR_INVALID, "the cluster's name '%s' must be 1 to %d of [A-Za-z0-9._-]", config->cluster,
                        AGENT_ID_MAX - 1);
@@ -287,9 +307,10 @@ int server_open(const struct server_config *config, struct server **ret_server, 
     struct rpc_identity self = {0};
     snprintf(self.cluster, sizeof self.cluster, "%s", config->cluster);
     snprintf(self.software, sizeof self.software, "eep-coordinator %s", EEP_SOFTWARE);
-    const struct rpc_options options = {.handlers = &handlers, .user = s, .self = &self, .unix_mode = 0660};
+    const struct rpc_options options = {.handlers = &handlers, .user = s, .self = &self, .unix_mode = 0660,
+                                        .max_conns = CONNS_MAX};
 
-    if ((rc = open_core(s, err)) < 0 || (rc = open_events(s, err)) < 0 || (rc = control_store_open(s, err)) < 0 ||
+    if ((rc = open_core(s, err)) < 0 || (rc = open_events(s, err)) < 0 || (rc = store_edge_open(s, err)) < 0 ||
         (rc = rpc_listen(s->rpc, config->listen, config->n_listen, &options, &s->listener, err)) < 0) {
         server_close(s);
         return rc;
@@ -316,7 +337,7 @@ void server_close(struct server *s)
         session_free(session);
     }
     rpc_free(s->rpc);
-    control_store_close(s);
+    store_edge_close(s);
     event_drop(s->tick);
     event_drop(s->changed);
     event_drop(s->journal_event);
@@ -330,6 +351,11 @@ void server_close(struct server *s)
 const char *server_address(const struct server *s, size_t i)
 {
     return rpc_listener_address(s->listener, i);
+}
+
+const char *server_tcpstore_address(const struct server *s, size_t i)
+{
+    return tcpstore_address(s->edge->tcpstore, i);
 }
 
 void server_status_text(const struct server *s, char *text, size_t size)

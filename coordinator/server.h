@@ -8,6 +8,7 @@
 
 #include "common/log.h"
 #include "coordinator/core.h"
+#include "coordinator/store_disk.h"
 
 struct server;
 
@@ -20,6 +21,11 @@ struct server_config {
     size_t n_listen;
     bool insecure;                  /* TCP addresses other than the loopback are allowed */
     size_t store_bytes;             /* budget of the key-value store; 0 = 256 MiB */
+    enum store_durability durability; /* of its durable keys */
+    const char *const *tcpstore;    /* "host:port[/namespace]": TCPStore's protocol there */
+    size_t n_tcpstore;
+    bool tcpstore_insecure;         /* those may be other than the loopback */
+    uint32_t tcpstore_grace_ms;     /* a namespace without connections is emptied after this; 0 = 1000 */
     struct coordinator_config core;
     /* The journal could not be written: nothing more may be said to anybody.  Never returns to the server. */
     void (*on_fatal)(void *user, const struct err *err);
@@ -31,6 +37,7 @@ int server_open(const struct server_config *config, struct server **ret_server, 
 /* Closes every connection without a word: agents and engines serve on and look for a coordinator.  Takes NULL. */
 void server_close(struct server *server);
 const char *server_address(const struct server *server, size_t i); /* with its real port; NULL = no more */
+const char *server_tcpstore_address(const struct server *server, size_t i);
 /* One sentence for people. */
 void server_status_text(const struct server *server, char *text, size_t size);
 

@@ -21,6 +21,7 @@ struct session {
     enum rpc_role role;
     bool hello;           /* agents: HELLO has been handed to the core */
     struct call *calls;   /* operators: open calls (utlist) */
+    size_t n_calls;
     UT_hash_handle hh;    /* server.sessions by id */
 };
 
@@ -30,6 +31,7 @@ enum call_kind {
     CALL_BARRIER,
     CALL_WATCH_OP,
     CALL_WATCH_VIEW,
+    CALL_WATCH_KEYS,
 };
 
 /* A call that is not answered yet, or a stream. */
@@ -41,7 +43,10 @@ struct call {
     enum call_kind kind;
     uint64_t op;      /* WATCH_OP */
     uint64_t seen;    /* WATCH_VIEW: version that was sent last */
-    char *key;        /* KV_GET */
+    char *key;        /* KV_GET; prefix of KV_WATCH */
+    uint64_t watch_next; /* KV_WATCH: the first revision that has not been sent */
+    bool watch_values;
+    struct call *watch_list_prev, *watch_list_next; /* store_edge.watches */
     struct call *prev, *next;
     UT_hash_handle hh; /* server.calls by request */
 };
@@ -66,16 +71,15 @@ struct server {
     uint8_t *view_packed;          /* what the view's watchers were sent last */
     size_t view_packed_len;
     uint64_t view_version;
-    /* control_store.c */
-    struct store *store;
-    struct barriers *barriers;
-    struct event *store_tick;
+    struct store_edge *edge;       /* store_edge.c */
 };
 
 /* ---- server.c ---- */
 /* Hands one event to the core and performs what comes out. */
 void server_step(struct server *server, struct coordinator_event *event);
 struct session *server_session(struct server *server, uint64_t id);
+/* The disk cannot be written: nothing more is said to anybody. */
+_Noreturn void server_fatal(struct server *server, const struct err *err);
 
 /* ---- agent_link.c: agents ---- */
 void agent_link_frame(struct session *session, const struct frame *frame);
@@ -108,10 +112,10 @@ void control_watch_view(struct session *session, const struct frame *frame, cons
 void control_serve_watchers(struct server *server);
 void control_plan_summary(const struct server *server, const struct plan *plan, Pb__PlanSummary *ret_summary);
 
-/* ---- control_store.c: keys and barriers ---- */
-int control_store_open(struct server *server, struct err *err) MUST_CHECK;
-void control_store_close(struct server *server);
-void control_store_cancel(struct call *call); /* its connection is gone */
+/* ---- store_edge.c: keys, queues, leases, barriers ---- */
+int store_edge_open(struct server *server, struct err *err) MUST_CHECK;
+void store_edge_close(struct server *server);
+void store_edge_cancel(struct call *call); /* its connection is gone */
 void control_kv_set(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
 void control_kv_get(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
 void control_kv_check(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
@@ -120,6 +124,19 @@ void control_kv_cas(struct session *session, const struct frame *frame, const Pr
 void control_kv_delete(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
 void control_kv_list(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
 void control_kv_wait(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_multi_get(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_multi_set(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_count(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_watch(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_kv_stat(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_lease_grant(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_lease_keep(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_lease_end(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_queue_push(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_queue_pop(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_queue_length(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
 void control_barrier_arrive(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_barrier_list(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+void control_barrier_show(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
 
 #endif

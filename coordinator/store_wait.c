@@ -1,4 +1,4 @@
-/* Waits of the store: for all of some keys, with a deadline.  Pure; the loop thread.
+/* Waits of the store: for all of some keys or for a value of a queue, with a deadline.  Pure; the loop thread.
  *
  *   kept, sleeping on the first missing key --key comes, others missing--> sleeping on another
  *                                           --key comes, all are there---> over, code 0
@@ -6,10 +6,9 @@
  *   over --store_next_wake--> told and forgotten
  *
  * A key counts only while it is there: one that came and was deleted again is missing. */
-#include <string.h>
-
+#include <stdio.h>
 #include <stdlib.h>
-
+#include <string.h>
 #include <utlist.h>
 
 #include "coordinator/store_internal.h"
@@ -17,7 +16,7 @@
 static const char *wait_missing(const struct store *s, const struct wait *wait)
 {
     for (size_t i = 0; i < wait->n; i++)
-        if (!store_find(s, wait->keys[i]))
+        if (!store_present(s, wait->keys[i]))
             return wait->keys[i];
     return NULL;
 }
@@ -54,8 +53,9 @@ static void wait_unblock(struct store *s, struct wait *wait)
     }
 }
 
-static void wait_end(struct store *s, struct wait *wait, int code)
+void store_wait_end(struct store *s, struct wait *wait, int code)
 {
+    deadlines_remove(&s->deadlines, &wait->deadline);
     wait->code = code;
     DL_APPEND(s->over, wait);
 }
@@ -64,10 +64,14 @@ static void wait_forget(struct store *s, struct wait *wait)
 {
     if (wait->block)
         wait_unblock(s, wait);
+    else if (wait->queue)
+        store_queue_unwait(s, wait);
     else
         DL_DELETE(s->over, wait);
+    deadlines_remove(&s->deadlines, &wait->deadline);
     HASH_DEL(s->waits, wait);
     s->used -= wait->cost;
+    blob_unref(wait->value);
     free(wait);
 }
 
@@ -75,41 +79,65 @@ void store_waits_free(struct store *s)
 {
     struct wait *wait, *next;
     HASH_ITER(hh, s->waits, wait, next)
-    wait_forget(s, wait);
+        wait_forget(s, wait);
+}
+
+/* Looks again; true: it is over. */
+static bool wait_again(struct store *s, struct wait *wait)
+{
+    wait->block = NULL;
+    const char *missing = wait_missing(s, wait);
+    /* Without the memory to sleep on, it ends at once rather than never. */
+    int code = missing ? wait_sleep(s, wait, missing) : 0;
+    if (missing && code == 0)
+        return false;
+    store_wait_end(s, wait, code);
+    return true;
 }
 
 void store_waits_key_came(struct store *s, const char *key)
 {
     struct block *block = NULL;
+    if (!s->blocks)
+        return;
     HASH_FIND_STR(s->blocks, key, block);
     if (!block)
         return;
     HASH_DEL(s->blocks, block);
     struct wait *wait, *next;
-    DL_FOREACH_SAFE(block->waits, wait, next)
-    {
+    DL_FOREACH_SAFE(block->waits, wait, next) {
         DL_DELETE(block->waits, wait);
-        wait->block = NULL;
-        const char *missing = wait_missing(s, wait);
-        /* Without the memory to sleep on, it ends at once rather than never. */
-        int code = missing ? wait_sleep(s, wait, missing) : 0;
-        if (!missing || code < 0)
-            wait_end(s, wait, code);
+        (void)wait_again(s, wait);
     }
     free(block);
 }
 
-static struct wait *wait_new(uint64_t id, const char *const *keys, size_t n, uint64_t deadline_ns)
+void store_waits_value_came(struct store *s, const char *name)
 {
-    size_t size = sizeof(struct wait) + n * sizeof(char *);
-    for (size_t i = 0; i < n; i++)
-        size += strlen(keys[i]) + 1;
+    struct block *block = NULL;
+    HASH_FIND_STR(s->blocks, name, block);
+    while (block && block->waits) {
+        struct wait *wait = block->waits;
+        bool last = !wait->next;
+        wait_unblock(s, wait); /* frees the block with its last one */
+        if (wait_again(s, wait) || last)
+            break;
+    }
+}
+
+struct wait *store_wait_new(uint64_t id, const char *const *keys, size_t n)
+{
+    size_t size = sizeof(struct wait) + n * sizeof(char *), longest = 0;
+    for (size_t i = 0; i < n; i++) {
+        size_t len = strlen(keys[i]) + 1;
+        size += len;
+        longest = len > longest ? len : longest;
+    }
     struct wait *wait = calloc(1, size);
     if (!wait)
         return NULL;
     wait->id = id;
-    wait->deadline_ns = deadline_ns;
-    wait->cost = size + sizeof(struct block) + STORE_KEY_MAX + 1; /* with a block of its own */
+    wait->cost = size + sizeof(struct block) + longest; /* with a block of its own */
     wait->n = n;
     char *text = (char *)&wait->keys[n];
     for (size_t i = 0; i < n; i++) {
@@ -121,6 +149,26 @@ static struct wait *wait_new(uint64_t id, const char *const *keys, size_t n, uin
     return wait;
 }
 
+int store_wait_keep(struct store *s, struct wait *wait, uint64_t deadline_ns, struct err *err)
+{
+    struct wait *other = NULL;
+    HASH_FIND(hh, s->waits, &wait->id, sizeof wait->id, other);
+    int rc = other ? err_set(err, ERR_CONFLICT, "wait %llu is there already", (unsigned long long)wait->id)
+                   : store_budget_take(s, 0, wait->cost, err);
+    if (rc < 0) {
+        free(wait);
+        return err_wrap(err, "cannot wait");
+    }
+    HASH_ADD(hh, s->waits, id, sizeof wait->id, wait);
+    if (wait->hh.tbl && deadlines_set(&s->deadlines, &wait->deadline, deadline_ns) == 0)
+        return 0;
+    if (wait->hh.tbl)
+        HASH_DEL(s->waits, wait);
+    s->used -= wait->cost;
+    free(wait);
+    return err_set(err, ERR_NOMEM, "no memory to wait");
+}
+
 int store_wait(struct store *s, uint64_t id, const char *const *keys, size_t n, uint64_t deadline_ns, struct err *err)
 {
     struct wait *wait = NULL;
@@ -128,80 +176,77 @@ int store_wait(struct store *s, uint64_t id, const char *const *keys, size_t n, 
     if (wait)
         return err_set(err, ERR_CONFLICT, "wait %llu is there already", (unsigned long long)id);
     for (size_t i = 0; i < n; i++) {
-        int rc = store_key_check(keys[i], err);
+        int rc = store_key_check(keys[i], true, err);
         if (rc < 0)
             return rc;
     }
     if (store_check(s, keys, n))
         return 0;
-
-    wait = wait_new(id, keys, n, deadline_ns);
+    wait = store_wait_new(id, keys, n);
     if (!wait)
         return err_set(err, ERR_NOMEM, "no memory to wait for %zu keys", n);
-    int rc = store_budget_take(s, 0, wait->cost, err);
-    if (rc < 0) {
-        free(wait);
-        return err_wrap(err, "cannot wait for %zu keys", n);
+    int rc = store_wait_keep(s, wait, deadline_ns, err);
+    if (rc < 0)
+        return rc;
+    if (wait_sleep(s, wait, wait_missing(s, wait)) < 0) {
+        DL_APPEND(s->over, wait); /* so that it can be forgotten */
+        wait_forget(s, wait);
+        return err_set(err, ERR_NOMEM, "no memory to wait for %zu keys", n);
     }
-    HASH_ADD(hh, s->waits, id, sizeof wait->id, wait);
-    if (!wait->hh.tbl)
-        goto give_back;
-    if (wait_sleep(s, wait, wait_missing(s, wait)) < 0)
-        goto remove;
-    if (deadline_ns < s->deadline_ns)
-        s->deadline_ns = deadline_ns;
     return 1;
-
-remove:
-    HASH_DEL(s->waits, wait);
-give_back:
-    s->used -= wait->cost;
-    free(wait);
-    return err_set(err, ERR_NOMEM, "no memory to wait for %zu keys", n);
 }
 
 void store_wait_cancel(struct store *s, uint64_t id)
 {
     struct wait *wait = NULL;
     HASH_FIND(hh, s->waits, &id, sizeof id, wait);
-    if (wait)
-        wait_forget(s, wait);
+    if (!wait)
+        return;
+    if (wait->value)
+        store_queue_give_back(s, wait);
+    wait_forget(s, wait);
 }
 
-/* The sleeping wait with the first deadline, NULL for none; brings s->deadline_ns up to date. */
-static struct wait *wait_first(struct store *s)
+static struct wait *wait_of(struct deadline *deadline)
 {
-    struct wait *first = NULL, *wait, *next;
-    HASH_ITER(hh, s->waits, wait, next)
-    if (wait->block && wait->deadline_ns != UINT64_MAX && (!first || wait->deadline_ns < first->deadline_ns))
-        first = wait;
-    s->deadline_ns = first ? first->deadline_ns : UINT64_MAX;
-    return first;
+    return (struct wait *)((char *)deadline - offsetof(struct wait, deadline));
 }
 
 bool store_next_wake(struct store *s, uint64_t now_ns, struct store_wake *ret_wake)
 {
-    if (!s->over && s->deadline_ns <= now_ns) {
-        struct wait *late = wait_first(s);
-        if (late && late->deadline_ns <= now_ns) {
+    store_leases_expire(s, now_ns);
+    if (!s->over && deadlines_next_ns(&s->deadlines) <= now_ns) {
+        struct wait *late = wait_of(deadlines_first(&s->deadlines));
+        if (late->block)
             wait_unblock(s, late);
-            wait_end(s, late, ERR_TIMEOUT);
-        }
+        else
+            store_queue_unwait(s, late);
+        store_wait_end(s, late, ERR_TIMEOUT);
     }
     struct wait *wait = s->over;
     if (!wait)
         return false;
-    struct store_wake wake = {.id = wait->id, .code = wait->code};
-    const char *missing = wait->code < 0 ? wait_missing(s, wait) : NULL;
-    if (missing)
-        memcpy(wake.missing, missing, strlen(missing) + 1);
+    ret_wake->id = wait->id;
+    ret_wake->code = wait->code;
+    ret_wake->data = NULL;
+    ret_wake->len = 0;
+    ret_wake->left = wait->left;
+    const char *missing = wait->code == 0 ? NULL : wait->pop ? wait->keys[0] : wait_missing(s, wait);
+    snprintf(ret_wake->missing, sizeof ret_wake->missing, "%s", missing ? missing : "");
+    if (wait->value) {
+        ret_wake->len = wait->value->len;
+        ret_wake->data = malloc(wait->value->len + 1);
+        if (ret_wake->data)
+            memcpy(ret_wake->data, wait->value->data, wait->value->len);
+        else
+            ret_wake->code = ERR_NOMEM;
+    }
     wait_forget(s, wait);
-    *ret_wake = wake;
     return true;
 }
 
-/* May be early (the wait that it belonged to has ended since): then store_next_wake finds nothing and corrects it. */
 uint64_t store_deadline(const struct store *s)
 {
-    return s->over ? 0 : s->deadline_ns;
+    uint64_t wait = deadlines_next_ns(&s->deadlines), lease = deadlines_next_ns(&s->lease_deadlines);
+    return s->over ? 0 : wait < lease ? wait : lease;
 }

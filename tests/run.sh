@@ -32,6 +32,9 @@ part=unit
 for t in "$@"; do
     if [ "$t" = -- ]; then
         part=integration
+        for f in ${FUZZ:-}; do
+            run "fuzz corpus: $f" "$BUILD/tests/replay_$f" "tests/fuzz/corpus/$f" 20000
+        done
         if [ "${SIM_SEEDS:-0}" -gt 0 ]; then
             run simulation "$BUILD/tests/eep-sim" --seeds "$SIM_SEEDS"
             run planted-mistakes tests/sim/bugs.sh "$BUILD/tests/eep-sim"

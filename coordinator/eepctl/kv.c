@@ -1,4 +1,5 @@
 /* eepctl kv: the key-value store by hand. */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -8,59 +9,29 @@
 #include "coordinator/store.h"
 
 struct kv_options {
-    const char *arg[3];
+    const char *verb, *arg[3]; /* after the verb */
     int n;
-    uint32_t wait_ms;
-    bool values;
+    uint32_t wait_ms, max_length;
+    uint64_t lease, from;
+    bool values, ephemeral, missing;
+    const char *request, *expected;
 };
 
-static error_t kv_parse(int key, char *arg, struct argp_state *state)
-{
-    struct kv_options *o = state->input;
-    switch (key) {
-    case 'w':
-        o->wait_ms = ctl_parse_seconds_ms(state, "--wait", arg);
-        return 0;
-    case 'v':
-        o->values = true;
-        return 0;
-    case ARGP_KEY_ARG:
-        if (o->n == 3)
-            return ARGP_ERR_UNKNOWN;
-        o->arg[o->n++] = arg;
-        return 0;
-    case ARGP_KEY_END: {
-        static const struct { const char *verb; int min, max; } forms[] = {
-            {"get", 2, 2}, {"put", 3, 3}, {"del", 2, 2}, {"list", 1, 2}};
-        for (size_t i = 0; o->n && i < sizeof forms / sizeof forms[0]; i++) {
-            if (strcmp(o->arg[0], forms[i].verb) != 0)
-                continue;
-            if (o->n < forms[i].min || o->n > forms[i].max)
-                argp_error(state, "kv %s takes %d argument%s", o->arg[0], forms[i].max - 1,
-                           forms[i].max == 2 ? "" : "s");
-            return 0;
-        }
-        argp_error(state, "kv needs one of get, put, del, list");
-        return 0;
-    }
-    default:
-        return ARGP_ERR_UNKNOWN;
-    }
-}
+enum { KEY_EPHEMERAL = 256, KEY_LEASE, KEY_FROM, KEY_REQUEST, KEY_EXPECT, KEY_MISSING, KEY_MAX };
 
 static int kv_get(struct ctl *ctl, const struct kv_options *o)
 {
     struct err err;
     Pb__KvGetRequest request = PB__KV_GET_REQUEST__INIT;
     Pb__KvValue *reply;
-    request.key = (char *)o->arg[1];
+    request.key = (char *)o->arg[0];
     request.wait_ms = o->wait_ms;
     int timeout = o->wait_ms ? -1 : CLIENT_CALL_MS;
     if (client_call(ctl, CONTROL_KV_GET, &request.base, timeout, (ProtobufCMessage **)&reply, &err) < 0)
         return ctl_fail(&err);
     if (ctl->output == CTL_JSON) {
         json_t *value = ctl_json(&reply->base);
-        json_object_set_new(value, "key", json_string(o->arg[1]));
+        json_object_set_new(value, "key", json_string(o->arg[0]));
         ctl_print_json(value);
     } else {
         fwrite(reply->value.data, 1, reply->value.len, stdout); /* the very bytes */
@@ -105,10 +76,13 @@ static int kv_put(struct ctl *ctl, const struct kv_options *o)
     Pb__KvSetRequest request = PB__KV_SET_REQUEST__INIT;
     Pb__KvSetReply *reply;
     char *data = NULL;
-    size_t len = strlen(o->arg[2]);
-    request.key = (char *)o->arg[1];
-    request.value.data = (uint8_t *)o->arg[2];
-    if (strcmp(o->arg[2], "-") == 0) {
+    size_t len = strlen(o->arg[1]);
+    request.key = (char *)o->arg[0];
+    request.has_ephemeral = request.ephemeral = o->ephemeral || o->lease;
+    request.has_lease = o->lease != 0;
+    request.lease = o->lease;
+    request.value.data = (uint8_t *)o->arg[1];
+    if (strcmp(o->arg[1], "-") == 0) {
         if (read_all(stdin, &data, &len, &err) < 0)
             return ctl_fail(&err);
         request.value.data = (uint8_t *)data;
@@ -131,7 +105,7 @@ static int kv_del(struct ctl *ctl, const struct kv_options *o)
     struct err err;
     Pb__KvDeleteRequest request = PB__KV_DELETE_REQUEST__INIT;
     ProtobufCMessage *reply;
-    request.key = (char *)o->arg[1];
+    request.key = (char *)o->arg[0];
     if (client_call(ctl, CONTROL_KV_DELETE, &request.base, CLIENT_CALL_MS, &reply, &err) < 0)
         return ctl_fail(&err);
     rpc_unpack_free(reply);
@@ -163,7 +137,7 @@ static int kv_list(struct ctl *ctl, const struct kv_options *o)
     while (more) {
         Pb__KvListRequest request = PB__KV_LIST_REQUEST__INIT;
         Pb__KvListReply *reply;
-        request.prefix = (char *)(o->n > 1 ? o->arg[1] : "");
+        request.prefix = (char *)(o->n > 0 ? o->arg[0] : "");
         request.after = after;
         request.max = 1000;
         request.values = o->values;
@@ -197,31 +171,263 @@ static int kv_list(struct ctl *ctl, const struct kv_options *o)
     return status;
 }
 
+static int kv_add(struct ctl *ctl, const struct kv_options *o)
+{
+    struct err err;
+    Pb__KvAddRequest request = PB__KV_ADD_REQUEST__INIT;
+    Pb__KvAddReply *reply;
+    char *end;
+    errno = 0;
+    request.key = (char *)o->arg[0];
+    request.amount = strtoll(o->n > 1 ? o->arg[1] : "1", &end, 10);
+    if (errno || *end || end == o->arg[1]) {
+        fprintf(stderr, "eepctl: kv add: '%s' is not a whole number of 64 bits\n", o->arg[1]);
+        return CTL_USAGE;
+    }
+    request.has_ephemeral = request.ephemeral = o->ephemeral;
+    request.request = (char *)o->request;
+    if (client_call(ctl, CONTROL_KV_ADD, &request.base, CLIENT_CALL_MS, (ProtobufCMessage **)&reply, &err) < 0)
+        return ctl_fail(&err);
+    if (ctl->output == CTL_JSON)
+        ctl_print_json(ctl_json(&reply->base));
+    else
+        printf("%lld\n", (long long)reply->value);
+    rpc_unpack_free(&reply->base);
+    return CTL_OK;
+}
+
+static int kv_cas(struct ctl *ctl, const struct kv_options *o)
+{
+    struct err err;
+    Pb__KvCasRequest request = PB__KV_CAS_REQUEST__INIT;
+    Pb__KvCasReply *reply;
+    if (o->missing == (o->expected != NULL)) {
+        fprintf(stderr, "eepctl: kv cas needs either --expect VALUE or --missing\n");
+        return CTL_USAGE;
+    }
+    request.key = (char *)o->arg[0];
+    request.value.data = (uint8_t *)o->arg[1];
+    request.value.len = strlen(o->arg[1]);
+    request.has_ephemeral = request.ephemeral = o->ephemeral || o->lease;
+    request.has_lease = o->lease != 0;
+    request.lease = o->lease;
+    if (o->expected) {
+        request.has_expected = 1;
+        request.expected.data = (uint8_t *)o->expected;
+        request.expected.len = strlen(o->expected);
+    }
+    if (client_call(ctl, CONTROL_KV_CAS, &request.base, CLIENT_CALL_MS, (ProtobufCMessage **)&reply, &err) < 0)
+        return ctl_fail(&err);
+    if (ctl->output == CTL_JSON)
+        ctl_print_json(ctl_json(&reply->base));
+    else if (reply->swapped)
+        printf("swapped, revision %llu\n", (unsigned long long)reply->revision);
+    else if (!reply->has_value)
+        printf("not swapped: the key is missing\n");
+    else
+        printf("not swapped: it is %.*s\n", (int)reply->value.len, (const char *)reply->value.data);
+    int status = reply->swapped ? CTL_OK : CTL_CONFLICT;
+    rpc_unpack_free(&reply->base);
+    return status;
+}
+
+/* ---- watching ---- */
+
+static void change_print(struct ctl *ctl, const Pb__KvChange *change)
+{
+    if (ctl->output == CTL_JSON) {
+        ctl_print_json(ctl_json(&change->base));
+    } else {
+        printf("%llu %s %s%s", (unsigned long long)change->revision, change->deleted ? "del" : "put", change->key,
+               change->has_value ? " " : "");
+        fwrite(change->value.data, 1, change->has_value ? change->value.len : 0, stdout);
+        putchar('\n');
+    }
+    fflush(stdout);
+}
+
+/* Until it is interrupted, or the changes wanted are no longer remembered. */
+static int kv_watch(struct ctl *ctl, const struct kv_options *o)
+{
+    struct err err;
+    Pb__KvWatchRequest request = PB__KV_WATCH_REQUEST__INIT;
+    ProtobufCMessage *reply;
+    uint64_t id;
+    request.prefix = (char *)(o->n ? o->arg[0] : "");
+    request.from = o->from;
+    request.has_values = request.values = o->values;
+    int rc = client_connect(ctl, &err);
+    if (rc == 0)
+        rc = rpc_client_start(ctl->client, CONTROL_KV_WATCH, &request.base, &id, &err);
+    while (rc >= 0 && (rc = rpc_client_next(ctl->client, id, -1, &reply, &err)) == 1) {
+        const Pb__KvChanges *changes = (const Pb__KvChanges *)reply;
+        for (size_t i = 0; i < changes->n_changes; i++)
+            change_print(ctl, changes->changes[i]);
+        rpc_unpack_free(reply);
+    }
+    return rc < 0 ? ctl_fail(&err) : CTL_OK;
+}
+
+/* ---- queues ---- */
+
+static int kv_queue(struct ctl *ctl, const struct kv_options *o)
+{
+    struct err err;
+    ProtobufCMessage *reply;
+    int rc;
+    if (strcmp(o->arg[0], "push") == 0) {
+        Pb__QueuePushRequest request = PB__QUEUE_PUSH_REQUEST__INIT;
+        request.queue = (char *)o->arg[1];
+        request.value.data = (uint8_t *)o->arg[2];
+        request.value.len = strlen(o->arg[2]);
+        request.has_max_length = o->max_length != 0;
+        request.max_length = o->max_length;
+        rc = client_call(ctl, CONTROL_QUEUE_PUSH, &request.base, CLIENT_CALL_MS, &reply, &err);
+    } else if (strcmp(o->arg[0], "pop") == 0) {
+        Pb__QueuePopRequest request = PB__QUEUE_POP_REQUEST__INIT;
+        request.queue = (char *)o->arg[1];
+        request.wait_ms = o->wait_ms;
+        rc = client_call(ctl, CONTROL_QUEUE_POP, &request.base, o->wait_ms ? -1 : CLIENT_CALL_MS, &reply, &err);
+    } else {
+        Pb__QueueLengthRequest request = PB__QUEUE_LENGTH_REQUEST__INIT;
+        request.queue = (char *)o->arg[1];
+        rc = client_call(ctl, CONTROL_QUEUE_LENGTH, &request.base, CLIENT_CALL_MS, &reply, &err);
+    }
+    if (rc < 0)
+        return ctl_fail(&err);
+    if (ctl->output == CTL_JSON) {
+        ctl_print_json(ctl_json(reply));
+    } else if (strcmp(o->arg[0], "pop") == 0) {
+        const Pb__QueueValue *value = (const Pb__QueueValue *)reply;
+        fwrite(value->value.data, 1, value->value.len, stdout); /* the very bytes */
+        if (isatty(STDOUT_FILENO))
+            putchar('\n');
+    } else {
+        printf("%llu\n", (unsigned long long)((const Pb__QueueLengthReply *)reply)->length);
+    }
+    rpc_unpack_free(reply);
+    return CTL_OK;
+}
+
+static int kv_stat(struct ctl *ctl, const struct kv_options *o)
+{
+    (void)o;
+    struct err err;
+    ProtobufCMessage *reply;
+    if (client_ask(ctl, CONTROL_KV_STAT, &reply, &err) < 0)
+        return ctl_fail(&err);
+    const Pb__KvStatReply *stat = (const Pb__KvStatReply *)reply;
+    char used[32], budget[32];
+    if (ctl->output == CTL_JSON)
+        ctl_print_json(ctl_json(reply));
+    else
+        printf("%llu keys, %s of %s, revision %llu, changes kept from %llu, durability %s\n",
+               (unsigned long long)stat->keys, ctl_bytes(stat->used_bytes, used, sizeof used),
+               ctl_bytes(stat->budget_bytes, budget, sizeof budget), (unsigned long long)stat->revision,
+               (unsigned long long)stat->first_revision, stat->durability);
+    rpc_unpack_free(reply);
+    return CTL_OK;
+}
+
+/* ---- the command ---- */
+
+static const struct form {
+    const char *verb;
+    int min, max; /* arguments after it */
+    const char *takes;
+    int (*run)(struct ctl *ctl, const struct kv_options *o);
+} forms[] = {
+    {"get", 1, 1, "KEY", kv_get},
+    {"put", 2, 2, "KEY VALUE", kv_put},
+    {"add", 1, 2, "KEY [AMOUNT]", kv_add},
+    {"cas", 2, 2, "KEY VALUE", kv_cas},
+    {"del", 1, 1, "KEY", kv_del},
+    {"list", 0, 1, "[PREFIX]", kv_list},
+    {"watch", 0, 1, "[PREFIX]", kv_watch},
+    {"queue", 2, 3, "push QUEUE VALUE, pop QUEUE, or len QUEUE", kv_queue},
+    {"stat", 0, 0, "nothing", kv_stat},
+};
+
+static const struct form *form_of(const char *verb)
+{
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
+        if (strcmp(verb, forms[i].verb) == 0)
+            return &forms[i];
+    return NULL;
+}
+
+static bool queue_wrong(const struct kv_options *o)
+{
+    bool push = strcmp(o->arg[0], "push") == 0, other = !strcmp(o->arg[0], "pop") || !strcmp(o->arg[0], "len");
+    return !((push && o->n == 3) || (other && o->n == 2));
+}
+
+static error_t kv_parse(int key, char *arg, struct argp_state *state)
+{
+    struct kv_options *o = state->input;
+    switch (key) {
+    case 'w': o->wait_ms = ctl_parse_seconds_ms(state, "--wait", arg); return 0;
+    case 'v': o->values = true; return 0;
+    case KEY_EPHEMERAL: o->ephemeral = true; return 0;
+    case KEY_LEASE: o->lease = ctl_parse_u64(state, "--lease", arg); return 0;
+    case KEY_FROM: o->from = ctl_parse_u64(state, "--from", arg); return 0;
+    case KEY_REQUEST: o->request = arg; return 0;
+    case KEY_EXPECT: o->expected = arg; return 0;
+    case KEY_MISSING: o->missing = true; return 0;
+    case KEY_MAX: o->max_length = ctl_parse_u32(state, "--max", arg, 1, UINT32_MAX); return 0;
+    case ARGP_KEY_ARG:
+        if (!o->verb)
+            o->verb = arg;
+        else if (o->n == 3)
+            return ARGP_ERR_UNKNOWN;
+        else
+            o->arg[o->n++] = arg;
+        return 0;
+    case ARGP_KEY_END: {
+        const struct form *form = o->verb ? form_of(o->verb) : NULL;
+        if (!form)
+            argp_error(state, "kv needs one of get, put, add, cas, del, list, watch, queue, stat");
+        else if (o->n < form->min || o->n > form->max || (form->run == kv_queue && queue_wrong(o)))
+            argp_error(state, "kv %s takes %s", form->verb, form->takes);
+        return 0;
+    }
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
 int cmd_kv(struct ctl *ctl, int argc, char **argv)
 {
     struct kv_options options = {0};
     const struct argp_option own[] = {
-        {"wait", 'w', "SECONDS", 0, "get: wait so long for the key to appear", 0},
-        {"values", 'v', 0, 0, "list: show the values, too", 0},
+        {"wait", 'w', "SECONDS", 0, "get, queue pop: wait so long", 0},
+        {"values", 'v', 0, 0, "list, watch: show the values, too", 0},
+        {"ephemeral", KEY_EPHEMERAL, 0, 0, "put, add, cas: never on disk, gone with the coordinator", 0},
+        {"lease", KEY_LEASE, "ID", 0, "put, cas: ephemeral, and gone when this lease ends", 0},
+        {"request", KEY_REQUEST, "ID", 0, "add: a repetition under the same id adds nothing", 0},
+        {"expect", KEY_EXPECT, "VALUE", 0, "cas: only if this is the value", 0},
+        {"missing", KEY_MISSING, 0, 0, "cas: only if there is no such key", 0},
+        {"from", KEY_FROM, "REVISION", 0, "watch: changes from this one on (default: from now)", 0},
+        {"max", KEY_MAX, "N", 0, "queue push: fail when it is that long", 0},
         {0},
     };
     const struct argp argp = {
         .options = own,
         .parser = kv_parse,
-        .args_doc = "get KEY\nput KEY VALUE\ndel KEY\nlist [PREFIX]",
+        .args_doc = "get KEY\nput KEY VALUE\nadd KEY [AMOUNT]\ncas KEY VALUE\ndel KEY\nlist [PREFIX]\nwatch [PREFIX]\n"
+                    "queue push QUEUE VALUE\nqueue pop QUEUE\nqueue len QUEUE\nstat",
         .doc = "Reads and writes the coordinator's key-value store.\v"
                "Examples:\n"
                "  eepctl kv put job/7/state ready\n"
                "  eepctl kv put job/7/blob - <file       the value comes from standard input\n"
                "  eepctl kv get job/7/state --wait 10\n"
+               "  eepctl kv add job/7/count 5 --request a1\n"
+               "  eepctl kv cas job/7/leader me --missing    exit code 7 when it is there\n"
                "  eepctl kv list job/ --values\n"
+               "  eepctl kv watch job/ --values\n"
+               "  eepctl kv queue pop work --wait 60\n"
                "  eepctl kv del job/7/state\n",
     };
     ctl_parse(ctl, &argp, argc, argv, &options);
-    switch (options.arg[0][0]) {
-    case 'g': return kv_get(ctl, &options);
-    case 'p': return kv_put(ctl, &options);
-    case 'd': return kv_del(ctl, &options);
-    default: return kv_list(ctl, &options);
-    }
+    return form_of(options.verb)->run(ctl, &options);
 }

@@ -1,12 +1,12 @@
 #!/bin/sh
-# make bench: the figures of docs/figures.md, as markdown on standard output.  Takes about two minutes.
+# make bench: the figures of docs/figures.md, as markdown on standard output.  Takes about six minutes.
 #
 #   EEP_BIN=build tests/bench/run.sh build/tests
 #
 # BENCH_CYCLES: up/down cycles of bench_scale (10).
 set -eu
 
-tests=${1:?usage: run.sh FOLDER (of bench_transfer and bench_scale)}
+tests=${1:?usage: run.sh FOLDER (of the bench_ programs)}
 cycles=${BENCH_CYCLES:-10}
 export EEP_BIN="${EEP_BIN:-build}"
 
@@ -29,6 +29,8 @@ run() {
 run "transfer" "$tests/bench_transfer"
 run "scaling, default lead" "$tests/bench_scale" --cycles "$cycles"
 run "scaling, --lead-ms 60" "$tests/bench_scale" --cycles "$cycles" --lead-ms 60
+run "store against Redis" "$tests/bench_store" --million
+run "barriers, joins, memory" "$tests/bench_barrier"
 echo
 echo "load average $(cut -d' ' -f1 /proc/loadavg) at the end"
 exit $failed

@@ -73,6 +73,35 @@ START_TEST(the_store)
     CTL(&c, 0, "kv", "del", "run/lr");
     CTL(&c, 1, "kv", "get", "run/lr");
     CTL_SAYS("run/lr");
+    CTL(&c, 0, "kv", "add", "run/steps", "35", "--request", "r1");
+    CTL(&c, 0, "kv", "add", "run/steps", "35", "--request", "r1");
+    CTL_SAYS("42");
+    CTL(&c, 7, "kv", "cas", "run/steps", "0", "--missing");
+    CTL_SAYS("it is 42");
+    CTL(&c, 0, "kv", "cas", "run/steps", "43", "--expect", "42");
+    CTL(&c, 2, "kv", "cas", "run/steps", "43");
+    CTL(&c, 2, "kv", "add", "run/steps", "many");
+    CTL(&c, 0, "kv", "queue", "push", "q", "item");
+    CTL(&c, 0, "kv", "queue", "len", "q");
+    CTL(&c, 0, "kv", "queue", "pop", "q");
+    CTL_SAYS("item");
+    CTL(&c, 1, "kv", "queue", "pop", "q", "--wait", "0.1");
+    CTL_SAYS("by the deadline");
+    CTL(&c, 2, "kv", "queue", "pop");
+    CTL(&c, 0, "kv", "stat");
+    CTL_SAYS("durability fsync");
+    CTL(&c, 0, "barrier", "list");
+    CTL(&c, 1, "barrier", "show", "nobody");
+    CTL_SAYS("nobody waits");
+    CTL(&c, 0, "kv", "put", "run/e", "1", "--ephemeral");
+    /* durable keys come back after kill -9, ephemeral ones do not */
+    cluster_signal(&c.coordinator, SIGKILL);
+    ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+    CTL(&c, 0, "kv", "get", "run/steps");
+    CTL_SAYS("43");
+    CTL(&c, 1, "kv", "get", "run/e");
+    CTL(&c, 1, "kv", "watch", "--from", "1");
+    CTL_SAYS("compacted");
     /* a second coordinator on the same state */
     pid_t first = c.coordinator;
     cluster_coordinator_start(&c);

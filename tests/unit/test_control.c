@@ -237,6 +237,218 @@ START_TEST(barrier_releases_and_forgets_the_dead)
 }
 END_TEST
 
+static void add(struct rpc_client *c, const char *key, const char *request, int64_t amount, int64_t want)
+{
+    Pb__KvAddRequest add = PB__KV_ADD_REQUEST__INIT;
+    add.key = (char *)key;
+    add.amount = amount;
+    add.request = (char *)request;
+    Pb__KvAddReply *sum = call(c, CONTROL_KV_ADD, &add, 0);
+    ck_assert_int_eq(sum->value, want);
+    rpc_unpack_free(&sum->base);
+}
+
+START_TEST(many_keys_at_once)
+{
+    struct rpc_client *c = client_of(RPC_ROLE_OPERATOR);
+    Pb__KvMultiSetRequest sets = PB__KV_MULTI_SET_REQUEST__INIT;
+    Pb__KvSetRequest one = PB__KV_SET_REQUEST__INIT, two = PB__KV_SET_REQUEST__INIT, *both[] = {&one, &two};
+    one.key = (char *)"m/1";
+    two.key = (char *)"m/2";
+    two.value.data = (uint8_t *)"v";
+    two.value.len = 1;
+    two.has_ephemeral = two.ephemeral = 1;
+    sets.sets = both;
+    call(c, CONTROL_KV_MULTI_SET, &sets, ERR_INVALID); /* none */
+    sets.n_sets = 2;
+    Pb__KvSetReply *done = call(c, CONTROL_KV_MULTI_SET, &sets, 0);
+    uint64_t revision = done->revision;
+    rpc_unpack_free(&done->base);
+    char *keys[] = {(char *)"m/2", (char *)"none", (char *)"m/1"};
+    Pb__KvMultiGetRequest get = PB__KV_MULTI_GET_REQUEST__INIT;
+    get.n_keys = 3;
+    get.keys = keys;
+    Pb__KvMultiGetReply *found = call(c, CONTROL_KV_MULTI_GET, &get, 0);
+    ck_assert_uint_eq(found->n_values, 3);
+    ck_assert(found->values[0]->has_value && found->values[0]->value.len == 1 && found->values[0]->revision == revision);
+    ck_assert(!found->values[1]->has_value); /* missing */
+    ck_assert(found->values[2]->has_value && found->values[2]->value.len == 0); /* is not empty */
+    rpc_unpack_free(&found->base);
+    Pb__KvCountRequest count = PB__KV_COUNT_REQUEST__INIT;
+    count.prefix = (char *)"m/";
+    Pb__KvCountReply *n = call(c, CONTROL_KV_COUNT, &count, 0);
+    ck_assert_uint_eq(n->count, 2);
+    rpc_unpack_free(&n->base);
+    add(c, "sum", "id", 5, 5);
+    add(c, "sum", "", 1, 6);
+    add(c, "sum", "id", 5, 5);
+    Pb__KvAddRequest wrong = PB__KV_ADD_REQUEST__INIT;
+    wrong.key = (char *)"sum";
+    wrong.amount = 7;
+    wrong.request = (char *)"id";
+    call(c, CONTROL_KV_ADD, &wrong, ERR_CONFLICT);
+    rpc_client_free(c);
+}
+END_TEST
+
+/* Changes of the prefix, each once, in order, across two clients; from the past; and compacted. */
+START_TEST(keys_are_watched)
+{
+    struct rpc_client *w = client_of(RPC_ROLE_READER), *c = client_of(RPC_ROLE_OPERATOR);
+    Pb__KvWatchRequest watch = PB__KV_WATCH_REQUEST__INIT;
+    uint64_t id, late, seen = 0, first = 0;
+    struct err err;
+    ProtobufCMessage *reply;
+    char key[16];
+    watch.prefix = (char *)"w/";
+    watch.has_values = watch.values = 1;
+    ck_assert_int_eq(rpc_client_start(w, CONTROL_KV_WATCH, &watch.base, &id, &err), 0);
+    ck_assert_int_eq(rpc_client_next(w, id, 2000, &reply, &err), 1); /* it is there */
+    ck_assert_uint_eq(((Pb__KvChanges *)reply)->n_changes, 0);
+    first = ((Pb__KvChanges *)reply)->next;
+    rpc_unpack_free(reply);
+    for (int i = 0; i < 20; i++) {
+        snprintf(key, sizeof key, i % 2 ? "x/%d" : "w/%d", i);
+        set(c, key, "v");
+    }
+    for (uint64_t after = 0; seen < 10;) {
+        ck_assert_int_eq(rpc_client_next(w, id, 2000, &reply, &err), 1);
+        const Pb__KvChanges *changes = (const Pb__KvChanges *)reply;
+        for (size_t i = 0; i < changes->n_changes; i++) {
+            ck_assert_uint_gt(changes->changes[i]->revision, after);
+            after = changes->changes[i]->revision;
+            snprintf(key, sizeof key, "w/%d", (int)(2 * seen++));
+            ck_assert_str_eq(changes->changes[i]->key, key);
+            ck_assert_uint_eq(changes->changes[i]->value.len, 1);
+        }
+        rpc_unpack_free(reply);
+    }
+    watch.from = first; /* the same again, from the past */
+    ck_assert_int_eq(rpc_client_start(w, CONTROL_KV_WATCH, &watch.base, &late, &err), 0);
+    ck_assert_int_eq(rpc_client_next(w, late, 2000, &reply, &err), 1);
+    ck_assert_uint_eq(((Pb__KvChanges *)reply)->n_changes, 10);
+    rpc_unpack_free(reply);
+    /* More than the store remembers: who has not read meanwhile is told so. */
+    char *big = calloc(1, 1 << 20);
+    memset(big, 'x', (1 << 20) - 1);
+    for (int i = 0; i < 40; i++)
+        set(c, "w/big", big);
+    free(big);
+    uint64_t last = 0;
+    int rc, big_ones = 0;
+    while ((rc = rpc_client_next(w, late, 5000, &reply, &err)) == 1) {
+        const Pb__KvChanges *changes = (const Pb__KvChanges *)reply;
+        for (size_t i = 0; i < changes->n_changes; i++, big_ones++) {
+            ck_assert(last == 0 || changes->changes[i]->revision == last + 1); /* no gap */
+            last = changes->changes[i]->revision;
+        }
+        rpc_unpack_free(reply);
+        if (big_ones == 40)
+            break;
+    }
+    ck_assert(big_ones == 40 || rc == ERR_STALE);
+    rpc_client_free(w);
+    w = client_of(RPC_ROLE_READER);
+    watch.from = 1;
+    ck_assert_int_eq(rpc_client_start(w, CONTROL_KV_WATCH, &watch.base, &id, &err), 0);
+    ck_assert_int_eq(rpc_client_next(w, id, 2000, &reply, &err), ERR_STALE);
+    ck_assert_ptr_nonnull(strstr(err.text, "compacted"));
+    rpc_client_free(w);
+    rpc_client_free(c);
+}
+END_TEST
+
+START_TEST(leases_and_queues)
+{
+    struct rpc_client *a = client_of(RPC_ROLE_OPERATOR), *b = client_of(RPC_ROLE_OPERATOR);
+    Pb__LeaseGrantRequest grant = PB__LEASE_GRANT_REQUEST__INIT;
+    Pb__LeaseRequest keep = PB__LEASE_REQUEST__INIT;
+    Pb__KvSetRequest held = PB__KV_SET_REQUEST__INIT;
+    Pb__KvGetRequest get = PB__KV_GET_REQUEST__INIT;
+    call(a, CONTROL_LEASE_GRANT, &grant, ERR_INVALID);
+    grant.ttl_ms = 200;
+    Pb__LeaseReply *lease = call(a, CONTROL_LEASE_GRANT, &grant, 0);
+    keep.lease = held.lease = lease->lease;
+    rpc_unpack_free(&lease->base);
+    get.key = held.key = (char *)"member";
+    held.has_lease = 1;
+    call(a, CONTROL_KV_SET, &held, ERR_INVALID); /* durable */
+    held.has_ephemeral = held.ephemeral = 1;
+    rpc_unpack_free(call(a, CONTROL_KV_SET, &held, 0));
+    for (int i = 0; i < 4; i++) {
+        usleep(100000);
+        rpc_unpack_free(call(a, CONTROL_LEASE_KEEP, &keep, 0));
+    }
+    rpc_unpack_free(call(b, CONTROL_KV_GET, &get, 0)); /* kept beyond its time */
+    usleep(400000);
+    call(b, CONTROL_KV_GET, &get, ERR_NOTFOUND);
+    call(a, CONTROL_LEASE_KEEP, &keep, ERR_NOTFOUND);
+
+    Pb__QueuePopRequest pop = PB__QUEUE_POP_REQUEST__INIT;
+    Pb__QueuePushRequest push = PB__QUEUE_PUSH_REQUEST__INIT;
+    uint64_t id;
+    struct err err;
+    ProtobufCMessage *reply;
+    pop.queue = push.queue = (char *)"q";
+    call(a, CONTROL_QUEUE_POP, &pop, ERR_NOTFOUND);
+    pop.wait_ms = 50;
+    call(a, CONTROL_QUEUE_POP, &pop, ERR_TIMEOUT);
+    pop.wait_ms = 5000;
+    ck_assert_int_eq(rpc_client_start(a, CONTROL_QUEUE_POP, &pop.base, &id, &err), 0);
+    usleep(50000);
+    rpc_client_free(a); /* it dies while it waits: the value is for another */
+    push.value.data = (uint8_t *)"item";
+    push.value.len = 4;
+    usleep(50000);
+    rpc_unpack_free(call(b, CONTROL_QUEUE_PUSH, &push, 0));
+    Pb__QueueValue *value = call(b, CONTROL_QUEUE_POP, &pop, 0);
+    ck_assert_uint_eq(value->value.len, 4);
+    rpc_unpack_free(&value->base);
+    ck_assert_int_eq(rpc_client_start(b, CONTROL_QUEUE_POP, &pop.base, &id, &err), 0);
+    a = client_of(RPC_ROLE_OPERATOR);
+    rpc_unpack_free(call(a, CONTROL_QUEUE_PUSH, &push, 0));
+    ck_assert_int_eq(rpc_client_next(b, id, 2000, &reply, &err), 1);
+    rpc_unpack_free(reply);
+    push.has_max_length = 1;
+    push.max_length = 1;
+    rpc_unpack_free(call(a, CONTROL_QUEUE_PUSH, &push, 0));
+    call(a, CONTROL_QUEUE_PUSH, &push, ERR_LIMIT);
+    rpc_client_free(a);
+    rpc_client_free(b);
+}
+END_TEST
+
+START_TEST(limits_are_named_and_harm_nobody)
+{
+    struct rpc_client *c = client_of(RPC_ROLE_OPERATOR);
+    Pb__KvSetRequest request = PB__KV_SET_REQUEST__INIT;
+    char *big = calloc(1, 9 << 20), key[600];
+    memset(key, 'k', sizeof key);
+    key[500] = '\0';
+    request.key = key;
+    call(c, CONTROL_KV_SET, &request, ERR_INVALID); /* a durable key above 480 */
+    request.has_ephemeral = request.ephemeral = 1;
+    rpc_unpack_free(call(c, CONTROL_KV_SET, &request, 0));
+    request.value.data = (uint8_t *)big;
+    request.value.len = 9 << 20;
+    call(c, CONTROL_KV_SET, &request, ERR_LIMIT);
+    request.value.len = 8 << 20;
+    int rc = 0, sets = 0;
+    struct err err = {0};
+    for (; rc == 0 && sets < 100; sets++) { /* the budget of 256 MiB */
+        ProtobufCMessage *reply = NULL;
+        snprintf(key, sizeof key, "big/%d", sets);
+        rc = rpc_client_call(c, CONTROL_KV_SET, &request.base, 5000, &reply, &err);
+        rpc_unpack_free(reply);
+    }
+    ck_assert_int_eq(rc, ERR_LIMIT);
+    ck_assert_msg(strstr(err.text, "the store is full") != NULL, "%s", err.text);
+    set(c, "small", "still works"); /* a little is left, and what is there is served */
+    free(big);
+    rpc_client_free(c);
+}
+END_TEST
+
 START_TEST(view_is_watched_and_calls_go_on_beside)
 {
     struct rpc_client *c = client_of(RPC_ROLE_READER);
@@ -333,6 +545,10 @@ int main(void)
     tcase_add_test(tc, get_waits_for_the_key);
     tcase_add_test(tc, cas_add_list);
     tcase_add_test(tc, barrier_releases_and_forgets_the_dead);
+    tcase_add_test(tc, many_keys_at_once);
+    tcase_add_test(tc, keys_are_watched);
+    tcase_add_test(tc, leases_and_queues);
+    tcase_add_test(tc, limits_are_named_and_harm_nobody);
     tcase_add_test(tc, view_is_watched_and_calls_go_on_beside);
     tcase_add_test(tc, operation_is_watched_to_its_end);
     tcase_add_test(tc, second_coordinator_is_refused);

@@ -631,6 +631,13 @@ START_TEST(control_methods)
         [CONTROL_KV_ADD] = "KvAdd",            [CONTROL_KV_CAS] = "KvCas",
         [CONTROL_KV_DELETE] = "KvDelete",      [CONTROL_KV_LIST] = "KvList",
         [CONTROL_KV_WAIT] = "KvWait",          [CONTROL_BARRIER_ARRIVE] = "BarrierArrive",
+        [CONTROL_KV_MULTI_GET] = "KvMultiGet", [CONTROL_KV_MULTI_SET] = "KvMultiSet",
+        [CONTROL_KV_COUNT] = "KvCount",        [CONTROL_KV_WATCH] = "KvWatch",
+        [CONTROL_KV_STAT] = "KvStat",          [CONTROL_LEASE_GRANT] = "LeaseGrant",
+        [CONTROL_LEASE_KEEP] = "LeaseKeep",    [CONTROL_LEASE_END] = "LeaseEnd",
+        [CONTROL_QUEUE_PUSH] = "QueuePush",    [CONTROL_QUEUE_POP] = "QueuePop",
+        [CONTROL_QUEUE_LENGTH] = "QueueLength", [CONTROL_BARRIER_LIST] = "BarrierList",
+        [CONTROL_BARRIER_SHOW] = "BarrierShow",
     };
     ck_assert_uint_eq(pb__control__descriptor.n_methods, CONTROL_METHODS);
     for (unsigned i = 0; i < CONTROL_METHODS; i++)

@@ -1,5 +1,5 @@
-/* The key-value store: values, counters, compare-and-set, listing, budget, waits; and random operations against a
- * table that is searched by hand. */
+/* The key-value store: values, counters, compare-and-set, listing, budget, waits, leases, queues, history, batches; and
+ * random operations against a table that is searched by hand. */
 #include <check.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -12,7 +12,7 @@ static struct store *store;
 
 static void setup(void)
 {
-    store = store_new(1 << 20);
+    store = store_new(&(struct store_config){.budget_bytes = 1 << 20, .history_bytes = 4096, .batches = true});
     ck_assert_ptr_nonnull(store);
 }
 
@@ -21,17 +21,46 @@ static void teardown(void)
     store_free(store);
 }
 
+/* Of an ephemeral key. */
+static int put(const char *key, const void *data, size_t len, uint64_t *ret_revision, struct err *err)
+{
+    return store_set(store, &(struct store_put){.key = key, .data = data, .len = len, .ephemeral = true}, ret_revision,
+                     err);
+}
+
+static int put_durable(const char *key, const char *text, struct err *err)
+{
+    return store_set(store, &(struct store_put){.key = key, .data = text, .len = strlen(text)}, NULL, err);
+}
+
+static int add(const char *key, int64_t amount, int64_t *ret_value, struct err *err)
+{
+    return store_add(store, key, amount, true, "", ret_value, NULL, err);
+}
+
+static int cas(const char *key, const void *expected, size_t expected_len, const void *data, size_t len,
+               bool *ret_swapped, struct store_value *ret_value)
+{
+    return store_cas(store, &(struct store_put){.key = key, .data = data, .len = len, .ephemeral = true}, expected,
+                     expected_len, ret_swapped, ret_value, NULL);
+}
+
+static int get(const char *key, struct store_value *ret_value)
+{
+    return store_get(store, key, ret_value, NULL, NULL);
+}
+
 static void set(const char *key, const char *text)
 {
     struct err err = {0};
-    ck_assert_msg(store_set(store, key, text, strlen(text), NULL, &err) == 0, "%s", err.text);
+    ck_assert_msg(put(key, text, strlen(text), NULL, &err) == 0, "%s", err.text);
 }
 
 static void expect(const char *key, const char *text)
 {
     struct store_value value;
     struct err err = {0};
-    int rc = store_get(store, key, &value, &err);
+    int rc = store_get(store, key, &value, NULL, &err);
     if (!text) {
         ck_assert_int_eq(rc, ERR_NOTFOUND);
         return;
@@ -46,16 +75,16 @@ START_TEST(values_and_revisions)
     uint64_t first, second;
     struct store_value value;
     expect("a", NULL);
-    ck_assert_int_eq(store_set(store, "a", "one", 3, &first, NULL), 0);
+    ck_assert_int_eq(put("a", "one", 3, &first, NULL), 0);
     ck_assert_uint_eq(first, 1);
-    ck_assert_int_eq(store_set(store, "a", "", 0, &second, NULL), 0);
+    ck_assert_int_eq(put("a", "", 0, &second, NULL), 0);
     ck_assert_uint_gt(second, first);
     expect("a", ""); /* empty is not missing */
-    ck_assert_int_eq(store_get(store, "a", &value, NULL), 0);
+    ck_assert_int_eq(get("a", &value), 0);
     ck_assert_uint_eq(value.revision, second);
     ck_assert_ptr_nonnull(value.data);
     set("b", "two");
-    ck_assert_int_eq(store_get(store, "a", &value, NULL), 0);
+    ck_assert_int_eq(get("a", &value), 0);
     ck_assert_uint_eq(value.revision, second); /* the change of another key is not its own */
     ck_assert(store_check(store, (const char *[]){"a", "b"}, 2));
     ck_assert(!store_check(store, (const char *[]){"a", "c"}, 2));
@@ -63,12 +92,12 @@ START_TEST(values_and_revisions)
     ck_assert_int_eq(store_delete(store, "a", NULL), 0);
     ck_assert_int_eq(store_delete(store, "a", NULL), ERR_NOTFOUND);
     expect("a", NULL);
-    ck_assert_int_eq(store_set(store, "a", "x", 1, &first, NULL), 0);
+    ck_assert_int_eq(put("a", "x", 1, &first, NULL), 0);
     ck_assert_uint_eq(first, 5); /* the deletion was a change too */
     /* the new value may be a piece of the old one */
     set("c", "0123456789");
-    ck_assert_int_eq(store_get(store, "c", &value, NULL), 0);
-    ck_assert_int_eq(store_set(store, "c", (const char *)value.data + 5, 3, NULL, NULL), 0);
+    ck_assert_int_eq(get("c", &value), 0);
+    ck_assert_int_eq(put("c", (const char *)value.data + 5, 3, NULL, NULL), 0);
     expect("c", "567");
 }
 END_TEST
@@ -79,23 +108,29 @@ START_TEST(limits)
     char key[STORE_KEY_MAX + 2];
     memset(key, 'k', sizeof key);
     key[STORE_KEY_MAX + 1] = '\0';
-    ck_assert_int_eq(store_set(store, key, "", 0, NULL, &err), ERR_INVALID);
+    ck_assert_int_eq(put(key, "", 0, NULL, &err), ERR_INVALID);
     ck_assert_int_eq(store_wait(store, 1, (const char *[]){key}, 1, 1, &err), ERR_INVALID);
     key[STORE_KEY_MAX] = '\0';
-    ck_assert_int_eq(store_set(store, key, "", 0, NULL, &err), 0);
+    ck_assert_int_eq(put(key, "", 0, NULL, &err), 0);
     expect(key, "");
-    ck_assert_int_eq(store_set(store, "", "", 0, NULL, &err), ERR_INVALID);
-    ck_assert_int_eq(store_set(store, "k", key, (size_t)STORE_VALUE_MAX + 1, NULL, &err), ERR_LIMIT);
+    key[STORE_KEY_DURABLE_MAX + 1] = '\0';
+    ck_assert_int_eq(put_durable(key, "", &err), ERR_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "480"));
+    key[STORE_KEY_DURABLE_MAX] = '\0';
+    ck_assert_int_eq(put_durable(key, "", &err), 0);
+    memset(key, 'k', STORE_KEY_MAX);
+    ck_assert_int_eq(put("", "", 0, NULL, &err), ERR_INVALID);
+    ck_assert_int_eq(put("k", key, (size_t)STORE_VALUE_MAX + 1, NULL, &err), ERR_LIMIT);
 
     char *half = calloc(1, 600000);
-    ck_assert_int_eq(store_set(store, "big", half, 600000, NULL, &err), 0);
-    ck_assert_int_eq(store_set(store, "big2", half, 600000, NULL, &err), ERR_LIMIT);
+    ck_assert_int_eq(put("big", half, 600000, NULL, &err), 0);
+    ck_assert_int_eq(put("big2", half, 600000, NULL, &err), ERR_LIMIT);
     ck_assert_ptr_nonnull(strstr(err.text, "full"));
     expect("big2", NULL);
-    ck_assert_int_eq(store_set(store, "big", half, 599999, NULL, &err), 0); /* a replacement frees the old value */
+    ck_assert_int_eq(put("big", half, 599999, NULL, &err), 0); /* a replacement frees the old value */
     ck_assert_int_eq(store_delete(store, "big", &err), 0);
     for (int i = 0; i < 50; i++) { /* nothing leaks from the account */
-        ck_assert_int_eq(store_set(store, "big2", half, 600000, NULL, &err), 0);
+        ck_assert_int_eq(put("big2", half, 600000, NULL, &err), 0);
         ck_assert_int_eq(store_delete(store, "big2", &err), 0);
     }
     free(half);
@@ -106,22 +141,22 @@ START_TEST(counters)
 {
     struct err err = {0};
     int64_t value = 77;
-    ck_assert_int_eq(store_add(store, "n", 5, &value, NULL), 0);
+    ck_assert_int_eq(add("n", 5, &value, NULL), 0);
     ck_assert_int_eq(value, 5);
-    ck_assert_int_eq(store_add(store, "n", -12, &value, NULL), 0);
+    ck_assert_int_eq(add("n", -12, &value, NULL), 0);
     ck_assert_int_eq(value, -7);
     expect("n", "-7");
     set("n", "9223372036854775807");
-    ck_assert_int_eq(store_add(store, "n", 0, &value, NULL), 0);
+    ck_assert_int_eq(add("n", 0, &value, NULL), 0);
     ck_assert_int_eq(value, INT64_MAX);
     value = 77;
-    ck_assert_int_eq(store_add(store, "n", 1, &value, &err), ERR_INVALID);
+    ck_assert_int_eq(add("n", 1, &value, &err), ERR_INVALID);
     ck_assert_int_eq(value, 77); /* untouched */
     expect("n", "9223372036854775807");
     set("n", "-9223372036854775808");
-    ck_assert_int_eq(store_add(store, "n", 0, &value, NULL), 0);
+    ck_assert_int_eq(add("n", 0, &value, NULL), 0);
     ck_assert_int_eq(value, INT64_MIN);
-    ck_assert_int_eq(store_add(store, "n", -1, &value, NULL), ERR_INVALID);
+    ck_assert_int_eq(add("n", -1, &value, NULL), ERR_INVALID);
     static const char *const bad[] = {"",
                                       "-",
                                       "+1",
@@ -134,7 +169,7 @@ START_TEST(counters)
                                       "99999999999999999999999"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         set("n", bad[i]);
-        ck_assert_msg(store_add(store, "n", 1, &value, NULL) == ERR_INVALID, "\"%s\"", bad[i]);
+        ck_assert_msg(add("n", 1, &value, NULL) == ERR_INVALID, "\"%s\"", bad[i]);
         expect("n", bad[i]);
     }
 }
@@ -144,23 +179,23 @@ START_TEST(compare_and_set)
 {
     bool swapped;
     struct store_value value;
-    ck_assert_int_eq(store_cas(store, "k", "x", 1, "y", 1, &swapped, &value, NULL), 0);
+    ck_assert_int_eq(cas("k", "x", 1, "y", 1, &swapped, &value), 0);
     ck_assert(!swapped);
     ck_assert_ptr_null(value.data);
     expect("k", NULL);
-    ck_assert_int_eq(store_cas(store, "k", NULL, 0, "", 0, &swapped, &value, NULL), 0);
+    ck_assert_int_eq(cas("k", NULL, 0, "", 0, &swapped, &value), 0);
     ck_assert(swapped);
     ck_assert_uint_eq(value.revision, 1);
-    ck_assert_int_eq(store_cas(store, "k", NULL, 0, "z", 1, &swapped, &value, NULL), 0);
+    ck_assert_int_eq(cas("k", NULL, 0, "z", 1, &swapped, &value), 0);
     ck_assert(!swapped); /* empty is not missing */
     ck_assert_ptr_nonnull(value.data);
-    ck_assert_int_eq(store_cas(store, "k", "", 0, "abc", 3, &swapped, &value, NULL), 0);
+    ck_assert_int_eq(cas("k", "", 0, "abc", 3, &swapped, &value), 0);
     ck_assert(swapped);
-    ck_assert_int_eq(store_cas(store, "k", "ab", 2, "q", 1, &swapped, &value, NULL), 0);
+    ck_assert_int_eq(cas("k", "ab", 2, "q", 1, &swapped, &value), 0);
     ck_assert(!swapped);
     ck_assert_uint_eq(value.len, 3);
     ck_assert_mem_eq(value.data, "abc", 3);
-    ck_assert_int_eq(store_cas(store, "k", "abc", 3, "q", 1, &swapped, NULL, NULL), 0);
+    ck_assert_int_eq(cas("k", "abc", 3, "q", 1, &swapped, NULL), 0);
     ck_assert(swapped);
     expect("k", "q");
 }
@@ -168,11 +203,12 @@ END_TEST
 
 static char listed[4096];
 
-static void list_one(void *user, const char *key, const struct store_value *value)
+static bool list_one(void *user, const char *key, const struct store_value *value)
 {
     (void)user;
     size_t at = strlen(listed);
     snprintf(listed + at, sizeof listed - at, "%s=%.*s ", key, (int)value->len, (const char *)value->data);
+    return true;
 }
 
 static const char *list(const char *prefix, const char *after, size_t max)
@@ -202,6 +238,12 @@ START_TEST(listing)
     ck_assert_str_eq(list("b", NULL, 10), "b/10=10 b/2=2 b\xff=f ");
     ck_assert_str_eq(list("d", NULL, 10), "");
     ck_assert_uint_eq(store_list(store, "", NULL, 2, list_one, NULL), 2);
+    ck_assert_uint_eq(store_count(store, ""), 5);
+    ck_assert_uint_eq(store_count(store, "b/"), 2);
+    ck_assert_uint_eq(store_count(store, "b"), 3);
+    ck_assert_uint_eq(store_count(store, "b/10"), 1);
+    ck_assert_uint_eq(store_count(store, "bb"), 0);
+    ck_assert_uint_eq(store_count(store, "z"), 0);
 }
 END_TEST
 
@@ -263,6 +305,304 @@ START_TEST(waits_count_against_the_budget)
     for (uint64_t i = 1; i < id; i++)
         store_wait_cancel(store, i);
     ck_assert_int_eq(store_wait(store, 1, (const char *[]){"never"}, 1, UINT64_MAX, &err), 1);
+}
+END_TEST
+
+START_TEST(repeated_additions_count_once)
+{
+    struct err err = {0};
+    int64_t value;
+    uint64_t first, again;
+    ck_assert_int_eq(store_add(store, "n", 5, false, "req-1", &value, &first, NULL), 0);
+    ck_assert_int_eq(store_add(store, "n", 2, false, "", &value, NULL, NULL), 0);
+    ck_assert_int_eq(value, 7);
+    ck_assert_int_eq(store_add(store, "n", 5, false, "req-1", &value, &again, NULL), 0);
+    ck_assert_int_eq(value, 5); /* the first answer */
+    expect("n", "7");
+    ck_assert_int_eq(store_add(store, "n", 6, false, "req-1", &value, NULL, &err), ERR_CONFLICT);
+    ck_assert_int_eq(store_add(store, "m", 5, false, "req-1", &value, NULL, &err), ERR_CONFLICT);
+    char id[STORE_REQUEST_MAX + 2];
+    memset(id, 'r', sizeof id);
+    id[sizeof id - 1] = '\0';
+    ck_assert_int_eq(store_add(store, "n", 1, false, id, &value, NULL, &err), ERR_INVALID);
+    expect("n", "7");
+    /* The oldest are forgotten before the store is full of them. */
+    for (int i = 0; i < 30000; i++) {
+        snprintf(id, sizeof id, "req-%d", i + 2);
+        ck_assert_int_eq(store_add(store, "n", 1, true, id, &value, NULL, &err), 0);
+    }
+    ck_assert_uint_le(store_used(store), store_budget(store));
+    ck_assert_int_eq(value, 30007);
+}
+END_TEST
+
+START_TEST(multi_set_is_all_or_nothing)
+{
+    struct err err = {0};
+    uint64_t revision;
+    set("a", "old");
+    struct store_put puts[] = {{.key = "a", .data = "1", .len = 1, .ephemeral = true},
+                               {.key = "b", .data = "22", .len = 2},
+                               {.key = "a", .data = "333", .len = 3, .ephemeral = true}};
+    ck_assert_int_eq(store_set_all(store, puts, 3, &revision, &err), 0);
+    expect("a", "333");
+    expect("b", "22");
+    ck_assert_uint_eq(revision, store_revision(store));
+    char *big = calloc(1, 1 << 20);
+    struct store_put bad[] = {{.key = "a", .data = "x", .len = 1, .ephemeral = true},
+                              {.key = "c", .data = big, .len = 1 << 20, .ephemeral = true}};
+    ck_assert_int_eq(store_set_all(store, bad, 2, NULL, &err), ERR_LIMIT);
+    bad[1] = (struct store_put){.key = ""};
+    ck_assert_int_eq(store_set_all(store, bad, 2, NULL, &err), ERR_INVALID);
+    expect("a", "333");
+    expect("c", NULL);
+    ck_assert_uint_eq(store_revision(store), revision);
+    free(big);
+    size_t used = store_used(store);
+    for (int i = 0; i < 10; i++) /* nothing leaks from the account */
+        ck_assert_int_eq(store_set_all(store, puts, 3, NULL, &err), 0);
+    ck_assert_uint_eq(store_used(store), used);
+}
+END_TEST
+
+START_TEST(append_and_clear)
+{
+    struct err err = {0};
+    struct store_put p = {.key = "ns/a", .data = "ab", .len = 2, .ephemeral = true};
+    ck_assert_int_eq(store_append(store, &p, &err), 0);
+    ck_assert_int_eq(store_append(store, &p, &err), 0);
+    expect("ns/a", "abab");
+    p.len = STORE_VALUE_MAX;
+    ck_assert_int_eq(store_append(store, &p, &err), ERR_LIMIT);
+    set("ns/b", "1");
+    set("other", "1");
+    ck_assert_int_eq(put_durable("ns/durable", "1", &err), 0);
+    ck_assert_int_eq(store_queue_push(store, "ns/q", "v", 1, 0, NULL, &err), 0);
+    ck_assert_uint_eq(store_clear(store, "ns/"), 2);
+    expect("ns/a", NULL);
+    expect("other", "1");
+    expect("ns/durable", "1");
+    ck_assert_uint_eq(store_queue_length(store, "ns/q"), 0);
+}
+END_TEST
+
+START_TEST(leases_take_their_keys)
+{
+    struct err err = {0};
+    uint64_t one, two;
+    uint32_t ttl;
+    struct store_wake wake;
+    ck_assert_int_eq(store_lease_grant(store, 99, 0, &one, &err), ERR_INVALID);
+    ck_assert_int_eq(store_lease_grant(store, 1000, 0, &one, &err), 0);
+    ck_assert_int_eq(store_lease_grant(store, 2000, 0, &two, &err), 0);
+    ck_assert_uint_ne(one, two);
+    struct store_put p = {.key = "a", .data = "1", .len = 1, .lease = one};
+    ck_assert_int_eq(store_set(store, &p, NULL, &err), ERR_INVALID); /* a durable one */
+    p.ephemeral = true;
+    ck_assert_int_eq(store_set(store, &p, NULL, &err), 0);
+    p.key = "b";
+    ck_assert_int_eq(store_set(store, &p, NULL, &err), 0);
+    p.key = "c";
+    ck_assert_int_eq(store_set(store, &p, NULL, &err), 0);
+    p.lease = two; /* c changes its lease, b has none any more */
+    ck_assert_int_eq(store_set(store, &p, NULL, &err), 0);
+    set("b", "2");
+    p.lease = 4711;
+    ck_assert_int_eq(store_set(store, &p, NULL, &err), ERR_NOTFOUND);
+    ck_assert_uint_eq(store_deadline(store), 1000000000);
+    ck_assert_int_eq(store_lease_keep(store, one, 500000000, &ttl, &err), 0);
+    ck_assert_uint_eq(ttl, 1000);
+    ck_assert(!store_next_wake(store, 1499999999, &wake));
+    expect("a", "1");
+    ck_assert_int_eq(store_lease_keep(store, one, 1500000000, &ttl, &err), ERR_NOTFOUND); /* too late */
+    ck_assert(!store_next_wake(store, 1500000000, &wake));
+    expect("a", NULL);
+    expect("b", "2");
+    expect("c", "1");
+    ck_assert_int_eq(store_lease_end(store, two, &err), 0);
+    expect("c", NULL);
+    ck_assert_int_eq(store_lease_end(store, two, &err), ERR_NOTFOUND);
+    ck_assert_uint_eq(store_deadline(store), UINT64_MAX);
+    ck_assert_int_eq(store_delete(store, "b", NULL), 0);
+    ck_assert_uint_eq(store_used(store), 0);
+    ck_assert_int_eq(store_lease_grant(store, 1000, 0, &one, &err), 0); /* freed by teardown, with its key */
+    p.lease = one;
+    ck_assert_int_eq(store_set(store, &p, NULL, &err), 0);
+}
+END_TEST
+
+static void pop_expect(uint64_t deadline, const char *text)
+{
+    void *data;
+    size_t len;
+    uint64_t left;
+    int rc = store_queue_pop(store, 99, "q", deadline, &data, &len, &left, NULL);
+    ck_assert_int_eq(rc, text ? 0 : ERR_NOTFOUND);
+    if (!text)
+        return;
+    ck_assert_uint_eq(len, strlen(text));
+    ck_assert_mem_eq(data, text, len);
+    free(data);
+}
+
+START_TEST(queues)
+{
+    struct err err = {0};
+    struct store_wake wake;
+    uint64_t length, left;
+    void *data;
+    size_t len;
+    pop_expect(0, NULL);
+    ck_assert_int_eq(store_queue_push(store, "q", "1", 1, 2, &length, &err), 0);
+    ck_assert_int_eq(store_queue_push(store, "q", "2", 1, 2, &length, &err), 0);
+    ck_assert_uint_eq(length, 2);
+    ck_assert_int_eq(store_queue_push(store, "q", "3", 1, 2, &length, &err), ERR_LIMIT);
+    ck_assert(store_check(store, (const char *[]){"q"}, 1)); /* present, but no key */
+    expect("q", NULL);
+    pop_expect(0, "1");
+    pop_expect(0, "2");
+    ck_assert_uint_eq(store_used(store), 0);
+    /* who waits longest is served first */
+    for (uint64_t id = 1; id <= 3; id++)
+        ck_assert_int_eq(store_queue_pop(store, id, "q", 100 * id, &data, &len, &left, &err), 1);
+    ck_assert_int_eq(store_queue_push(store, "q", "x", 1, 0, &length, &err), 0);
+    ck_assert_uint_eq(store_queue_length(store, "q"), 0);
+    ck_assert(store_next_wake(store, 0, &wake));
+    ck_assert_uint_eq(wake.id, 1);
+    ck_assert_mem_eq(wake.data, "x", 1);
+    free(wake.data);
+    ck_assert(store_next_wake(store, 200, &wake));
+    ck_assert_uint_eq(wake.id, 2);
+    ck_assert_int_eq(wake.code, ERR_TIMEOUT);
+    ck_assert_str_eq(wake.missing, "q");
+    /* given to one whose connection is gone: the value is not lost */
+    ck_assert_int_eq(store_queue_push(store, "q", "y", 1, 0, &length, &err), 0);
+    ck_assert_int_eq(store_queue_push(store, "q", "z", 1, 0, &length, &err), 0);
+    store_wait_cancel(store, 3);
+    ck_assert(!store_next_wake(store, 200, &wake));
+    pop_expect(0, "y");
+    pop_expect(0, "z");
+    /* one value wakes one of those who wait for the key of the queue */
+    ck_assert_int_eq(store_wait(store, 1, (const char *[]){"q"}, 1, 1000, &err), 1);
+    ck_assert_int_eq(store_wait(store, 2, (const char *[]){"q"}, 1, 1000, &err), 1);
+    ck_assert_int_eq(store_queue_push(store, "q", "v", 1, 0, &length, &err), 0);
+    ck_assert(store_next_wake(store, 300, &wake));
+    ck_assert_uint_eq(wake.id, 1);
+    ck_assert(!store_next_wake(store, 300, &wake));
+    ck_assert_int_eq(store_queue_push(store, "q", "w", 1, 0, &length, &err), 0);
+    ck_assert(store_next_wake(store, 300, &wake));
+    ck_assert_uint_eq(wake.id, 2);
+    ck_assert_int_eq(wake.code, 0);
+    int rc;
+    while ((rc = store_queue_push(store, "q", "v", 1, 0, &length, &err)) == 0) /* the budget counts it */
+        ck_assert_uint_lt(length, STORE_QUEUE_MAX);
+    ck_assert_int_eq(rc, ERR_LIMIT);
+}
+END_TEST
+
+/* Every change is seen once, in order, until it is forgotten; then that is told. */
+START_TEST(history_has_no_gaps)
+{
+    struct store_change change;
+    set("a/1", "x");
+    set("b", "y");
+    ck_assert_int_eq(store_delete(store, "a/1", NULL), 0);
+    ck_assert_int_eq(add("a/2", 3, &(int64_t){0}, NULL), 0);
+    ck_assert_uint_eq(store_history_first(store), 1);
+    ck_assert(store_history_next(store, "a/", 1, &change));
+    ck_assert_uint_eq(change.revision, 1);
+    ck_assert_mem_eq(change.data, "x", 1); /* as it was, though the key is gone */
+    ck_assert(store_history_next(store, "a/", 2, &change));
+    ck_assert_uint_eq(change.revision, 3);
+    ck_assert_ptr_null(change.data);
+    ck_assert(store_history_next(store, "a/", 4, &change));
+    ck_assert_str_eq(change.key, "a/2");
+    ck_assert_mem_eq(change.data, "3", 1);
+    ck_assert(!store_history_next(store, "a/", 5, &change));
+    ck_assert(store_history_next(store, "", 2, &change));
+    ck_assert_str_eq(change.key, "b");
+    uint64_t from = store_revision(store) + 1;
+    for (int i = 0; i < 1000; i++) {
+        set("c", "a value of some length");
+        ck_assert(store_history_next(store, "", from, &change));
+        ck_assert_uint_eq(change.revision, from++);
+    }
+    uint64_t first = store_history_first(store);
+    ck_assert_uint_gt(first, 4); /* 4 KiB are not enough for all */
+    ck_assert_uint_lt(first, from);
+    ck_assert(store_history_next(store, "", first, &change));
+    ck_assert_uint_eq(change.revision, first);
+}
+END_TEST
+
+static const char *batch_text(void)
+{
+    static char text[4096];
+    struct store_batch batch;
+    struct store_op op;
+    size_t at = 0, len = 0;
+    store_batch_take(store, &batch);
+    text[0] = '\0';
+    while (store_batch_next(&batch, &at, &op))
+        len += (size_t)snprintf(text + len, sizeof text - len, "%d:%.*s=%.*s ", op.kind, (int)op.key_len, op.key,
+                                op.kind == STORE_OP_PUT ? (int)op.len : 0, (const char *)op.data);
+    store_batch_done(&batch);
+    return text;
+}
+
+/* What goes to the disk, and what may be told only when it is there. */
+START_TEST(batches)
+{
+    struct store_value value;
+    uint64_t batch;
+    set("e", "1");
+    ck_assert(!store_batch_any(store)); /* ephemeral: never on disk */
+    ck_assert_int_eq(put_durable("d", "1", NULL), 0);
+    ck_assert_uint_eq(store_batch_first(store), 2);
+    ck_assert_int_eq(get("d", &value), 0);
+    ck_assert(value.durable);
+    ck_assert_uint_eq(value.batch, 1);
+    ck_assert_int_eq(get("e", &value), 0);
+    ck_assert_uint_eq(value.batch, 0);
+    ck_assert_str_eq(batch_text(), "1:d=1 ");
+    ck_assert_uint_eq(store_batch_open(store), 2);
+    ck_assert_int_eq(store_delete(store, "d", NULL), 0);
+    ck_assert_int_eq(store_get(store, "d", &value, &batch, NULL), ERR_NOTFOUND);
+    ck_assert_uint_eq(batch, 2); /* that it is gone is not on disk either */
+    set("d", "2");
+    ck_assert_int_eq(get("d", &value), 0);
+    ck_assert_uint_eq(value.batch, 2); /* nor that an ephemeral one has taken its place */
+    ck_assert_str_eq(batch_text(), "2:d= ");
+    ck_assert_int_eq(put_durable("d", "3", NULL), 0);
+    set("d", "4"); /* durable no more */
+    ck_assert_str_eq(batch_text(), "1:d=3 2:d= ");
+    ck_assert_int_eq(store_add(store, "n", 1, false, "id", NULL, NULL, NULL), 0);
+    ck_assert_int_eq(store_add(store, "n", 1, false, "id", NULL, NULL, NULL), 0);
+    ck_assert_int_eq(store_add(store, "m", 1, true, "id2", NULL, NULL, NULL), 0);
+    ck_assert_str_eq(batch_text(), "1:n=1 3:id= ");
+    ck_assert_str_eq(batch_text(), "");
+}
+END_TEST
+
+START_TEST(loading)
+{
+    struct store_op ops[] = {{.kind = STORE_OP_PUT, .key = "b", .key_len = 1, .data = "2", .len = 1, .revision = 9},
+                             {.kind = STORE_OP_PUT, .key = "a", .key_len = 1, .data = "1", .len = 1, .revision = 4}};
+    struct store_value value;
+    struct store_change change;
+    for (size_t i = 0; i < 2; i++)
+        ck_assert_int_eq(store_load(store, &ops[i], NULL), 0);
+    store_load_end(store, 5);
+    ck_assert(!store_batch_any(store));
+    ck_assert_uint_eq(store_revision(store), 9);
+    ck_assert_int_eq(get("a", &value), 0);
+    ck_assert_uint_eq(value.revision, 4);
+    ck_assert(value.durable);
+    ck_assert_uint_eq(store_history_first(store), 10);
+    ck_assert(!store_history_next(store, "", 0, &change));
+    store_load_end(store, 1000);
+    set("c", "");
+    ck_assert_uint_eq(store_revision(store), 1001);
 }
 END_TEST
 
@@ -351,6 +691,7 @@ START_TEST(random_operations)
             n += present[i];
         listed[0] = '\0';
         ck_assert_uint_eq(store_list(store, "k", NULL, 100, list_one, NULL), n);
+        ck_assert_uint_eq(store_count(store, "k"), n);
     }
 }
 END_TEST
@@ -368,6 +709,14 @@ int main(void)
     tcase_add_test(tc, listing);
     tcase_add_test(tc, waits_end);
     tcase_add_test(tc, waits_count_against_the_budget);
+    tcase_add_test(tc, repeated_additions_count_once);
+    tcase_add_test(tc, multi_set_is_all_or_nothing);
+    tcase_add_test(tc, append_and_clear);
+    tcase_add_test(tc, leases_take_their_keys);
+    tcase_add_test(tc, queues);
+    tcase_add_test(tc, history_has_no_gaps);
+    tcase_add_test(tc, batches);
+    tcase_add_test(tc, loading);
     tcase_add_loop_test(tc, random_operations, 0, 20);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);

@@ -1,0 +1,559 @@
+/* The store of the real coordinator under faults: every edge of its file, kill -9 under concurrent clients with the
+ * recorded history checked for linearizability, and an ugly network. */
+#include <check.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+
+#include "common/clock.h"
+#include "common/control_methods.h"
+#include "common/rpc.h"
+#include "control.pb-c.h"
+#include "tests/harness/caller.h"
+#include "tests/harness/daemon.h"
+#include "tests/harness/linear.h"
+
+static struct daemon_process d;
+static char socket_address[128];
+
+static void setup(void)
+{
+    signal(SIGPIPE, SIG_IGN);
+    daemon_process_init(&d);
+    snprintf(socket_address, sizeof socket_address, "unix:%s/sock", d.dir);
+    d.extra[0] = "--listen"; /* an address that stays the same over restarts */
+    d.extra[1] = socket_address;
+}
+
+static void teardown(void)
+{
+    daemon_process_done(&d);
+}
+
+static char *log_text(void)
+{
+    static char text[65536];
+    char path[80];
+    snprintf(path, sizeof path, "%s/log", d.dir);
+    FILE *f = fopen(path, "r");
+    size_t n = f ? fread(text, 1, sizeof text - 1, f) : 0;
+    text[n] = '\0';
+    if (f)
+        fclose(f);
+    return text;
+}
+
+static void start(void)
+{
+    ck_assert_msg(daemon_process_start(&d), "the coordinator did not start: %s", log_text());
+}
+
+static struct rpc_client *client_open(int timeout_ms)
+{
+    struct rpc_identity self = {.role = RPC_ROLE_OPERATOR};
+    struct rpc_client *client = NULL;
+    return rpc_client_connect(socket_address, &self, &pb__control__descriptor, timeout_ms, &client, NULL) == 0 ? client
+                                                                                                           : NULL;
+}
+
+static int kv_set(struct rpc_client *c, const char *key, const void *data, size_t len)
+{
+    Pb__KvSetRequest request = PB__KV_SET_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+    request.key = (char *)key;
+    request.value.data = (uint8_t *)data;
+    request.value.len = len;
+    int rc = rpc_client_call(c, CONTROL_KV_SET, &request.base, 10000, &reply, NULL);
+    rpc_unpack_free(reply);
+    return rc;
+}
+
+/* 1: *ret_value; 0: missing. */
+static int kv_get(struct rpc_client *c, const char *key, uint32_t *ret_value)
+{
+    Pb__KvGetRequest request = PB__KV_GET_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+    request.key = (char *)key;
+    int rc = rpc_client_call(c, CONTROL_KV_GET, &request.base, 10000, &reply, NULL);
+    if (rc == 0) {
+        *ret_value = 0;
+        memcpy(ret_value, ((Pb__KvValue *)reply)->value.data, 4);
+        rpc_unpack_free(reply);
+    }
+    return rc == 0 ? 1 : rc == ERR_NOTFOUND ? 0 : rc;
+}
+
+/* ---- every edge of the file ---- */
+
+#define EDGE_WRITES 30
+
+static void edge(const char *call, unsigned n, const char *what)
+{
+    char fault[64], key[16];
+    uint32_t acked = 0;
+    snprintf(fault, sizeof fault, "store.mdb:%s:%u:%s", call, n, what);
+    setenv("EEP_FAULT", fault, 1);
+    const char *bin = getenv("EEP_BIN");
+    static char library[256];
+    snprintf(library, sizeof library, "%s/tests/fault_disk.so", bin && *bin ? bin : "build");
+    d.preload = library;
+    bool started = daemon_process_start(&d); /* it may be hit while it opens the file */
+    struct rpc_client *c = started ? client_open(5000) : NULL;
+    for (uint32_t i = 1; c && i <= EDGE_WRITES; i++) {
+        snprintf(key, sizeof key, "k%u", i);
+        if (kv_set(c, key, &i, sizeof i) < 0)
+            break;
+        acked = i;
+    }
+    rpc_client_free(c);
+    unsetenv("EEP_FAULT");
+    d.preload = NULL;
+    int status = 0;
+    if (acked < EDGE_WRITES && d.pid > 0) { /* it ends by itself: killed, or because it cannot write */
+        for (int i = 0; i < 500 && waitpid(d.pid, &status, WNOHANG) == 0; i++)
+            usleep(10000);
+        bool killed = strncmp(what, "kill", 4) == 0 || strcmp(what, "torn") == 0;
+        ck_assert_msg(killed ? WIFSIGNALED(status) : WIFEXITED(status) && WEXITSTATUS(status) == 1, "%s: status %x, %s",
+                      fault, status, log_text());
+        d.pid = 0;
+    }
+    daemon_process_stop(&d, SIGKILL);
+    start(); /* and everything that was acknowledged is there */
+    c = client_open(5000);
+    ck_assert_ptr_nonnull(c);
+    for (uint32_t i = 1; i <= acked; i++) {
+        uint32_t value;
+        snprintf(key, sizeof key, "k%u", i);
+        ck_assert_msg(kv_get(c, key, &value) == 1 && value == i, "%s: key %s of %u acknowledged is lost", fault, key, acked);
+    }
+    uint32_t one = 1;
+    ck_assert_int_eq(kv_set(c, "after", &one, sizeof one), 0); /* and it goes on */
+    rpc_client_free(c);
+    daemon_process_stop(&d, SIGTERM);
+    char path[96];
+    snprintf(path, sizeof path, "rm -rf '%s/state'", d.dir);
+    ck_assert_int_eq(system(path), 0);
+}
+
+START_TEST(every_edge_of_the_file)
+{
+    static const struct {
+        const char *call, *what;
+    } edges[] = {{"write", "kill-before"}, {"write", "kill-after"}, {"write", "short"}, {"write", "torn"},
+                 {"write", "enospc"},      {"write", "eio"},        {"sync", "kill-before"}, {"sync", "kill-after"},
+                 {"sync", "eio"}};
+    static const unsigned at[] = {1, 2, 3, 4, 5, 6, 8, 11, 15, 20, 28};
+    edge(edges[_i].call, at[0], edges[_i].what);
+    for (size_t k = 1; k < sizeof at / sizeof *at; k++)
+        edge(edges[_i].call, at[k], edges[_i].what);
+}
+END_TEST
+
+/* ---- damage ---- */
+
+static void file_path(char path[96])
+{
+    snprintf(path, 96, "%s/state/store.mdb", d.dir);
+}
+
+START_TEST(damaged_files_are_refused)
+{
+    char path[96], key[32], *value = malloc(3000);
+    start();
+    struct rpc_client *c = client_open(5000);
+    for (int i = 0; i < 300; i++) {
+        snprintf(key, sizeof key, "damaged/%03d", i);
+        memset(value, 'a' + i % 26, 3000);
+        ck_assert_int_eq(kv_set(c, key, value, 200 + (size_t)i * 9), 0);
+    }
+    rpc_client_free(c);
+    daemon_process_stop(&d, SIGTERM);
+    file_path(path);
+    int fd = open(path, O_RDWR);
+    struct stat st;
+    ck_assert_int_eq(fstat(fd, &st), 0);
+    size_t size = (size_t)st.st_size;
+    uint8_t *whole = malloc(size);
+    ck_assert_int_eq(pread(fd, whole, size, 0), (ssize_t)size);
+
+    /* one byte of one value: its key is named */
+    snprintf(key, sizeof key, "kdamaged/150");
+    uint8_t *at = memmem(whole, size, key, strlen(key));
+    ck_assert_ptr_nonnull(at);
+    size_t place = (size_t)(at - whole) + strlen(key) + 24 + 50; /* after the record's header */
+    uint8_t flipped = whole[place] ^ 0x10;
+    ck_assert_int_eq(pwrite(fd, &flipped, 1, (off_t)place), 1);
+    ck_assert(!daemon_process_start(&d));
+    ck_assert_msg(strstr(log_text(), "damaged/") && strstr(log_text(), "checksum"), "%s", log_text());
+    ck_assert_int_eq(pwrite(fd, whole, size, 0), (ssize_t)size);
+
+    /* a torn tail */
+    ck_assert_int_eq(ftruncate(fd, (off_t)(size / 2)), 0);
+    ck_assert(!daemon_process_start(&d));
+    ck_assert_msg(strstr(log_text(), "cut off") || strstr(log_text(), "damaged:"), "%s", log_text());
+    ck_assert_int_eq(pwrite(fd, whole, size, 0), (ssize_t)size);
+
+    /* any byte anywhere: it is refused with a sentence or served, never a crash */
+    uint64_t state = 77;
+    for (int i = 0; i < 40; i++) {
+        state = state * 6364136223846793005ull + 1442695040888963407ull;
+        place = (size_t)(state >> 20) % (i < 20 ? size : 5 * 4096);
+        flipped = whole[place] ^ (uint8_t)(1u << i % 8);
+        ck_assert_int_eq(pwrite(fd, &flipped, 1, (off_t)place), 1);
+        pid_t child = 0;
+        if (daemon_process_start(&d))
+            child = d.pid;
+        int status = daemon_process_stop(&d, SIGTERM);
+        ck_assert_msg(!child || (WIFEXITED(status) && WEXITSTATUS(status) == 0), "byte %zu: status %x", place, status);
+        ck_assert_ptr_null(strstr(log_text(), "Assertion"));
+        ck_assert_int_eq(ftruncate(fd, 0), 0);
+        ck_assert_int_eq(pwrite(fd, whole, size, 0), (ssize_t)size);
+    }
+    start();
+    c = client_open(5000);
+    ck_assert_ptr_nonnull(c);
+    rpc_client_free(c);
+    close(fd);
+    free(whole);
+    free(value);
+}
+END_TEST
+
+/* ---- linearizability over kill -9 ---- */
+
+#define CLIENTS 4
+#define LKEYS 3
+#define OPS_EACH 700
+
+struct recorder {
+    pthread_t thread;
+    unsigned number;
+    struct linear_op ops[LKEYS][OPS_EACH];
+    size_t n[LKEYS];
+    uint32_t seen[LKEYS];
+};
+static _Atomic bool stop_clients;
+static _Atomic uint32_t next_value;
+
+static uint32_t mix(uint64_t *state)
+{
+    *state = *state * 6364136223846793005ull + 1442695040888963407ull;
+    return (uint32_t)(*state >> 33);
+}
+
+/* One operation, recorded.  false: the connection is gone. */
+static bool operate(struct rpc_client *c, struct recorder *r, unsigned k, uint32_t dice)
+{
+    char key[8];
+    struct linear_op op = {.value = ++next_value, .begin_ns = clock_now_ns(), .end_ns = UINT64_MAX};
+    ProtobufCMessage *reply = NULL;
+    int rc;
+    snprintf(key, sizeof key, "l%u", k);
+    if (dice < 30) {
+        op.kind = LINEAR_SET;
+        rc = kv_set(c, key, &op.value, 4);
+    } else if (dice < 70) {
+        op.kind = LINEAR_GET;
+        rc = kv_get(c, key, &op.value);
+        if (rc == 0)
+            op.value = LINEAR_MISSING;
+        rc = rc < 0 ? rc : 0;
+        r->seen[k] = rc == 0 ? op.value : r->seen[k];
+    } else if (dice < 95) {
+        Pb__KvCasRequest request = PB__KV_CAS_REQUEST__INIT;
+        op.kind = LINEAR_CAS;
+        op.expected = r->seen[k];
+        request.key = key;
+        request.has_expected = op.expected != LINEAR_MISSING;
+        request.expected.data = (uint8_t *)&op.expected;
+        request.expected.len = 4;
+        request.value.data = (uint8_t *)&op.value;
+        request.value.len = 4;
+        rc = rpc_client_call(c, CONTROL_KV_CAS, &request.base, 10000, &reply, NULL);
+        if (rc == 0) {
+            const Pb__KvCasReply *done = (const Pb__KvCasReply *)reply;
+            op.swapped = done->swapped;
+            if (!done->swapped && done->has_value)
+                memcpy(&op.seen, done->value.data, 4);
+            r->seen[k] = done->swapped ? op.value : op.seen;
+        }
+    } else {
+        Pb__KvDeleteRequest request = PB__KV_DELETE_REQUEST__INIT;
+        op.kind = LINEAR_DELETE;
+        request.key = key;
+        rc = rpc_client_call(c, CONTROL_KV_DELETE, &request.base, 10000, &reply, NULL);
+        if (rc == ERR_NOTFOUND) { /* as good as a read of "missing" */
+            op.kind = LINEAR_GET;
+            op.value = LINEAR_MISSING;
+            rc = 0;
+        }
+    }
+    rpc_unpack_free(reply);
+    op.known = rc == 0;
+    if (op.known)
+        op.end_ns = clock_now_ns();
+    r->ops[k][r->n[k]++] = op;
+    return rc == 0;
+}
+
+static void *recorder_main(void *arg)
+{
+    struct recorder *r = arg;
+    uint64_t state = 99 + r->number;
+    struct rpc_client *c = NULL;
+    while (!stop_clients) {
+        if (!c && !(c = client_open(200))) {
+            usleep(2000);
+            continue;
+        }
+        unsigned k = mix(&state) % LKEYS;
+        if (r->n[k] == OPS_EACH)
+            break;
+        if (!operate(c, r, k, mix(&state) % 100)) {
+            rpc_client_free(c);
+            c = NULL;
+        }
+        if (mix(&state) % 4 == 0)
+            usleep(mix(&state) % 3000);
+    }
+    rpc_client_free(c);
+    return NULL;
+}
+
+/* The checker itself must see what is wrong. */
+START_TEST(checker_finds_mistakes)
+{
+    struct linear_op good[] = {{.kind = LINEAR_SET, .value = 1, .known = true, .begin_ns = 1, .end_ns = 5},
+                               {.kind = LINEAR_GET, .value = 0, .known = true, .begin_ns = 2, .end_ns = 3},
+                               {.kind = LINEAR_SET, .value = 2, .begin_ns = 4, .end_ns = UINT64_MAX},
+                               {.kind = LINEAR_GET, .value = 2, .known = true, .begin_ns = 8, .end_ns = 9}};
+    ck_assert_int_eq(linear_check(good, 4), 1);
+    struct linear_op lost[] = {{.kind = LINEAR_SET, .value = 1, .known = true, .begin_ns = 1, .end_ns = 2},
+                               {.kind = LINEAR_GET, .value = 0, .known = true, .begin_ns = 3, .end_ns = 4}};
+    ck_assert_int_eq(linear_check(lost, 2), 0);
+    struct linear_op back[] = {{.kind = LINEAR_SET, .value = 1, .begin_ns = 1, .end_ns = UINT64_MAX},
+                               {.kind = LINEAR_GET, .value = 1, .known = true, .begin_ns = 3, .end_ns = 4},
+                               {.kind = LINEAR_GET, .value = 0, .known = true, .begin_ns = 5, .end_ns = 6}};
+    ck_assert_int_eq(linear_check(back, 3), 0);
+    struct linear_op twice[] = {
+        {.kind = LINEAR_CAS, .value = 1, .swapped = true, .known = true, .begin_ns = 1, .end_ns = 9},
+        {.kind = LINEAR_CAS, .value = 2, .swapped = true, .known = true, .begin_ns = 2, .end_ns = 8}};
+    ck_assert_int_eq(linear_check(twice, 2), 0);
+}
+END_TEST
+
+START_TEST(histories_are_linearizable)
+{
+    static struct recorder recorders[CLIENTS];
+    memset(recorders, 0, sizeof recorders);
+    stop_clients = false;
+    start();
+    for (unsigned i = 0; i < CLIENTS; i++) {
+        recorders[i].number = i + 10 * (unsigned)_i;
+        pthread_create(&recorders[i].thread, NULL, recorder_main, &recorders[i]);
+    }
+    for (int kill_number = 0; kill_number < 6; kill_number++) {
+        usleep(100000 + (useconds_t)(kill_number * 37013 % 90000));
+        daemon_process_stop(&d, SIGKILL);
+        start();
+    }
+    usleep(100000);
+    stop_clients = true;
+    size_t answered = 0;
+    for (unsigned i = 0; i < CLIENTS; i++)
+        pthread_join(recorders[i].thread, NULL);
+    static struct linear_op all[CLIENTS * OPS_EACH];
+    for (unsigned k = 0; k < LKEYS; k++) {
+        size_t n = 0;
+        for (unsigned i = 0; i < CLIENTS; i++)
+            for (size_t o = 0; o < recorders[i].n[k]; o++) {
+                all[n++] = recorders[i].ops[k][o];
+                answered += recorders[i].ops[k][o].known;
+            }
+        ck_assert_msg(linear_check(all, n) == 1, "the history of key l%u, %zu operations, is not linearizable", k, n);
+    }
+    ck_assert_uint_gt(answered, 200);
+}
+END_TEST
+
+/* ---- additions that are retried until they are answered count once ---- */
+
+#define ADDS_EACH 60
+
+static _Atomic uint32_t add_results[CLIENTS * ADDS_EACH + 1];
+
+static void *adder_main(void *arg)
+{
+    unsigned number = *(unsigned *)arg;
+    struct rpc_client *c = NULL;
+    for (unsigned i = 0; i < ADDS_EACH;) {
+        char id[32];
+        Pb__KvAddRequest request = PB__KV_ADD_REQUEST__INIT;
+        ProtobufCMessage *reply = NULL;
+        if (!c && !(c = client_open(200))) {
+            usleep(2000);
+            continue;
+        }
+        snprintf(id, sizeof id, "add-%u-%u", number, i);
+        request.key = (char *)"sum";
+        request.amount = 1;
+        request.request = id;
+        if (rpc_client_call(c, CONTROL_KV_ADD, &request.base, 10000, &reply, NULL) < 0) {
+            rpc_client_free(c);
+            c = NULL;
+            continue; /* the same id again */
+        }
+        int64_t value = ((Pb__KvAddReply *)reply)->value;
+        rpc_unpack_free(reply);
+        if (value >= 1 && value <= CLIENTS * ADDS_EACH)
+            add_results[value]++;
+        usleep(4000);
+        i++;
+    }
+    rpc_client_free(c);
+    return NULL;
+}
+
+START_TEST(retried_additions_count_once)
+{
+    pthread_t threads[CLIENTS];
+    unsigned numbers[CLIENTS];
+    memset(add_results, 0, sizeof add_results);
+    start();
+    for (unsigned i = 0; i < CLIENTS; i++) {
+        numbers[i] = i;
+        pthread_create(&threads[i], NULL, adder_main, &numbers[i]);
+    }
+    for (int i = 0; i < 4; i++) {
+        usleep(90000 + (useconds_t)i * 11003);
+        daemon_process_stop(&d, SIGKILL);
+        start();
+    }
+    for (unsigned i = 0; i < CLIENTS; i++)
+        pthread_join(threads[i], NULL);
+    for (unsigned v = 1; v <= CLIENTS * ADDS_EACH; v++)
+        ck_assert_msg(add_results[v] == 1, "the sum %u was answered %u times", v, add_results[v]);
+}
+END_TEST
+
+/* ---- an ugly network ---- */
+
+static int raw_connect(void)
+{
+    int fd = -1;
+    ck_assert_int_eq(address_connect(d.address, 5000, &fd, NULL), 0);
+    return fd;
+}
+
+static bool serves(void)
+{
+    struct rpc_client *c = client_open(5000);
+    uint32_t one = 1;
+    bool ok = c && kv_set(c, "probe", &one, 4) == 0;
+    rpc_client_free(c);
+    return ok;
+}
+
+START_TEST(ugly_network)
+{
+    start();
+    /* byte by byte, header split everywhere */
+    size_t hello_len, set_len;
+    uint8_t *hello = caller_hello(&hello_len);
+    Pb__KvSetRequest set = PB__KV_SET_REQUEST__INIT;
+    set.key = (char *)"slow";
+    set.value.data = (uint8_t *)"\1\0\0\0";
+    set.value.len = 4;
+    uint8_t *frame = caller_frame(FRAME_CALL, CONTROL_KV_SET, 1, &set.base, &set_len);
+    int fd = raw_connect();
+    for (size_t i = 0; i < hello_len; i++, usleep(200))
+        ck_assert_int_eq(send(fd, hello + i, 1, MSG_NOSIGNAL), 1);
+    for (size_t i = 0; i < set_len; i++, usleep(200))
+        ck_assert_int_eq(send(fd, frame + i, 1, MSG_NOSIGNAL), 1);
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    ck_assert_int_eq(poll(&p, 1, 5000), 1);
+    close(fd);
+    /* half-open: connected, and silent; half a frame, and gone */
+    int silent[50];
+    for (int i = 0; i < 50; i++)
+        silent[i] = raw_connect();
+    for (size_t cut = 1; cut < set_len; cut += 5) {
+        fd = caller_connect(d.address);
+        ck_assert_int_ge(fd, 0);
+        ck_assert_int_eq(send(fd, frame, cut, MSG_NOSIGNAL), (ssize_t)cut);
+        close(fd);
+    }
+    ck_assert(serves());
+    /* reset after the request, before the acknowledgement: it happened or it did not, and nobody else minds */
+    for (int i = 0; i < 50; i++) {
+        struct linger now = {.l_onoff = 1, .l_linger = 0};
+        fd = caller_connect(d.address);
+        ck_assert_int_eq(send(fd, frame, set_len, MSG_NOSIGNAL), (ssize_t)set_len);
+        setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+        close(fd);
+    }
+    ck_assert(serves());
+    /* mass disconnect */
+    static int many[500];
+    for (int i = 0; i < 500; i++)
+        ck_assert_int_ge(many[i] = caller_connect(d.address), 0);
+    for (int i = 0; i < 500; i++)
+        close(many[i]);
+    ck_assert(serves());
+    for (int i = 0; i < 50; i++)
+        close(silent[i]);
+    free(hello);
+    free(frame);
+    ck_assert_int_eq(daemon_process_stop(&d, SIGTERM), 0);
+}
+END_TEST
+
+/* Out of descriptors: who is connected is served, the others wait until there are some again. */
+START_TEST(out_of_descriptors)
+{
+    struct rlimit limit = {.rlim_cur = 64, .rlim_max = 64}, before;
+    getrlimit(RLIMIT_NOFILE, &before);
+    setrlimit(RLIMIT_NOFILE, &(struct rlimit){.rlim_cur = 64, .rlim_max = before.rlim_max});
+    (void)limit;
+    start();
+    setrlimit(RLIMIT_NOFILE, &before);
+    prlimit(d.pid, RLIMIT_NOFILE, &limit, NULL);
+    struct rpc_client *c = client_open(5000);
+    ck_assert_ptr_nonnull(c);
+    int fds[120];
+    for (int i = 0; i < 120; i++)
+        fds[i] = raw_connect(); /* the kernel takes them, the coordinator cannot */
+    uint32_t one = 1;
+    ck_assert_int_eq(kv_set(c, "served", &one, 4), 0);
+    for (int i = 0; i < 120; i++)
+        close(fds[i]);
+    ck_assert(serves());
+    rpc_client_free(c);
+    ck_assert_int_eq(daemon_process_stop(&d, SIGTERM), 0);
+}
+END_TEST
+
+int main(void)
+{
+    Suite *suite = suite_create("store");
+    TCase *tc = tcase_create("faults");
+    tcase_add_checked_fixture(tc, setup, teardown);
+    tcase_set_timeout(tc, 180);
+    tcase_add_loop_test(tc, every_edge_of_the_file, 0, 9);
+    tcase_add_test(tc, damaged_files_are_refused);
+    tcase_add_test(tc, checker_finds_mistakes);
+    tcase_add_loop_test(tc, histories_are_linearizable, 0, 3);
+    tcase_add_test(tc, retried_additions_count_once);
+    tcase_add_test(tc, ugly_network);
+    tcase_add_test(tc, out_of_descriptors);
+    suite_add_tcase(suite, tc);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_NORMAL);
+    int failed = srunner_ntests_failed(runner);
+    srunner_free(runner);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
