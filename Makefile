@@ -48,13 +48,13 @@ endif
 HAVE_NVCC  := $(if $(NVCC),1)
 HAVE_NCCL  := $(if $(NCCL_INC),1)
 # sources whose headers, or whose compiler, are there; the stubs of the others
-CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
-CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c
+CUDA_SRC   := agent/cuda_driver.c agent/cuda_memory.c agent/memory_cuda.c agent/libeep/device_cuda.c agent/libeep/device_steps.c tests/engine/compute_cuda.c tests/harness/gpu_memory.c $(filter-out %_stub.c,$(wildcard agent/transport_cuda_peer*.c))
+CUDA_STUBS := agent/cuda_driver_stub.c agent/memory_cuda_stub.c agent/transport_cuda_peer_stub.c agent/libeep/device_stub.c tests/engine/compute_cuda_stub.c tests/harness/gpu_memory_stub.c
 NCCL_SRC   := $(filter-out %_stub.c,$(wildcard agent/transport_nccl*.c agent/nccl_*.c))
 NCCL_STUBS := agent/transport_nccl_stub.c
-GPU_OUT    := $(if $(HAVE_CUDA),$(CUDA_STUBS),$(CUDA_SRC) agent/digest_kernel.c agent/digest_kernel_stub.c)
+GPU_OUT    := $(if $(HAVE_CUDA),$(CUDA_STUBS),$(CUDA_SRC) agent/digest_kernel.c agent/digest_kernel_stub.c tests/engine/kernels_image.c tests/engine/kernels_image_stub.c)
 GPU_OUT    += $(if $(HAVE_NCCL),$(NCCL_STUBS),$(NCCL_SRC))
-GPU_OUT    += $(if $(HAVE_NVCC),agent/digest_kernel_stub.c,agent/digest_kernel.c)
+GPU_OUT    += $(if $(HAVE_NVCC),agent/digest_kernel_stub.c tests/engine/kernels_image_stub.c,agent/digest_kernel.c tests/engine/kernels_image.c)
 ifeq ($(MAKELEVEL)$(filter help clean format deps deps-test,$(MAKECMDGOALS)),0)
 gpu_nccl   := $(if $(HAVE_NCCL),NCCL $(call header_int,$(NCCL_INC)/nccl.h,NCCL_MAJOR).$(call header_int,$(NCCL_INC)/nccl.h,NCCL_MINOR),no NCCL headers)
 gpu_nvcc   := $(if $(HAVE_NVCC),nvcc $(shell $(NVCC) --version | sed -n 's/.*release \([0-9.]*\).*/\1/p'),no nvcc (digests on the CPU))
@@ -68,9 +68,9 @@ COMMON_SRC := $(wildcard common/*.c)
 COORD_SRC  := $(filter-out coordinator/main.c,$(wildcard coordinator/*.c))
 CTL_SRC    := $(wildcard coordinator/eepctl/*.c)
 AGENT_SRC  := $(filter-out agent/main.c $(GPU_OUT),$(wildcard agent/*.c))
-LIBEEP_SRC := $(wildcard agent/libeep/*.c)
+LIBEEP_SRC := $(filter-out $(GPU_OUT),$(wildcard agent/libeep/*.c))
 SIM_SRC    := $(wildcard tests/sim/*.c)
-ENGINE_SRC := $(wildcard tests/engine/*.c)
+ENGINE_SRC := $(filter-out $(GPU_OUT),$(wildcard tests/engine/*.c))
 FEEDER_SRC := $(wildcard tests/feeder/*.c)
 UNIT_SRC   := $(wildcard tests/unit/test_*.c)
 UNIT_BIN   := $(UNIT_SRC:tests/unit/%.c=$(BUILD)/tests/%)
@@ -103,10 +103,16 @@ $(call obj,$(CUDA_SRC) $(FAKECUDA_SRC)): override CPPFLAGS += -isystem $(CUDA_IN
 $(call obj,$(NCCL_SRC)): override CPPFLAGS += -isystem $(CUDA_INC) -isystem $(NCCL_INC)
 $(BUILD)/agent/digest_kernel.o: override CPPFLAGS += -DDIGEST_FATBIN='"$(BUILD)/agent/digest_kernel.fatbin"'
 $(BUILD)/agent/digest_kernel.o: $(BUILD)/agent/digest_kernel.fatbin
+$(BUILD)/tests/engine/kernels_image.o: override CPPFLAGS += -DKERNELS_FATBIN='"$(BUILD)/tests/engine/kernels.fatbin"'
+$(BUILD)/tests/engine/kernels_image.o: $(BUILD)/tests/engine/kernels.fatbin
+# the results are compared bit for bit between placements, and with the host's
+$(BUILD)/tests/engine/kernels.fatbin: NVCC_FLAGS += --fmad=false
+$(BUILD)/tests/engine/kernels.fatbin: tests/engine/kernels.h
+$(BUILD)/tests/fakecuda/kernels_engine.o: tests/engine/kernels.cu
 endif
 # sm_90 as machine code; newer and older GPUs translate the compute_80 form when they load it
 NVCC_FLAGS ?= -O3 -std=c++17 -gencode arch=compute_80,code=compute_80 -gencode arch=compute_90,code=sm_90
-$(BUILD)/%.fatbin: %.cu common/digest.h
+$(BUILD)/%.fatbin: %.cu %.h common/digest.h
 	@mkdir -p $(@D)
 	$(NVCC) -fatbin $(NVCC_FLAGS) -I. -o $@ $<
 
@@ -118,8 +124,9 @@ $(BUILD)/libcoordinator.a: $(call obj,$(COORD_SRC))
 	rm -f $@ && ar rcs $@ $^
 $(BUILD)/libagent.a: $(call obj,$(AGENT_SRC))
 	rm -f $@ && ar rcs $@ $^
-# what libeep shares with the agent: the manifest, the frames of the engine socket
+# what libeep shares with the agent: the manifest, the frames of the engine socket, the CUDA driver
 LIBEEP_SHARED := agent/manifest.c agent/manifest_wire.c agent/engine_frame.c agent/dtype.c
+LIBEEP_SHARED += $(if $(HAVE_CUDA),agent/cuda_driver.c agent/cuda_memory.c)
 $(BUILD)/agent/libeep/%.o: override CFLAGS += -fvisibility=hidden
 $(BUILD)/libeep.a: $(call obj,$(LIBEEP_SRC) $(LIBEEP_SHARED))
 	rm -f $@ && ar rcs $@ $^
@@ -131,17 +138,21 @@ $(BUILD)/eep-agent: $(call obj,agent/main.c) $(BUILD)/libagent.a $(BUILD)/libcom
 $(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libcommon.a
-	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ $(call third,-lprotobuf-c) -lpthread
+	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ $(call third,-lprotobuf-c) -lpthread -ldl
 
 # ---- test programs (instruments, not products) ----
 TEST_LIBS := $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libeep.a $(BUILD)/libcommon.a
-ifeq ($(HAVE_CUDA),1) # without it these skip themselves
-$(BUILD)/tests/test_fakecuda $(BUILD)/tests/test_cuda_faults: override CPPFLAGS += -isystem $(CUDA_INC) -DHAVE_CUDA
+# tests that call the driver themselves; without it they skip themselves, or a part
+ifeq ($(HAVE_CUDA),1)
+GPU_TESTS := $(BUILD)/tests/test_libeep_gpu $(BUILD)/tests/test_reference_model
+$(GPU_TESTS) $(BUILD)/tests/test_fakecuda $(BUILD)/tests/test_cuda_faults: override CPPFLAGS += -isystem $(CUDA_INC) -DHAVE_CUDA
+$(GPU_TESTS): $(BUILD)/tests/engine/kernels_image$(if $(HAVE_NVCC),,_stub).o
 endif
-HARNESS   := $(call obj,$(wildcard tests/harness/*.c))
+$(BUILD)/tests/test_reference_model: $(BUILD)/tests/engine/compute_cuda$(if $(HAVE_CUDA),,_stub).o
+HARNESS   := $(call obj,$(filter-out $(GPU_OUT),$(wildcard tests/harness/*.c)))
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
-	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
+	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(filter %.o,$^) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
 $(BUILD)/tests/itest_%: tests/integration/itest_%.c $(HARNESS) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(HARNESS) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
@@ -151,10 +162,15 @@ $(BUILD)/tests/bench_%: tests/bench/bench_%.c $(HARNESS) $(TEST_LIBS)
 $(BUILD)/tests/nccl_abort: tests/gpu/nccl_abort.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(LIBS)
+$(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c) $(BUILD)/libcommon.a
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ -lpthread
+.PHONY: fakecuda
+fakecuda: $(FAKECUDA)
 $(BUILD)/fakecuda/libcuda.so.1: $(call obj,$(FAKECUDA_SRC)) $(BUILD)/libcommon.a tests/fakecuda/export.map
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -shared -Wl,-soname,libcuda.so.1 -Wl,-z,nodelete -Wl,--version-script=tests/fakecuda/export.map \
-	  -o $@ $(filter-out %.map,$^) -lpthread
+	  -o $@ $(filter-out %.map,$^) -lpthread -lm
 $(BUILD)/tests/eep-sim: $(call obj,$(SIM_SRC)) $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
@@ -169,7 +185,7 @@ $(BUILD)/tests/eep-demo: $(call obj,$(wildcard tests/demo/*.c)) $(HARNESS) $(TES
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 .PHONY: test-tools
-test-tools: $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo
+test-tools: $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
@@ -225,6 +241,10 @@ soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800
 bench:     ## the figures of docs/figures.md
 	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
 	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests
+.PHONY: bench-load
+bench-load: ## the rate of loading a checkpoint of real shapes (4 GB, twice): BENCH_LOAD_MEMORY=cuda, BENCH_LOAD_DIR=/data/model
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_load $(BUILD)/tests/eep-make-checkpoint
+	@tests/bench/load.sh $(BUILD)/tests
 
 PREFIX ?= /usr/local
 install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr/local, DESTDIR=)

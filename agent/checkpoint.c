@@ -1,5 +1,5 @@
 /* Opens a checkpoint folder: config.json, and model.safetensors or the shards that model.safetensors.index.json names.
- * Which tensor is what: checkpoint_names.c; layout and bytes: checkpoint_load.c.  Worker thread. */
+ * Which tensor is what: checkpoint_names.c; layout: checkpoint_layout.c; bytes: checkpoint_load.c.  Worker thread. */
 #include "agent/checkpoint.h"
 
 #include <errno.h>
@@ -281,6 +281,11 @@ uint32_t checkpoint_layers(const struct checkpoint *c)
 uint32_t checkpoint_experts(const struct checkpoint *c)
 {
     return c->experts;
+}
+
+void checkpoint_readers_set(struct checkpoint *c, unsigned n)
+{
+    c->n_readers = n;
 }
 
 uint64_t checkpoint_bytes_read(const struct checkpoint *c)

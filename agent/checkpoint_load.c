@@ -1,106 +1,26 @@
-/* The loader's layout, and the bytes from the files into it.
+/* The bytes from the files into the regions.
  *
- * Dense tensors, in the order of their names, share one region, each at a multiple of 256 bytes.  The fuse recipes make
- * the expert parts: w13 is [2I, H], gate rows then up rows; w2 is [H, I].  Slots follow one another without padding, so
- * that an engine sees one array [slots, ...].  Worker thread. */
-#include <stdio.h>
+ *   this thread:  stage_take -> put |                                   | take -> stage_write -> (copy to the device)
+ *   the readers:                    | read the piece into the stage     |
+ *
+ * Up to READINGS pieces are being read while earlier ones are on their way to the device, so disk, page cache and copy
+ * overlap; nothing is copied that need not be.  Where a stage is the region itself, the readers also take the digests,
+ * while the bytes are in the cache; elsewhere the device takes them of what it has, when everything has been sent.
+ * Memory above the weights: at most MEMORY_STAGES * MEMORY_STAGE_BYTES (64 MiB) pinned for a device, none on the host.
+ * Worker thread. */
 #include <stdlib.h>
-#include <string.h>
 
 #include "agent/checkpoint_internal.h"
+#include "agent/checkpoint_readers.h"
+#include "common/digest.h"
 
-#define DENSE_ALIGN 256u
-#define COPY_BYTES  (4u << 20) /* between two looks at progress and cancellation */
-#define PRODUCER    "loader"
+#define CANCEL_MS 100 /* between two looks at it while nothing comes from the disk */
 
-/* A part is its pieces, one under the other. */
-static const struct {
-    const char *part;
-    enum piece pieces[2];
-    uint32_t n;
-} recipes[] = {
-    {"w13", {PIECE_GATE, PIECE_UP}, 2},
-    {"w2", {PIECE_DOWN}, 1},
+/* What belongs to a reading of the same place in the ring. */
+struct piece_sent {
+    struct memory_stage stage;
+    uint64_t *sum; /* where its digest is added */
 };
-#define RECIPES (sizeof recipes / sizeof recipes[0])
-
-/* ---- the layout ---- */
-
-static uint64_t dense_align(uint64_t offset)
-{
-    return (offset + DENSE_ALIGN - 1) / DENSE_ALIGN * DENSE_ALIGN;
-}
-
-/* Region 0, if there are dense tensors that have bytes. */
-static int dense_lay_out(const struct checkpoint *c, struct manifest *m, struct err *err)
-{
-    uint64_t end = 0;
-    for (size_t i = 0; i < c->n_dense; i++) {
-        const struct safetensors_tensor *from = c->dense[i];
-        struct tensor *t = &m->tensors[m->n_tensors];
-        if (from->bytes == 0)
-            continue;
-        if (strlen(from->name) >= sizeof t->name)
-            return err_set(err, ERR_LIMIT, "%s: the name of tensor \"%.64s...\" has more than %zu bytes", c->dir,
-                           from->name, sizeof t->name - 1);
-        strcpy(t->name, from->name);
-        strcpy(t->dtype, from->dtype);
-        t->offset = dense_align(end);
-        t->dims = from->dims;
-        memcpy(t->shape, from->shape, sizeof t->shape);
-        end = t->offset + from->bytes;
-        m->n_tensors++;
-    }
-    if (end > 0)
-        m->regions[m->n_regions++] = (struct region){.kind = REGION_DENSE, .name = "dense", .bytes = end};
-    return 0;
-}
-
-static void expert_lay_out(const struct checkpoint *c, uint32_t layer, size_t recipe, struct manifest *m)
-{
-    const struct safetensors_tensor *first = checkpoint_piece(c, layer, 0, recipes[recipe].pieces[0]);
-    struct region *r = &m->regions[m->n_regions];
-    struct tensor *t = &m->tensors[m->n_tensors++];
-    *r = (struct region){.kind = REGION_EXPERT, .layer = layer, .slots = m->slots};
-    snprintf(r->name, sizeof r->name, "layers.%u.experts.%s", layer, recipes[recipe].part);
-    snprintf(r->part, sizeof r->part, "%s", recipes[recipe].part);
-    r->slot_bytes = r->stride = first->bytes * recipes[recipe].n;
-    r->bytes = r->stride * r->slots;
-    *t = (struct tensor){
-        .region = m->n_regions++,
-        .dims = 2,
-        .shape = {first->shape[0] * recipes[recipe].n, first->shape[1]},
-    };
-    snprintf(t->name, sizeof t->name, "%s", r->name);
-    strcpy(t->dtype, first->dtype);
-}
-
-int checkpoint_manifest(const struct checkpoint *c, uint32_t slots, struct manifest *ret_m, struct err *err)
-{
-    struct manifest m = {.producer = PRODUCER, .layers = c->layers, .logical = c->experts, .slots = slots};
-    size_t parts = (size_t)c->layers * RECIPES;
-    m.regions = calloc(parts + 1, sizeof *m.regions);
-    m.tensors = calloc(parts + c->n_dense + 1, sizeof *m.tensors);
-    m.config = strdup(c->config);
-    int rc = 0;
-    if (!m.regions || !m.tensors || !m.config)
-        rc = err_set(err, ERR_NOMEM, "out of memory");
-    if (rc == 0)
-        rc = dense_lay_out(c, &m, err);
-    for (uint32_t layer = 0; layer < c->layers && rc == 0; layer++)
-        for (size_t recipe = 0; recipe < RECIPES; recipe++)
-            expert_lay_out(c, layer, recipe, &m);
-    if (rc == 0)
-        rc = manifest_validate(&m, err);
-    if (rc < 0) {
-        manifest_done(&m);
-        return rc;
-    }
-    *ret_m = m;
-    return 0;
-}
-
-/* ---- the bytes ---- */
 
 struct load {
     struct checkpoint *c;
@@ -108,31 +28,97 @@ struct load {
     bool (*progress)(void *user, uint64_t bytes);
     void *user;
     uint64_t bytes;
+    bool digests; /* taken by the readers */
+    struct readers *readers;
+    struct piece_sent sent[READINGS];
+    size_t put, taken;           /* counted for sent[] */
+    struct weights_place *slots; /* that are loaded, and their digests, and whose they are */
+    uint64_t *sums;
+    uint64_t **targets;
+    size_t n_slots;
 };
 
-static int load_bytes(struct load *load, const struct safetensors_tensor *t, struct memory_region *region,
-                      size_t offset, struct err *err)
+/* ---- pieces ---- */
+
+static int load_cancelled(struct load *load, struct err *err)
+{
+    if (load->progress && load->progress(load->user, load->bytes))
+        return err_set(err, ERR_ABORTED, "%s: loading was cancelled after %llu bytes", load->c->dir,
+                       (unsigned long long)load->bytes);
+    return 0;
+}
+
+/* Sends the oldest piece on its way, when it is read. */
+static int piece_finish(struct load *load, struct err *err)
+{
+    struct memory_backend *memory = load->w->memory;
+    const struct piece_sent *sent = &load->sent[load->taken % READINGS];
+    const struct reading *reading;
+    int rc = 0;
+    while (!(reading = readers_take(load->readers, CANCEL_MS)))
+        if ((rc = load_cancelled(load, err)) < 0)
+            return rc;
+    load->taken++;
+    if (reading->code < 0)
+        return err_set(err, reading->code, "%s", reading->err.text);
+    rc = memory->stage_write(memory, &sent->stage, err);
+    if (rc < 0)
+        return err_wrap(err, "%s: tensor \"%s\"", load->c->dir, reading->tensor->name);
+    *sent->sum += reading->digest;
+    load->bytes += reading->len;
+    load->c->bytes_read += reading->len;
+    return load_cancelled(load, err);
+}
+
+static int pieces_finish(struct load *load, struct err *err)
+{
+    int rc = 0;
+    while (rc == 0 && !readers_empty(load->readers))
+        rc = piece_finish(load, err);
+    return rc;
+}
+
+/* Where a tensor goes, and what its digest is a part of. */
+struct target {
+    struct memory_region *region;
+    size_t offset;
+    size_t gap;          /* bytes of zeros after it that belong to the digest */
+    uint64_t first_word; /* its first word's place in the digest */
+    uint64_t *sum;
+};
+
+static int load_tensor(struct load *load, const struct safetensors_tensor *t, const struct target *to, struct err *err)
 {
     struct memory_backend *memory = load->w->memory;
     for (size_t done = 0; done < t->bytes;) {
         size_t len = (size_t)t->bytes - done;
-        if (len > COPY_BYTES)
-            len = COPY_BYTES;
-        int rc = memory->write(memory, region, offset + done, t->data + done, len, err);
+        if (len > MEMORY_STAGE_BYTES)
+            len = MEMORY_STAGE_BYTES;
+        int rc = readers_full(load->readers) ? piece_finish(load, err) : 0;
+        if (rc < 0)
+            return rc;
+        struct piece_sent *sent = &load->sent[load->put % READINGS];
+        rc = memory->stage_take(memory, to->region, to->offset + done, len, &sent->stage, err);
         if (rc < 0)
             return err_wrap(err, "%s: tensor \"%s\"", load->c->dir, t->name);
+        sent->sum = to->sum;
+        struct reading reading = {
+            .tensor = t, .from = done, .data = sent->stage.data, .len = len, .in_place = memory->in_place};
+        if (load->digests) {
+            reading.digest_len = done + len == t->bytes ? len + to->gap : len;
+            reading.first_word = to->first_word + done / 8;
+        }
+        readers_put(load->readers, &reading);
+        load->put++;
         done += len;
-        load->bytes += len;
-        load->c->bytes_read += len;
-        if (load->progress && load->progress(load->user, load->bytes))
-            return err_set(err, ERR_ABORTED, "%s: loading was cancelled after %llu bytes", load->c->dir,
-                           (unsigned long long)load->bytes);
     }
     return 0;
 }
 
-/* dense[] without the empty ones is in the order of the manifest's tensors. */
-static int load_dense(struct load *load, struct err *err)
+/* ---- dense tensors and experts ---- */
+
+/* dense[] without the empty ones is in the order of the manifest's tensors, and they share region 0. */
+static int load_dense(struct load *load, uint64_t *ret_sum, struct err *err)
 {
     const struct manifest *m = &load->w->manifest;
     uint32_t at = 0;
@@ -140,14 +126,16 @@ static int load_dense(struct load *load, struct err *err)
         const struct safetensors_tensor *t = load->c->dense[i];
         if (t->bytes == 0)
             continue;
-        int rc = load_bytes(load, t, &load->w->regions[m->tensors[at].region], (size_t)m->tensors[at].offset, err);
-        if (rc < 0)
-            return rc;
-        at++;
-    }
-    struct model *model = load->w->model;
-    for (uint32_t i = 0; i < model->n_dense; i++) {
-        int rc = weights_dense_digest(load->w, i, &model->dense_digest[i], err);
+        const struct tensor *here = &m->tensors[at++];
+        bool last = at == m->n_tensors || m->tensors[at].region != here->region;
+        struct target to = {
+            .region = &load->w->regions[here->region],
+            .offset = (size_t)here->offset,
+            .gap = last ? 0 : (size_t)(m->tensors[at].offset - here->offset - t->bytes),
+            .first_word = here->offset / 8,
+            .sum = ret_sum,
+        };
+        int rc = load_tensor(load, t, &to, err);
         if (rc < 0)
             return rc;
     }
@@ -156,23 +144,79 @@ static int load_dense(struct load *load, struct err *err)
 
 static int load_expert(struct load *load, uint32_t layer, uint32_t slot, uint32_t expert, struct err *err)
 {
-    struct extent parts[RECIPES];
-    if (weights_slot(load->w, layer, slot, parts, RECIPES) != RECIPES)
+    const struct checkpoint *c = load->c;
+    struct model *model = load->w->model;
+    struct extent parts[RECIPES_MAX];
+    if (weights_slot(load->w, layer, slot, parts, RECIPES_MAX) != c->n_recipes)
         return err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", slot, layer);
-    for (size_t recipe = 0; recipe < RECIPES; recipe++) {
-        size_t offset = parts[recipe].offset;
-        for (uint32_t k = 0; k < recipes[recipe].n; k++) {
-            const struct safetensors_tensor *t = checkpoint_piece(load->c, layer, expert, recipes[recipe].pieces[k]);
-            int rc = load_bytes(load, t, parts[recipe].region, offset, err);
+    size_t at = load->n_slots++;
+    load->slots[at] = (struct weights_place){layer, slot};
+    load->targets[at] = &model->expert_digest[(size_t)layer * model->logical + expert];
+    uint64_t words = 0;
+    for (size_t i = 0; i < c->n_recipes; i++) {
+        const struct recipe *recipe = &checkpoint_recipes[i];
+        size_t done = 0;
+        for (uint32_t k = 0; k < recipe->n; k++) {
+            const struct safetensors_tensor *t = checkpoint_piece(c, layer, expert, recipe->pieces[k]);
+            struct target to = {
+                .region = parts[i].region,
+                .offset = parts[i].offset + done,
+                .first_word = words + done / 8,
+                .sum = &load->sums[at],
+            };
+            int rc = load_tensor(load, t, &to, err);
             if (rc < 0)
                 return rc;
-            offset += (size_t)t->bytes;
+            done += (size_t)t->bytes;
         }
+        words += digest_words(parts[i].len);
     }
-    struct model *model = load->w->model;
-    return weights_slot_digest(load->w, layer, slot, &model->expert_digest[(size_t)layer * model->logical + expert],
-                               err);
+    return 0;
 }
+
+static int load_experts(struct load *load, const struct expert_map *map, uint32_t rank, struct err *err)
+{
+    int rc = 0;
+    for (uint32_t layer = 0; layer < map->layers && rc == 0; layer++)
+        for (uint32_t slot = 0; slot < map->slots && rc == 0; slot++) {
+            int32_t expert = map->held[expert_map_at(map, layer, rank, slot)];
+            if (expert >= (int32_t)load->c->experts)
+                rc = err_set(err, ERR_INVALID, "the map puts expert %d into layer %u, which has %u", expert, layer,
+                             load->c->experts);
+            else if (expert >= 0)
+                rc = load_expert(load, layer, slot, (uint32_t)expert, err);
+        }
+    return rc;
+}
+
+/* ---- digests ---- */
+
+/* A digest can be taken piece by piece when every piece begins at a word of it. */
+static bool words_whole(const struct checkpoint *c)
+{
+    for (size_t i = 0; i < c->n_recipes; i++)
+        for (uint32_t layer = 0; layer < c->layers && checkpoint_recipes[i].n > 1; layer++)
+            if (checkpoint_piece(c, layer, 0, checkpoint_recipes[i].pieces[0])->bytes % 8 != 0)
+                return false;
+    return true;
+}
+
+/* What the readers added up, or what the memory says now, into the model. */
+static int load_digests(struct load *load, uint64_t dense_sum, struct err *err)
+{
+    struct model *model = load->w->model;
+    int rc = load->digests ? 0 : weights_slot_digests(load->w, load->slots, load->n_slots, load->sums, err);
+    for (size_t i = 0; i < load->n_slots && rc == 0; i++)
+        *load->targets[i] = weights_digest_known(load->sums[i]);
+    for (uint32_t i = 0; i < model->n_dense && rc == 0; i++)
+        if (load->digests)
+            model->dense_digest[i] = weights_digest_known(dense_sum);
+        else
+            rc = weights_dense_digest(load->w, i, &model->dense_digest[i], err);
+    return rc;
+}
+
+/* ---- all of it ---- */
 
 /* The weights must be those of checkpoint_manifest(), else offsets would mean something else. */
 static int load_check(const struct checkpoint *c, const struct weights *w, const struct expert_map *map, uint32_t rank,
@@ -200,21 +244,40 @@ static int load_check(const struct checkpoint *c, const struct weights *w, const
     return 0;
 }
 
+static int load_all(struct load *load, const struct expert_map *map, uint32_t rank, struct err *err)
+{
+    uint64_t dense_sum = 0;
+    int rc = readers_start(load->c->n_readers, &load->readers, err);
+    if (rc < 0)
+        return err_wrap(err, "%s", load->c->dir);
+    rc = load_dense(load, &dense_sum, err);
+    if (rc == 0)
+        rc = load_experts(load, map, rank, err);
+    if (rc == 0)
+        rc = pieces_finish(load, err);
+    readers_stop(load->readers); /* before the stages go: they write there */
+    load->w->memory->stages_free(load->w->memory);
+    return rc < 0 ? rc : load_digests(load, dense_sum, err);
+}
+
 int checkpoint_load(struct checkpoint *c, struct weights *w, const struct expert_map *map, uint32_t rank,
                     bool (*progress)(void *user, uint64_t bytes), void *user, struct err *err)
 {
     struct load load = {.c = c, .w = w, .progress = progress, .user = user};
     int rc = load_check(c, w, map, rank, err);
-    if (rc == 0)
-        rc = load_dense(&load, err);
-    for (uint32_t layer = 0; layer < map->layers && rc == 0; layer++)
-        for (uint32_t slot = 0; slot < map->slots && rc == 0; slot++) {
-            int32_t expert = map->held[expert_map_at(map, layer, rank, slot)];
-            if (expert >= (int32_t)c->experts)
-                rc = err_set(err, ERR_INVALID, "the map puts expert %d into layer %u, which has %u", expert, layer,
-                             c->experts);
-            else if (expert >= 0)
-                rc = load_expert(&load, layer, slot, (uint32_t)expert, err);
-        }
+    if (rc < 0)
+        return rc;
+    size_t most = (size_t)map->layers * map->slots;
+    load.digests = w->memory->in_place && words_whole(c);
+    load.slots = calloc(most + 1, sizeof *load.slots);
+    load.sums = calloc(most + 1, sizeof *load.sums);
+    load.targets = calloc(most + 1, sizeof *load.targets);
+    if (load.slots && load.sums && load.targets)
+        rc = load_all(&load, map, rank, err);
+    else
+        rc = err_set(err, ERR_NOMEM, "out of memory");
+    free(load.slots);
+    free(load.sums);
+    free(load.targets);
     return rc;
 }

@@ -1,6 +1,7 @@
 /* Tells experts from dense weights, by names and shapes alone: no model family is known here.
  *
- *   <prefix>.layers.L.<anything>.experts.E.<part>.weight     one piece of expert E
+ *   <prefix>.layers.L.<anything>.experts.E.<part>.weight             one piece of expert E
+ *   <prefix>.layers.L.<anything>.experts.E.<part>.weight_scale_inv   the scales of its blocks
  *   everything without a component "experts"                 dense
  *   anything else with a component "experts"                 refused: a layout that this loader would get wrong
  *
@@ -18,7 +19,14 @@ static const struct {
     {"gate_proj", PIECE_GATE}, {"w1", PIECE_GATE},        {"up_proj", PIECE_UP},
     {"w3", PIECE_UP},          {"down_proj", PIECE_DOWN}, {"w2", PIECE_DOWN},
 };
-static const char *const piece_names[PIECES] = {"gate projection", "up projection", "down projection"};
+static const char *const piece_names[PIECES] = {
+    "gate projection",
+    "up projection",
+    "down projection",
+    "weight_scale_inv of the gate projection",
+    "weight_scale_inv of the up projection",
+    "weight_scale_inv of the down projection",
+};
 
 /* A tensor that is a piece of an expert. */
 struct found {
@@ -82,13 +90,16 @@ static enum name_kind name_parse(const struct safetensors_tensor *t, struct foun
     if (experts == n)
         return NAME_DENSE;
     struct found f = {.tensor = t};
-    if (layers + 1 >= experts || experts + 4 != n || !word_is(words[experts + 3], "weight") ||
-        !word_number(words[layers + 1], &f.layer) || !word_number(words[experts + 1], &f.expert))
+    if (layers + 1 >= experts || experts + 4 != n)
+        return NAME_STRANGE;
+    bool scale = word_is(words[experts + 3], "weight_scale_inv");
+    if ((!scale && !word_is(words[experts + 3], "weight")) || !word_number(words[layers + 1], &f.layer) ||
+        !word_number(words[experts + 1], &f.expert))
         return NAME_STRANGE;
     f.prefix = (size_t)(words[experts].at - t->name);
     for (size_t i = 0; i < sizeof piece_table / sizeof piece_table[0]; i++)
         if (word_is(words[experts + 2], piece_table[i].name)) {
-            f.piece = piece_table[i].piece;
+            f.piece = piece_table[i].piece + (scale ? PIECE_GATE_SCALE - PIECE_GATE : 0);
             *ret_found = f;
             return NAME_EXPERT;
         }
@@ -117,15 +128,15 @@ static int layer_complete(const struct checkpoint *c, const struct found *found,
         if (i > 0 && found_compare(f - 1, f) == 0)
             return err_set(err, ERR_INVALID, "%s: tensors \"%s\" and \"%s\" are the same part of one expert", c->dir,
                            f[-1].tensor->name, f->tensor->name);
-        uint32_t expert = (uint32_t)(i / PIECES);
-        enum piece piece = (enum piece)(i % PIECES);
+        uint32_t expert = (uint32_t)(i / c->n_pieces);
+        enum piece piece = (enum piece)(i % c->n_pieces);
         if (f->expert != expert || f->piece != piece)
             return err_set(err, ERR_INVALID, "%s: layer %u: expert %u has no %s", c->dir, f->layer, expert,
                            piece_names[piece]);
     }
-    if (n % PIECES != 0)
-        return err_set(err, ERR_INVALID, "%s: layer %u: expert %zu has no %s", c->dir, found->layer, n / PIECES,
-                       piece_names[n % PIECES]);
+    if (n % c->n_pieces != 0)
+        return err_set(err, ERR_INVALID, "%s: layer %u: expert %zu has no %s", c->dir, found->layer, n / c->n_pieces,
+                       piece_names[n % c->n_pieces]);
     return 0;
 }
 
@@ -134,22 +145,36 @@ static bool is_matrix(const struct safetensors_tensor *t, uint64_t rows, uint64_
     return t->dims == 2 && t->shape[0] == rows && t->shape[1] == columns && strcmp(t->dtype, dtype) == 0;
 }
 
-/* Every expert of a layer has the shapes of its first: gate and up [I, H], down [H, I]. */
+/* Every expert of a layer has the shapes of its first: gate and up [I, H], down [H, I]; scales of gate and up alike,
+ * and as many rows of them as divide I, because those of gate and up lie one under the other. */
 static int layer_shapes(const struct checkpoint *c, const struct found *found, size_t n, struct err *err)
 {
     const struct safetensors_tensor *first = found->tensor;
     uint64_t inner = first->shape[0], hidden = first->shape[1];
     if (first->dims != 2 || inner == 0 || hidden == 0)
         return err_set(err, ERR_UNSUPPORTED, "%s: layer %u: \"%s\" is no matrix", c->dir, found->layer, first->name);
+    for (uint32_t piece = PIECE_GATE_SCALE; piece < c->n_pieces; piece++) {
+        const struct safetensors_tensor *t = found[piece].tensor;
+        if (t->dims != 2 || t->shape[0] == 0 || t->shape[1] == 0 ||
+            (piece != PIECE_DOWN_SCALE && inner % t->shape[0] != 0))
+            return err_set(err, ERR_UNSUPPORTED, "%s: layer %u: \"%s\" is no matrix of scales of whole blocks", c->dir,
+                           found->layer, t->name);
+    }
     for (size_t i = 0; i < n; i++) {
         const struct found *f = &found[i];
-        bool down = f->piece == PIECE_DOWN;
-        if (!is_matrix(f->tensor, down ? hidden : inner, down ? inner : hidden, first->dtype))
+        const struct safetensors_tensor *like = first;
+        uint64_t rows = inner, columns = hidden;
+        if (f->piece == PIECE_DOWN)
+            rows = hidden, columns = inner;
+        if (f->piece >= PIECE_GATE_SCALE) {
+            like = found[f->piece == PIECE_DOWN_SCALE ? PIECE_DOWN_SCALE : PIECE_GATE_SCALE].tensor;
+            rows = like->shape[0], columns = like->shape[1];
+        }
+        if (!is_matrix(f->tensor, rows, columns, like->dtype))
             return err_set(err, ERR_INVALID,
                            "%s: layer %u: the %s of expert %u (\"%s\") is not [%llu, %llu] %s, as \"%s\" demands",
                            c->dir, f->layer, piece_names[f->piece], f->expert, f->tensor->name,
-                           (unsigned long long)(down ? hidden : inner), (unsigned long long)(down ? inner : hidden),
-                           first->dtype, first->name);
+                           (unsigned long long)rows, (unsigned long long)columns, like->dtype, like->name);
     }
     return 0;
 }
@@ -168,7 +193,7 @@ static int layers_check(struct checkpoint *c, const struct found *found, size_t 
             rc = layer_shapes(c, found + from, to - from, err);
         if (rc < 0)
             return rc;
-        uint32_t experts = (uint32_t)((to - from) / PIECES);
+        uint32_t experts = (uint32_t)((to - from) / c->n_pieces);
         if (c->layers == 0)
             c->experts = experts;
         if (experts != c->experts)
@@ -191,6 +216,7 @@ int checkpoint_classify(struct checkpoint *c, struct err *err)
     c->dense = calloc(c->n_all + 1, sizeof *c->dense);
     c->pieces = calloc(c->n_all + 1, sizeof *c->pieces);
     size_t n = 0;
+    bool scaled = false;
     int rc = 0;
     if (!found || !c->dense || !c->pieces)
         rc = err_set(err, ERR_NOMEM, "out of memory");
@@ -200,6 +226,7 @@ int checkpoint_classify(struct checkpoint *c, struct err *err)
             c->dense[c->n_dense++] = c->all[i];
             break;
         case NAME_EXPERT:
+            scaled = scaled || found[n].piece >= PIECE_GATE_SCALE;
             n++;
             break;
         case NAME_STRANGE:
@@ -210,11 +237,13 @@ int checkpoint_classify(struct checkpoint *c, struct err *err)
                         c->dir, c->all[i]->name);
             break;
         }
+    c->n_pieces = scaled ? PIECES : PIECE_GATE_SCALE;
+    c->n_recipes = scaled ? RECIPES_MAX : RECIPES_MAX / 2;
     if (rc == 0 && n > 0)
         qsort(found, n, sizeof *found, found_compare);
     if (rc == 0)
         rc = layers_check(c, found, n, err);
-    /* Complete and sorted: found[] is [layers][experts][PIECES]. */
+    /* Complete and sorted: found[] is [layers][experts][n_pieces]. */
     for (size_t i = 0; i < n && rc == 0; i++)
         c->pieces[i] = found[i].tensor;
     free(found);

@@ -142,6 +142,7 @@ enum agent_log_level { AGENT_LOG_DEBUG = 0, AGENT_LOG_INFO, AGENT_LOG_WARN, AGEN
 enum agent_exit {
     AGENT_EXIT_STOPPED = 0, /* SIGTERM, and nothing is held any more */
     AGENT_EXIT_EVICTED = 3, /* this incarnation is out: start again as a new one */
+    AGENT_EXIT_READOPT = 75, /* this process cannot go on, but its weights can: not from the core; also the exit status */
 };
 
 /* A growable array of actions that the caller owns.  The caller performs them in order. */

@@ -3,6 +3,7 @@
 #include "agent/cuda_driver.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,20 +23,49 @@ static const struct {
 static int code_of(CUresult result)
 {
     switch ((int)result) {
-    case CUDA_ERROR_OUT_OF_MEMORY: return ERR_NOMEM;
+    case CUDA_ERROR_OUT_OF_MEMORY:
+        return ERR_NOMEM;
     case CUDA_ERROR_NO_DEVICE:
-    case CUDA_ERROR_INVALID_DEVICE: return ERR_NOTFOUND;
+    case CUDA_ERROR_INVALID_DEVICE:
+        return ERR_NOTFOUND;
     case CUDA_ERROR_NOT_SUPPORTED:
     case CUDA_ERROR_NO_BINARY_FOR_GPU:
     case CUDA_ERROR_PEER_ACCESS_UNSUPPORTED:
     case CUDA_ERROR_SYSTEM_DRIVER_MISMATCH:
-    case CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE: return ERR_UNSUPPORTED;
-    case CUDA_ERROR_NOT_PERMITTED: return ERR_DENIED;
+    case CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE:
+        return ERR_UNSUPPORTED;
+    case CUDA_ERROR_NOT_PERMITTED:
+        return ERR_DENIED;
     case CUDA_ERROR_INVALID_VALUE:
-    case CUDA_ERROR_INVALID_HANDLE: return ERR_INVALID;
-    case CUDA_ERROR_TIMEOUT: return ERR_TIMEOUT;
-    default: return ERR_IO;
+    case CUDA_ERROR_INVALID_HANDLE:
+        return ERR_INVALID;
+    case CUDA_ERROR_TIMEOUT:
+        return ERR_TIMEOUT;
+    default:
+        return ERR_IO;
     }
+}
+
+/* The first sticky error.  It is the process's in truth: the driver fails every call in every thread after it. */
+static pthread_mutex_t lost_lock = PTHREAD_MUTEX_INITIALIZER;
+static char lost_why[256]; /* "": none */
+
+static void lost_set(const char *why)
+{
+    pthread_mutex_lock(&lost_lock);
+    if (!lost_why[0])
+        snprintf(lost_why, sizeof lost_why, "%.250s", why);
+    pthread_mutex_unlock(&lost_lock);
+}
+
+int cuda_health(struct err *err)
+{
+    int rc = 0;
+    pthread_mutex_lock(&lost_lock);
+    if (lost_why[0])
+        rc = err_set(err, ERR_IO, "this process cannot use the GPU any more: %s", lost_why);
+    pthread_mutex_unlock(&lost_lock);
+    return rc;
 }
 
 int cuda_check(const struct cuda_driver *cu, CUresult result, struct err *err, const char *fmt, ...)
@@ -52,9 +82,13 @@ int cuda_check(const struct cuda_driver *cu, CUresult result, struct err *err, c
         name = NULL;
     if (cu->cuGetErrorString(result, &text) != CUDA_SUCCESS)
         text = NULL;
-    return err_set(err, code_of(result), "cannot %s: %s (%s, %d)%s", what, text ? text : "unknown error",
-                   name ? name : "CUDA", (int)result,
-                   cuda_is_sticky(result) ? "; this process cannot use the GPU any more" : "");
+    struct err said = {0};
+    int rc = err_set(&said, code_of(result), "cannot %s: %s (%s, %d)", what, text ? text : "unknown error",
+                     name ? name : "CUDA", (int)result);
+    if (!cuda_is_sticky(result))
+        return err_set(err, rc, "%s", said.text);
+    lost_set(said.text);
+    return err_set(err, rc, "%s; this process cannot use the GPU any more", said.text);
 }
 
 bool cuda_is_sticky(CUresult result)
@@ -74,8 +108,10 @@ bool cuda_is_sticky(CUresult result)
     case CUDA_ERROR_CONTEXT_IS_DESTROYED:
     case CUDA_ERROR_DEINITIALIZED:
     case CUDA_ERROR_DEVICE_UNAVAILABLE:
-    case CUDA_ERROR_UNKNOWN: return true;
-    default: return false;
+    case CUDA_ERROR_UNKNOWN:
+        return true;
+    default:
+        return false;
     }
 }
 
@@ -90,11 +126,13 @@ int cuda_driver_load(struct cuda_driver *ret_driver, struct err *err)
         void *symbol = dlsym(cu.library, function_table[i].name);
         if (!symbol) {
             dlclose(cu.library);
-            return err_set(err, ERR_UNSUPPORTED, "the CUDA driver is too old: it has no %s; 11.4 or newer is needed",
+            return err_set(err, ERR_UNSUPPORTED, "the CUDA driver is too old: it has no %s; 11.7 or newer is needed",
                            function_table[i].name);
         }
         memcpy((char *)&cu + function_table[i].offset, &symbol, sizeof symbol);
     }
+    cu.copy_batch_13 = dlsym(cu.library, "cuMemcpyBatchAsync_v2");
+    cu.copy_batch_12 = dlsym(cu.library, "cuMemcpyBatchAsync");
     int rc = cuda_check(&cu, cu.cuInit(0), err, "start the CUDA driver");
     if (rc == 0)
         rc = cuda_check(&cu, cu.cuDriverGetVersion(&cu.version), err, "ask the CUDA driver for its version");
@@ -206,6 +244,16 @@ static int device_choose(const struct cuda_driver *cu, const char *which, struct
     return 0;
 }
 
+int gpu_find(const char *which, struct gpu *ret_gpu, struct err *err)
+{
+    struct cuda_driver cu = {0};
+    int rc = cuda_driver_load(&cu, err);
+    if (rc == 0)
+        rc = device_choose(&cu, which, ret_gpu, err);
+    cuda_driver_unload(&cu);
+    return rc;
+}
+
 int cuda_device_open(const char *which, struct cuda_device **ret_device, struct err *err)
 {
     struct cuda_device *d = calloc(1, sizeof *d);
@@ -246,7 +294,8 @@ void cuda_device_close(struct cuda_device *device)
 {
     if (!device)
         return;
-    device->driver.cuDevicePrimaryCtxRelease(device->device);
+    if (cuda_health(NULL) == 0)
+        device->driver.cuDevicePrimaryCtxRelease(device->device);
     cuda_driver_unload(&device->driver);
     free(device);
 }
@@ -255,6 +304,9 @@ int cuda_device_use(const struct cuda_device *device, struct err *err)
 {
     const struct cuda_driver *cu = &device->driver;
     CUcontext current = NULL;
+    int rc = cuda_health(err);
+    if (rc < 0)
+        return rc;
     if (cu->cuCtxGetCurrent(&current) == CUDA_SUCCESS && current == device->context)
         return 0;
     return cuda_check(cu, cu->cuCtxSetCurrent(device->context), err, "use GPU %d on this thread", device->gpu.index);

@@ -1,7 +1,7 @@
 /* The CUDA driver (libcuda.so.1), loaded at run time, and one GPU of it.
  *
  * Only files that the Makefile compiles when it found cuda.h include this: memory_cuda.c, transport_cuda_peer.c,
- * transport_nccl.c and their parts.  There is no libcudart: contexts are the devices' primary ones, which NCCL and
+ * transport_nccl.c and their parts, libeep/device_cuda.c.  There is no libcudart: contexts are the devices' primary ones, which NCCL and
  * anything that uses the runtime share.
  *
  * Functions are members of `struct cuda_driver` under the names of cuda.h, whose macros put the version suffix on both
@@ -19,18 +19,20 @@
 #include "agent/gpu.h"
 #include "common/err.h"
 
-/* What is looked up; all of it is in every driver since CUDA 11.4. */
+/* What is looked up; all of it is in every driver since CUDA 11.7. */
 #define CUDA_DRIVER_FUNCTIONS(X)                                                                                       \
     X(cuInit) X(cuDriverGetVersion) X(cuGetErrorName) X(cuGetErrorString)                                              \
     X(cuDeviceGet) X(cuDeviceGetCount) X(cuDeviceGetName) X(cuDeviceGetUuid) X(cuDeviceGetAttribute)                   \
     X(cuDeviceTotalMem) X(cuDeviceCanAccessPeer)                                                                       \
     X(cuDevicePrimaryCtxRetain) X(cuDevicePrimaryCtxRelease) X(cuCtxSetCurrent) X(cuCtxGetCurrent) X(cuCtxSynchronize) \
     X(cuMemGetInfo) X(cuMemAlloc) X(cuMemFree) X(cuMemHostAlloc) X(cuMemFreeHost) X(cuMemHostGetDevicePointer)         \
+    X(cuMemHostRegister) X(cuMemHostUnregister)                                                                        \
     X(cuMemGetAllocationGranularity) X(cuMemCreate) X(cuMemRelease) X(cuMemAddressReserve) X(cuMemAddressFree)         \
     X(cuMemMap) X(cuMemUnmap) X(cuMemSetAccess) X(cuMemExportToShareableHandle) X(cuMemImportFromShareableHandle)      \
     X(cuMemGetAllocationPropertiesFromHandle)                                                                          \
     X(cuMemcpyHtoDAsync) X(cuMemcpyDtoHAsync) X(cuMemcpyDtoDAsync) X(cuMemsetD8Async)                                  \
     X(cuStreamCreate) X(cuStreamDestroy) X(cuStreamSynchronize) X(cuStreamQuery) X(cuStreamWaitEvent)                  \
+    X(cuStreamWriteValue64) X(cuLaunchHostFunc)                                                                        \
     X(cuEventCreate) X(cuEventDestroy) X(cuEventRecord) X(cuEventQuery) X(cuEventSynchronize)                          \
     X(cuModuleLoadData) X(cuModuleUnload) X(cuModuleGetFunction) X(cuLaunchKernel)
 
@@ -39,6 +41,8 @@ struct cuda_driver {
     void *library;
     int version; /* 13000 = CUDA 13.0 */
     CUDA_DRIVER_FUNCTIONS(CUDA_DRIVER_MEMBER)
+    /* cuMemcpyBatchAsync as CUDA 13.0 and as 12.8 have it; NULL where the driver is older.  See cuda_copies. */
+    void *copy_batch_13, *copy_batch_12;
 };
 #undef CUDA_DRIVER_MEMBER
 
@@ -56,7 +60,8 @@ struct cuda_device {
 int cuda_device_open(const char *which, struct cuda_device **ret_device, struct err *err) MUST_CHECK;
 void cuda_device_close(struct cuda_device *device); /* takes NULL; what was made in the context must be gone */
 
-/* Makes the context current on the calling thread; cheap when it is.  At the start of every entry point. */
+/* Makes the context current on the calling thread; cheap when it is.  At the start of every entry point.  Fails after a
+ * sticky error. */
 int cuda_device_use(const struct cuda_device *device, struct err *err) MUST_CHECK;
 
 /* Turns a CUresult into an error: "cannot <what>: <text> (CUDA_ERROR_...)" with the code below; 0 for CUDA_SUCCESS.
@@ -65,11 +70,21 @@ int cuda_device_use(const struct cuda_device *device, struct err *err) MUST_CHEC
 int cuda_check(const struct cuda_driver *cu, CUresult result, struct err *err, const char *fmt, ...)
     __attribute__((format(printf, 4, 5))) MUST_CHECK;
 
-/* True after an error that no call in this process gets over (an illegal address, an ECC error, a lost device): the
- * agent has to leave the view and end. */
+/* True of an error that no call in this process gets over (an illegal address, an ECC error, a lost device): the agent
+ * has to leave the view and end. */
 bool cuda_is_sticky(CUresult result);
 
+/* 0, or the first sticky error that cuda_check has seen, of any device: nothing may call CUDA any more.  cuda_device_use
+ * asks this, cuda_unmap and cuda_device_close do nothing then; the end of the process frees what is left.  Any thread. */
+int cuda_health(struct err *err) MUST_CHECK;
+
 /* ---- memory (cuda_memory.c); the context must be current ---- */
+
+/* How regions are allocated, and the granularity of their sizes, which agent and engine reckon alike. */
+CUmemAllocationProp cuda_properties(const struct cuda_device *device, bool rdma);
+int cuda_granularity(const struct cuda_device *device, size_t *ret_granularity, struct err *err) MUST_CHECK;
+/* bytes rounded up; false when that makes no size. */
+bool cuda_round(size_t granularity, size_t bytes, size_t *ret_mapped);
 
 /* Maps an allocation, with access from this device, at an address of its own.  The handle may be released afterwards:
  * the mapping holds the memory. */
@@ -81,6 +96,12 @@ void cuda_unmap(const struct cuda_device *device, CUdeviceptr at, size_t mapped)
  * same_device: refuse memory of another GPU.  ERR_INVALID when fd is no such memory, or smaller than mapped. */
 int cuda_import(const struct cuda_device *device, int fd, size_t mapped, bool same_device, CUdeviceptr *ret_at,
                 struct err *err) MUST_CHECK;
+
+/* Whether many copies can be queued by one call. */
+bool cuda_copies_batched(const struct cuda_driver *cu);
+/* Queues n copies on a stream, in any order among each other.  batched: by one call where that is possible. */
+int cuda_copies(const struct cuda_driver *cu, CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t n,
+                bool batched, CUstream stream, struct err *err) MUST_CHECK;
 
 /* The driver alone, for lists; cuda_device_open does this itself. */
 int cuda_driver_load(struct cuda_driver *ret_driver, struct err *err) MUST_CHECK;

@@ -1,8 +1,9 @@
-/* The digest of common/digest.h over bytes in GPU memory, added to *sum.
+/* The digest of common/digest.h over ranges in GPU memory, all of them in one launch.
  *
- * Compiled by nvcc to a fatbin that digest_kernel.c carries; launched by memory_cuda.c through the driver.  Pieces of a
- * run may be digested in any order, so every thread takes every n-th pair of words and adds what it has at the end. */
+ * Compiled by nvcc to a fatbin that digest_kernel.c carries; launched by memory_cuda.c through the driver.  Pieces may
+ * be digested in any order: a block takes every n-th piece, a thread every 256th pair of words in it. */
 
+#include "agent/digest_kernel.h"
 #include "common/digest.h"
 
 typedef unsigned long long u64;
@@ -14,10 +15,10 @@ static __device__ __forceinline__ u64 load(const u64 *base, u64 i, unsigned shif
     return shift == 0 ? word : word | base[i + 1] << (64 - shift);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-digest_kernel(const unsigned char *data, u64 len, u64 first_word, u64 *sum)
+/* This thread's part of a piece. */
+static __device__ u64 piece_part(const unsigned char *data, u64 len, u64 first_word)
 {
-    const u64 threads = (u64)gridDim.x * blockDim.x, me = (u64)blockIdx.x * blockDim.x + threadIdx.x;
+    const u64 threads = DIGEST_KERNEL_THREADS, me = threadIdx.x;
     const u64 words = len / 8;
     const unsigned shift = (unsigned)((u64)data % 8) * 8;
     const u64 *base = (const u64 *)(data - shift / 8);
@@ -53,18 +54,30 @@ digest_kernel(const unsigned char *data, u64 len, u64 first_word, u64 *sum)
             word |= (u64)data[words * 8 + i] << (8 * i);
         total += digest_mix(word, index) + digest_mix(len % 8, ~index);
     }
+    return total;
+}
 
+/* What a warp has for a sum.  Warps add on their own, so that none waits for another between two pieces. */
+static __device__ void sum_add(u64 *sum, u64 total)
+{
     for (int k = 16; k > 0; k /= 2)
         total += __shfl_down_sync(0xffffffffu, total, k);
-    __shared__ u64 warps[8];
     if (threadIdx.x % 32 == 0)
-        warps[threadIdx.x / 32] = total;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        total = 0;
-        for (unsigned k = 0; k < blockDim.x / 32; k++)
-            total += warps[k];
-        if (total != 0)
-            atomicAdd(sum, total);
+        atomicAdd(sum, total);
+}
+
+extern "C" __global__ void __launch_bounds__(DIGEST_KERNEL_THREADS)
+digest_kernel(const struct digest_piece *pieces, unsigned int n, u64 *sums)
+{
+    u64 total = 0, sum = 0;
+    for (unsigned int i = blockIdx.x; i < n; i += gridDim.x) {
+        const struct digest_piece piece = pieces[i];
+        if (piece.sum != sum) { /* of one large range, all goes into one addition */
+            sum_add(&sums[sum], total);
+            total = 0;
+            sum = piece.sum;
+        }
+        total += piece_part((const unsigned char *)piece.at, piece.len, piece.first_word);
     }
+    sum_add(&sums[sum], total);
 }

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "agent/engine_socket_internal.h"
@@ -53,6 +54,8 @@ static void conn_free(struct engine_conn *c)
         event_free(c->impatient);
     engine_reader_done(&c->reader);
     engine_writer_done(&c->writer);
+    if (c->pidfd >= 0)
+        close(c->pidfd);
     close(c->fd);
     free(c);
 }
@@ -63,6 +66,29 @@ void engine_socket_discard(struct engine_socket *s)
         worker_seal_discard(s->worker);
         s->allocated = false;
     }
+}
+
+bool engine_socket_predecessor_lives(struct engine_socket *s, pid_t successor)
+{
+    struct pollfd p = {.fd = s->predecessor, .events = POLLIN};
+    if (s->predecessor < 0)
+        return false;
+    if (successor != s->predecessor_pid && poll(&p, 1, 0) == 0)
+        return true;
+    close(s->predecessor);
+    s->predecessor = -1;
+    return false;
+}
+
+static void predecessor_note(struct engine_socket *s, struct engine_conn *c)
+{
+    if (!c->attached || c->goodbye || c->pidfd < 0 || !worker_gpu(s->worker))
+        return;
+    if (s->predecessor >= 0)
+        close(s->predecessor);
+    s->predecessor = c->pidfd;
+    s->predecessor_pid = c->pid;
+    c->pidfd = -1;
 }
 
 static void on_later(evutil_socket_t fd, short what, void *user)
@@ -77,6 +103,7 @@ static void on_later(evutil_socket_t fd, short what, void *user)
     bool attached = c->attached;
     char why[sizeof c->why];
     memcpy(why, c->why, sizeof why);
+    predecessor_note(s, c);
     conn_free(c);
     if (!attached)
         return;
@@ -205,6 +232,7 @@ static struct engine_conn *conn_new(struct engine_socket *s, int fd)
     if (!c)
         return NULL;
     c->fd = fd;
+    c->pidfd = -1;
     c->readable = event_new(s->base, fd, EV_READ | EV_PERSIST, on_readable, s);
     c->writable = event_new(s->base, fd, EV_WRITE, on_writable, s);
     c->impatient = event_new(s->base, -1, EV_TIMEOUT, on_impatient, s);
@@ -217,8 +245,11 @@ static struct engine_conn *conn_new(struct engine_socket *s, int fd)
     }
     struct ucred cred;
     socklen_t len = sizeof cred;
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0)
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) == 0) {
         snprintf(c->peer, sizeof c->peer, "pid %ld uid %lu", (long)cred.pid, (unsigned long)cred.uid);
+        c->pid = cred.pid;
+        c->pidfd = cred.pid > 0 ? (int)syscall(SYS_pidfd_open, cred.pid, 0) : -1; /* glibc 2.36 has it as a function */
+    }
     return c;
 }
 
@@ -279,6 +310,7 @@ void engine_socket_attached(struct engine_socket *s)
     Eep__Engine__Attached body = EEP__ENGINE__ATTACHED__INIT;
     body.agent = s->agent_id;
     body.page_bytes = s->page->size;
+    body.gpu = (char *)(uintptr_t)worker_gpu(s->worker); /* protobuf-c does not say const; packing only reads */
     Eep__Engine__EngineDown down = EEP__ENGINE__ENGINE_DOWN__INIT;
     down.body_case = EEP__ENGINE__ENGINE_DOWN__BODY_ATTACHED;
     down.attached = &body;
@@ -382,7 +414,7 @@ int engine_socket_open(const struct engine_socket_config *config, struct engine_
     s->worker = config->worker;
     s->on_event = config->on_event;
     s->user = config->user;
-    s->listen_fd = s->page_fd = s->wake_fd = s->bell_fd = s->load_fd = -1;
+    s->listen_fd = s->page_fd = s->wake_fd = s->bell_fd = s->load_fd = s->predecessor = -1;
     snprintf(s->agent_id, sizeof s->agent_id, "%s", config->agent_id);
     int rc = page_make(s, err);
     if (!rc)
@@ -429,6 +461,7 @@ void engine_socket_close(struct engine_socket *s)
     fd_close(s->wake_fd);
     fd_close(s->bell_fd);
     fd_close(s->load_fd);
+    fd_close(s->predecessor);
     free(s->address);
     free(s);
 }

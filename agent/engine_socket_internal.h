@@ -19,7 +19,10 @@ struct engine_conn {
     struct engine_reader reader;
     struct engine_writer writer;
     char peer[64]; /* "pid 17 uid 1000" */
+    pid_t pid;     /* 0: not known */
+    int pidfd;     /* -1 likewise */
     bool attached;
+    bool goodbye;  /* it has said so: nothing of it runs any more */
     bool failed;
     char why[200];
     /* of attach */
@@ -45,6 +48,10 @@ struct engine_socket {
     uint32_t load_layers, load_slots;
 
     struct engine_conn *conn; /* NULL: no engine */
+    /* An engine whose connection ended without a goodbye, as long as its process may live; -1: none.  With weights on a
+     * GPU its stream may still write `done` to the page. */
+    int predecessor;
+    pid_t predecessor_pid;
 
     /* a layout that the engine produces */
     struct expert_map *load_map; /* of AA_ENGINE_LOAD */
@@ -63,6 +70,8 @@ void engine_conn_refuse(struct engine_socket *s, const char *why);
 void engine_socket_raise(struct engine_socket *s, struct agent_event event);
 /* Room for load counters of this shape; they keep their values as long as it stays the same. */
 int engine_socket_load_size(struct engine_socket *s, uint32_t layers, uint32_t slots, struct err *err) MUST_CHECK;
+/* Whether a process that was cut off, or has lost its connection, may still have work on the GPU. */
+bool engine_socket_predecessor_lives(struct engine_socket *s, pid_t successor);
 /* Regions that were allocated and will not be sealed. */
 void engine_socket_discard(struct engine_socket *s);
 

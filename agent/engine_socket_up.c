@@ -42,6 +42,13 @@ static void on_attach(struct engine_socket *s, const Eep__Engine__Attach *m)
         engine_conn_refuse(s, why);
         return;
     }
+    if (engine_socket_predecessor_lives(s, c->pid)) {
+        snprintf(why, sizeof why, "the engine before it (pid %ld) has not ended: what it launched may still run on the GPU; "
+                                  "end it, or attach again when it has ended",
+                 (long)s->predecessor_pid);
+        engine_conn_refuse(s, why);
+        return;
+    }
     snprintf(c->endpoint, sizeof c->endpoint, "%s", m->endpoint ? m->endpoint : "");
     c->dispatch = m->dispatch;
     c->kv_bytes = m->kv_bytes;
@@ -168,6 +175,7 @@ static void dispatch(struct engine_socket *s, const Eep__Engine__EngineUp *up)
         return;
     case EEP__ENGINE__ENGINE_UP__BODY_ENDPOINT: on_endpoint(s, up->endpoint); return;
     case EEP__ENGINE__ENGINE_UP__BODY_GOODBYE:
+        s->conn->goodbye = true;
         engine_conn_fail(s, "the engine said goodbye%s%s", up->goodbye->why ? ": " : "",
                          up->goodbye->why ? up->goodbye->why : "");
         return;

@@ -24,4 +24,7 @@ struct gpu {
 /* The GPUs of this machine that the driver lets us see, by index; at most max of them, *ret_n is how many there are. */
 int gpu_list(struct gpu *ret_gpus, size_t max, size_t *ret_n, struct err *err) MUST_CHECK;
 
+/* The GPU that `which` names: "" = the first, an index, or a unique beginning of a UUID.  Makes no context. */
+int gpu_find(const char *which, struct gpu *ret_gpu, struct err *err) MUST_CHECK;
+
 #endif

@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 #include "agent/engine_process.h"
-#include "agent/gpu.h"
+#include "agent/gpu_share.h"
 #include "agent/service.h"
 #include "common/clock.h"
 #include "common/daemon.h"
@@ -31,7 +31,7 @@ struct options {
 
 enum { KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
        KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
-       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS };
+       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS, KEY_SHARED_GPU };
 
 static const struct argp_option option_table[] = {
     {"id", KEY_ID, "NAME", 0, "name of this agent, unique in the cluster (required)", 0},
@@ -46,7 +46,11 @@ static const struct argp_option option_table[] = {
     {"memory", KEY_MEMORY, "NAME", 0,
      "where the weights lie: host (default), cuda (the first GPU), cuda:INDEX or cuda:GPU-UUID", 1},
     {"transport", KEY_TRANSPORT, "NAME", 0,
-     "how weights move: host (default), cuda_peer (between the GPUs of one host), or nccl", 1},
+     "how weights move: host (default); with --memory cuda: auto (default: copies between GPUs of one host that reach "
+     "each other, NCCL for the others), cuda_peer (copies only), or nccl", 1},
+    {"shared-gpu", KEY_SHARED_GPU, 0, 0,
+     "for development and tests: let several agents, each with this option, use one GPU; without it a second agent on "
+     "a GPU is refused", 1},
     {"transfer-ms", KEY_TRANSFER, "MS", 0, "a transfer without progress ends after this (60000)", 1},
     {0, 0, 0, 0, "Engine:", 2},
     {"engine-socket", KEY_ENGINE_SOCKET, "PATH", 0, "where the engine attaches (default /run/eep/agent-NAME.sock)", 2},
@@ -119,6 +123,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_DATA_LISTEN: s->data_listen = arg; return 0;
     case KEY_ADVERTISE: s->advertise = text(state, "--advertise", arg); return 0;
     case KEY_INSECURE: s->insecure = true; return 0;
+    case KEY_SHARED_GPU: s->shared_gpu = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_STOP_AFTER: o->stop_after_ms = number(state, "--stop-after", arg, 86400000); return 0;
     case KEY_LEVEL:
@@ -215,6 +220,8 @@ static void on_turn(evutil_socket_t fd, short what, void *user)
     (void)fd, (void)what;
     struct process *p = user;
     struct err err;
+    if (p->phase == CLOSING && p->why == AGENT_EXIT_READOPT)
+        _exit(AGENT_EXIT_READOPT); /* closing would wait for a GPU that does not answer */
     if (p->phase == CLOSING && (p->stop || p->why == AGENT_EXIT_STOPPED)) {
         end(p);
     } else if (p->phase == CLOSING) {
@@ -329,13 +336,14 @@ int main(int argc, char **argv)
                "  eep-agent --id gpu0 --checkpoint /models/qwen3\n"
                "  eep-agent --id gpu1 --engine-command 'my-engine --port 8001'\n"
                "\n"
-               "SIGTERM asks to be drained first, a second one does not.  Exit status: 0 stopped, 1 failed, 2 usage.",
+               "SIGTERM asks to be drained first, a second one does not.  Exit status: 0 stopped, 1 failed, 2 usage, 75 "
+               "the GPU is lost to this process: start it again.",
     };
     struct options o = {
         .level = LOG_LEVEL_INFO,
         .stop_after_ms = 30000,
         .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
-                    .data_listen = "127.0.0.1:0", .memory = "host", .transport = "host", .transfer_timeout_ms = 60000},
+                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000},
     };
     argp_err_exit_status = 2;
     if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, &o))
@@ -347,6 +355,10 @@ int main(int argc, char **argv)
     signal(SIGPIPE, SIG_IGN);
 
     struct err err = {0};
+    if (o.service.shared_gpu && gpu_share_host_id(&err) < 0) { /* while there are no threads */
+        fprintf(stderr, "eep-agent: %s\n", err.text);
+        return 1;
+    }
     struct process p = {.options = &o, .restart_ms = RESTART_FIRST_MS};
     p.base = event_base_new();
     p.log = log_new("eep-agent", o.service.id, o.level, -1);

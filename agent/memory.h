@@ -5,6 +5,7 @@
 #ifndef EEP_AGENT_MEMORY_H
 #define EEP_AGENT_MEMORY_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -17,8 +18,27 @@ struct memory_region {
     int fd;         /* exportable by SCM_RIGHTS; the region owns it */
 };
 
+/* A piece of a region and the host memory that its bytes are put into first. */
+#define MEMORY_STAGE_BYTES ((size_t)4 << 20) /* a multiple of 8: digests may be taken stage by stage */
+#define MEMORY_STAGES      16u               /* at most as many are lent at a time */
+struct memory_stage {
+    struct memory_region *region;
+    size_t offset, len;
+    void *data; /* len bytes; any thread may fill them until stage_write */
+    unsigned index; /* the backend's */
+};
+
+/* Bytes [offset, offset + len) of a region, whose digest counts words from first_word. */
+struct memory_range {
+    const struct memory_region *region;
+    size_t offset, len;
+    uint64_t first_word;
+};
+
 struct memory_backend {
     const char *name; /* "host" */
+    const char *gpu;  /* UUID of the GPU whose memory it is; NULL: host memory */
+    bool in_place;    /* data of a stage is the region's own memory: what is written there is there */
     /* May block.  Zeroed memory.  ERR_NOMEM names the size and the region. */
     int (*alloc)(struct memory_backend *self, const char *label, size_t bytes, struct memory_region *ret_region, struct err *err);
     /* Adopts a descriptor that somebody else allocated (an engine's own region). */
@@ -27,9 +47,22 @@ struct memory_backend {
     /* Host bytes into the region.  `data` is free again on return, but a device may take the bytes a little later: they
      * are in the memory for everybody once a later digest or copy has returned. */
     int (*write)(struct memory_backend *self, struct memory_region *region, size_t offset, const void *data, size_t len, struct err *err);
+    /* Writing without a copy of one's own, several pieces at a time: stage_take lends host memory for a piece of at most
+     * MEMORY_STAGE_BYTES, other threads may fill it meanwhile (read a file into it), and stage_write, in any order, does
+     * with it what write() does.  stage_take blocks while every buffer is on its way to the device; ERR_LIMIT when all of
+     * them are lent.  A stage is over with stage_write, also when that fails.  stages_free takes back what is lent -
+     * nobody may write there any more - and frees the buffers, which are made as they are needed. */
+    int (*stage_take)(struct memory_backend *self, struct memory_region *region, size_t offset, size_t len, struct memory_stage *ret_stage, struct err *err);
+    int (*stage_write)(struct memory_backend *self, const struct memory_stage *stage, struct err *err);
+    void (*stages_free)(struct memory_backend *self);
     /* The digest of design section 5 over [offset, offset + len), word index counted from 0 at offset. */
     int (*digest)(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len, uint64_t first_word, uint64_t *ret_digest, struct err *err);
+    /* The digests of n ranges, as digest() gives them one by one; a device reads all of them in one go and is waited for
+     * once.  ret_digests[n] are undefined on failure. */
+    int (*digests)(struct memory_backend *self, const struct memory_range *ranges, size_t n, uint64_t *ret_digests, struct err *err);
     int (*copy)(struct memory_backend *self, struct memory_region *dst, size_t dst_offset, const struct memory_region *src, size_t src_offset, size_t len, struct err *err);
+    /* 0, or why nothing here works any more in this process (a GPU that is lost).  Never blocks.  NULL: cannot happen. */
+    int (*health)(struct memory_backend *self, struct err *err);
     void (*close)(struct memory_backend *self);
 };
 

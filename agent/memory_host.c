@@ -147,6 +147,36 @@ static int host_write(struct memory_backend *self, struct memory_region *region,
     return rc;
 }
 
+/* The region itself is host memory, so a stage is a place in it. */
+static int host_stage_take(struct memory_backend *self, struct memory_region *region, size_t offset, size_t len,
+                           struct memory_stage *ret_stage, struct err *err)
+{
+    (void)self;
+    int rc = host_check(region, offset, len, err);
+    if (rc < 0)
+        return rc;
+    if (len > MEMORY_STAGE_BYTES)
+        return err_set(err, ERR_INVALID, "a stage has at most %zu bytes, not %zu", MEMORY_STAGE_BYTES, len);
+    *ret_stage = (struct memory_stage){
+        .region = region,
+        .offset = offset,
+        .len = len,
+        .data = (uint8_t *)region->base + offset,
+    };
+    return 0;
+}
+
+static int host_stage_write(struct memory_backend *self, const struct memory_stage *stage, struct err *err)
+{
+    (void)self, (void)stage, (void)err;
+    return 0;
+}
+
+static void host_stages_free(struct memory_backend *self)
+{
+    (void)self;
+}
+
 static int host_digest(struct memory_backend *self, const struct memory_region *region, size_t offset, size_t len,
                        uint64_t first_word, uint64_t *ret_digest, struct err *err)
 {
@@ -154,6 +184,16 @@ static int host_digest(struct memory_backend *self, const struct memory_region *
     int rc = host_check(region, offset, len, err);
     if (rc == 0)
         *ret_digest = digest_bytes((const uint8_t *)region->base + offset, len, first_word);
+    return rc;
+}
+
+static int host_digests(struct memory_backend *self, const struct memory_range *ranges, size_t n, uint64_t *ret_digests,
+                        struct err *err)
+{
+    int rc = 0;
+    for (size_t i = 0; i < n && rc == 0; i++)
+        rc = host_digest(self, ranges[i].region, ranges[i].offset, ranges[i].len, ranges[i].first_word, &ret_digests[i],
+                         err);
     return rc;
 }
 
@@ -187,11 +227,16 @@ struct memory_backend *memory_host_open(const char *device, struct err *err)
     }
     *self = (struct memory_backend){
         .name = "host",
+        .in_place = true,
         .alloc = host_alloc,
         .adopt = host_adopt,
         .release = host_release,
         .write = host_write,
+        .stage_take = host_stage_take,
+        .stage_write = host_stage_write,
+        .stages_free = host_stages_free,
         .digest = host_digest,
+        .digests = host_digests,
         .copy = host_copy,
         .close = host_close,
     };

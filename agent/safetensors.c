@@ -14,6 +14,8 @@
 #include "agent/dtype.h"
 
 struct safetensors {
+    char *path;
+    int fd;
     uint8_t *map;
     size_t size;
     const uint8_t *buffer; /* after the header */
@@ -46,7 +48,7 @@ static int file_map(struct safetensors *file, const char *path, struct err *err)
         else
             file->map = map, file->size = (size_t)st.st_size;
     }
-    close(fd);
+    file->fd = fd;
     return rc;
 }
 
@@ -123,6 +125,7 @@ static int tensor_parse(const struct safetensors *file, const char *path, const 
     if (to > file->buffer_bytes)
         return err_set(err, ERR_INVALID, "%s: tensor \"%s\" ends at byte %llu of %llu; the file is truncated", path,
                        t->name, (unsigned long long)to, (unsigned long long)file->buffer_bytes);
+    t->file = file;
     t->data = file->buffer + from;
     t->bytes = bytes;
     return 0;
@@ -195,7 +198,9 @@ int safetensors_open(const char *path, struct safetensors **ret_file, struct err
     struct safetensors *file = calloc(1, sizeof *file);
     if (!file)
         return err_set(err, ERR_NOMEM, "out of memory");
-    int rc = file_map(file, path, err);
+    file->fd = -1;
+    file->path = strdup(path);
+    int rc = file->path ? file_map(file, path, err) : err_set(err, ERR_NOMEM, "out of memory");
     if (rc == 0)
         rc = header_parse(file, path, err);
     if (rc == 0)
@@ -214,9 +219,30 @@ void safetensors_close(struct safetensors *file)
         return;
     if (file->map)
         munmap(file->map, file->size);
+    if (file->fd >= 0)
+        close(file->fd);
     json_decref(file->header);
     free(file->tensors);
+    free(file->path);
     free(file);
+}
+
+int safetensors_read(const struct safetensors_tensor *t, uint64_t from, void *ret_data, size_t len, struct err *err)
+{
+    const struct safetensors *file = t->file;
+    uint64_t at = (uint64_t)(t->data - file->map) + from;
+    for (size_t done = 0; done < len;) {
+        ssize_t got = pread(file->fd, (uint8_t *)ret_data + done, len - done, (off_t)(at + done));
+        if (got > 0)
+            done += (size_t)got;
+        else if (got == 0)
+            return err_set(err, ERR_IO, "%s: tensor \"%s\": the file became shorter: it ends before byte %llu",
+                           file->path, t->name, (unsigned long long)(at + len));
+        else if (errno != EINTR)
+            return err_set(err, ERR_IO, "%s: tensor \"%s\": cannot read at byte %llu: %s", file->path, t->name,
+                           (unsigned long long)(at + done), strerror(errno));
+    }
+    return 0;
 }
 
 size_t safetensors_count(const struct safetensors *file)

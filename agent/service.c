@@ -10,6 +10,7 @@
 #include "agent/checkpoint.h"
 #include "agent/coordinator_link.h"
 #include "agent/engine_socket.h"
+#include "agent/gpu_share.h"
 #include "agent/peer_link.h"
 #include "agent/transport_gpu.h"
 #include "agent/transport_nccl.h"
@@ -36,6 +37,7 @@ struct service {
     struct engine_socket *engine;
     struct agent_actions actions[DEPTH];
     unsigned depth;
+    int gpu_fd; /* holds the GPU for us; -1: none */
     bool exited;
 };
 
@@ -204,18 +206,40 @@ static void work_ended(struct service *s, const struct worker_result *result)
     service_event(s, &event);
 }
 
+/* This process cannot go on, what it holds can: it ends, and the next one takes that over. */
+static void service_fatal(struct service *s, const char *why)
+{
+    if (s->exited)
+        return;
+    log_event(s->log, LOG_LEVEL_ERROR, "fatal", "exit_status=%d why=%s", AGENT_EXIT_READOPT, why);
+    s->config.on_exit(s->config.user, AGENT_EXIT_READOPT);
+    s->exited = true;
+}
+
 static void on_worker(evutil_socket_t fd, short what, void *user)
 {
     (void)fd, (void)what;
     struct service *s = user;
     struct worker_result result;
     while (worker_next_result(s->worker, &result)) {
-        work_ended(s, &result);
+        if (result.fatal)
+            service_fatal(s, result.text);
+        else
+            work_ended(s, &result);
         worker_result_done(&result);
     }
 }
 
 /* ---- start ---- */
+
+/* The device of "cuda" or "cuda:DEVICE"; NULL for other memory. */
+static const char *memory_device(const char *memory)
+{
+    size_t len = strlen("cuda");
+    if (strncmp(memory, "cuda", len) != 0 || (memory[len] != '\0' && memory[len] != ':'))
+        return NULL;
+    return memory[len] == ':' ? memory + len + 1 : "";
+}
 
 static int check_config(const struct service_config *c, struct err *err)
 {
@@ -245,6 +269,8 @@ static int check_config(const struct service_config *c, struct err *err)
     if (daemon_address_is_local(c->listen) != daemon_address_is_local(c->data_listen))
         return err_set(err, ERR_INVALID, "--listen %s and --data-listen %s: the one on the loopback cannot be reached "
                        "from other hosts; give both", c->listen, c->data_listen);
+    if (c->shared_gpu && !memory_device(c->memory))
+        return err_set(err, ERR_INVALID, "--shared-gpu needs weights on a GPU: give --memory cuda as well");
     struct address coordinator;
     return address_parse(c->coordinator, &coordinator, err);
 }
@@ -263,15 +289,6 @@ static int advertise(const struct service_config *c, const char *actual, char *r
     if (n < 0 || n >= ADDRESS_MAX)
         return err_set(err, ERR_INVALID, "the address %s is too long to be told to others", actual);
     return 0;
-}
-
-/* The device of "cuda" or "cuda:DEVICE"; NULL for other memory. */
-static const char *memory_device(const char *memory)
-{
-    size_t len = strlen("cuda");
-    if (strncmp(memory, "cuda", len) != 0 || (memory[len] != '\0' && memory[len] != ':'))
-        return NULL;
-    return memory[len] == ':' ? memory + len + 1 : "";
 }
 
 static struct transport *open_host(const char *device, int listen_fd, struct err *err)
@@ -298,23 +315,25 @@ static const struct {
     struct transport *(*open)(const char *device, int listen_fd, struct err *err);
 } transport_table[] = {
     {"host", false, true, open_host},
+    {"auto", true, true, transport_gpu_auto_open},
     {"cuda_peer", true, false, open_cuda_peer},
     {"nccl", true, true, open_nccl},
 };
 
 static int open_transport(struct service *s, struct transport **ret_transport, struct err *err)
 {
-    const char *name = s->config.transport, *device = memory_device(s->config.memory);
+    const char *device = memory_device(s->config.memory);
+    const char *name = s->config.transport ? s->config.transport : device ? "auto" : "host";
     char actual[ADDRESS_TEXT_MAX];
     int fd = -1, rc = 0;
     size_t i = 0, n = sizeof transport_table / sizeof transport_table[0];
     while (i < n && strcmp(transport_table[i].name, name) != 0)
         i++;
     if (i == n)
-        return err_set(err, ERR_INVALID, "there is no transport '%s': use host, cuda_peer or nccl", name);
+        return err_set(err, ERR_INVALID, "there is no transport '%s': use host, auto, cuda_peer or nccl", name);
     if (transport_table[i].on_gpu != (device != NULL))
         return err_set(err, ERR_INVALID, "transport '%s' does not reach the memory of --memory %s: use --%s", name,
-                       s->config.memory, device ? "transport cuda_peer or nccl" : "memory cuda with it");
+                       s->config.memory, device ? "transport auto, cuda_peer or nccl" : "memory cuda with it");
     if (transport_table[i].listens) {
         rc = address_listen(s->config.data_listen, 0600, &fd, actual, err);
         if (rc == 0)
@@ -325,6 +344,17 @@ static int open_transport(struct service *s, struct transport **ret_transport, s
     if (rc < 0 && fd >= 0)
         close(fd); /* owned by the transport only once it is open */
     return rc;
+}
+
+/* Before anything is made on the GPU. */
+static int lock_gpu(struct service *s, struct err *err)
+{
+    const char *device = memory_device(s->config.memory);
+    struct gpu gpu;
+    if (!device)
+        return 0;
+    int rc = gpu_find(device, &gpu, err);
+    return rc < 0 ? rc : gpu_share_lock(&gpu, s->config.shared_gpu, &s->gpu_fd, err);
 }
 
 static int open_worker(struct service *s, struct err *err)
@@ -346,10 +376,13 @@ static int open_worker(struct service *s, struct err *err)
         s->agent.logical = checkpoint_experts(checkpoint);
         checkpoint_close(checkpoint);
     }
+    int rc = lock_gpu(s, err);
+    if (rc < 0)
+        return rc;
     config.memory = memory_open(s->config.memory, err);
     if (!config.memory)
         return err->code;
-    int rc = open_transport(s, &config.transport, err);
+    rc = open_transport(s, &config.transport, err);
     if (rc == 0) {
         rc = worker_start(&config, &s->worker, err);
         if (rc < 0)
@@ -406,6 +439,7 @@ int service_open(const struct service_config *config, struct service **ret_servi
     if (!s)
         return err_set(err, ERR_NOMEM, "out of memory");
     s->config = *config;
+    s->gpu_fd = -1;
     s->log = config->log;
     s->agent = (struct agent_config){.node = config->node, .slots = config->slots};
     s->agent.lead_steps_min = 2;
@@ -446,6 +480,8 @@ void service_close(struct service *s)
         event_free(s->tick);
     if (s->worker)
         worker_stop(s->worker);
+    if (s->gpu_fd >= 0)
+        close(s->gpu_fd);
     for (size_t i = 0; i < DEPTH; i++)
         agent_actions_done(&s->actions[i]);
     agent_core_free(s->core);

@@ -1,7 +1,8 @@
 /* One incarnation of an agent: the core wired to its loop, worker, engine socket, coordinator and peers.
  *
  * Loop thread.  When the core asks to exit, on_exit is called; the caller closes the service from a later loop turn
- * and, after an eviction, opens another one: a new incarnation. */
+ * and, after an eviction, opens another one: a new incarnation.  After AGENT_EXIT_READOPT nothing may be closed in
+ * order: the process ends with that status. */
 #ifndef EEP_AGENT_SERVICE_H
 #define EEP_AGENT_SERVICE_H
 
@@ -20,9 +21,10 @@ struct service_config {
     const char *advertise;            /* host that others reach this one by; NULL = as listened on */
     const char *engine_socket;        /* path */
     const char *checkpoint;           /* folder, or NULL: joins only, or has an engine that seals */
-    const char *memory, *transport;   /* backends by name */
+    const char *memory, *transport;   /* backends by name; transport NULL: what suits the memory */
     uint32_t slots, node, transfer_timeout_ms;
     bool insecure;
+    bool shared_gpu; /* other agents may use the GPU too, if they say the same */
     void (*on_exit)(void *user, enum agent_exit value);
     void *user;
 };

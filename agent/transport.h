@@ -1,5 +1,5 @@
 /* Transports move bytes between the agents of an operation: a table of functions, one file a backend
- * (transport_host.c: sockets; transport_nccl.c and transport_cuda_peer.c later).
+ * (transport_host.c: sockets; transport_nccl.c and transport_cuda_peer.c: GPUs; transport_auto.c: two as one).
  *
  * A group is created over the parties of one operation and used for its transfers only.  All parties call the same
  * functions with the same plan, in the same order; each does its own part.  Worker thread; every call may block up to
@@ -23,6 +23,9 @@ struct transport_call {
     void *user;
 };
 
+/* What a party has to do with a broadcast. */
+enum { TRANSPORT_WANTS = 0, TRANSPORT_HAS = 1, TRANSPORT_ABSENT = 2 /* neither: it calls, too, and nothing happens */ };
+
 /* What one call moves: for every item the same (src, dst) on both sides, so the k-th item between a pair of parties
  * is the same one for both.  Items with src == dst are local copies. */
 struct transfer {
@@ -42,8 +45,8 @@ struct transport {
     /* Moves all items, batched, in parallel over all peers; *ret_bytes received by this party. */
     int (*move)(struct transport_group *group, const struct transfer *items, size_t n, const struct transport_call *call,
                 uint64_t *ret_bytes, struct err *err);
-    /* The same bytes (extents, valid on every party) from those in have[party] to all the others, pipelined and spread
-     * over all senders and receivers. */
+    /* The same bytes (extents, valid on every party) from those that have[party] to those that want them, pipelined and
+     * spread over all senders and receivers. */
     int (*broadcast)(struct transport_group *group, const struct extent *extents, size_t n, const uint8_t *have,
                      const struct transport_call *call, uint64_t *ret_bytes, struct err *err);
     void (*destroy)(struct transport_group *group); /* takes NULL */

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -20,7 +21,8 @@
 
 #define NAME_BYTES    16u /* of the group id: not secret */
 #define PEER_ID_BYTES (NAME_BYTES + GROUP_ID_BYTES)
-#define LOOK_NS       50000                /* between two looks at copies in flight */
+#define LOOK_NS       20000                /* between two looks at copies in flight */
+#define SLACK_NS      1000ul               /* of the sleep between them; 50000 is usual, a tenth of a small round */
 #define CHUNK_BYTES   ((uint64_t)16 << 20) /* of a broadcast: from one sender each */
 
 static int peer_group_id(struct transport *self, struct blob **ret_id, struct err *err)
@@ -43,30 +45,19 @@ struct call_job {
 static int take_hello(struct peer_group *g, uint32_t peer, const struct note_head *head, struct err *err)
 {
     const struct cuda_device *device = g->transport->device;
-    const struct cuda_driver *cu = &device->driver;
     uint64_t words[2] = {htole64(head->a), htole64(head->b)};
-    CUuuid theirs, uuid;
-    int n = 0, can = 0;
-    memcpy(theirs.bytes, words, sizeof words);
+    unsigned char uuid[16];
+    int index;
+    bool reaches;
+    memcpy(uuid, words, sizeof words);
     g->links[peer].want_hello = false;
-    int rc = cuda_check(cu, cu->cuDeviceGetCount(&n), err, "count the GPUs");
-    for (int i = 0; i < n && rc == 0; i++) {
-        CUdevice other;
-        if (cu->cuDeviceGet(&other, i) != CUDA_SUCCESS || cu->cuDeviceGetUuid(&uuid, other) != CUDA_SUCCESS ||
-            memcmp(uuid.bytes, theirs.bytes, sizeof uuid.bytes) != 0)
-            continue;
-        if (other == device->device)
-            return 0;
-        rc = cuda_check(cu, cu->cuDeviceCanAccessPeer(&can, device->device, other), err,
-                        "ask whether GPU %d reaches GPU %d", device->gpu.index, i);
-        if (rc == 0 && !can)
-            rc = err_set(err, ERR_UNSUPPORTED, "GPU %d cannot reach GPU %d of party %s; use another transport",
-                         device->gpu.index, i, g->base.links[peer].name);
-        return rc;
-    }
-    if (rc == 0)
-        rc = err_set(err, ERR_UNSUPPORTED, "the GPU of party %s is not visible here; see CUDA_VISIBLE_DEVICES",
-                     g->base.links[peer].name);
+    int rc = peer_gpu_reach(device, uuid, &index, &reaches, err);
+    if (rc == 0 && index < 0)
+        return err_set(err, ERR_UNSUPPORTED, "the GPU of party %s is not visible here; see CUDA_VISIBLE_DEVICES",
+                       g->base.links[peer].name);
+    if (rc == 0 && !reaches)
+        rc = err_set(err, ERR_UNSUPPORTED, "GPU %d cannot reach GPU %d of party %s; use another transport",
+                     device->gpu.index, index, g->base.links[peer].name);
     return rc;
 }
 
@@ -110,9 +101,12 @@ static int take_note(void *user, uint32_t peer, const struct note_head *head, co
     struct call_job *job = user;
     struct peer_link *link = &job->g->links[peer];
     switch (head->kind) {
-    case NOTE_HELLO: return take_hello(job->g, peer, head, err);
-    case NOTE_OFFER: return take_offer(job, peer, head, body, err);
-    default: break;
+    case NOTE_HELLO:
+        return take_hello(job->g, peer, head, err);
+    case NOTE_OFFER:
+        return take_offer(job, peer, head, body, err);
+    default:
+        break;
     }
     link->want_taken = head->b == 0;
     if (job->call->progress)
@@ -177,9 +171,9 @@ static int call_late(const struct peer_group *g, struct err *err)
     for (uint32_t i = 0; i < g->base.n && len < sizeof names - AGENT_ID_MAX - 16; i++) {
         const struct peer_link *link = &g->links[i];
         if (peer_link_waits(link) || link->notes)
-            len += (size_t)snprintf(names + len, sizeof names - len, "%s%s (%s)", len ? ", " : "",
-                                    g->base.links[i].name,
-                                    link->want_hello || link->want_offer ? "sends nothing" : "takes nothing");
+            len +=
+                (size_t)snprintf(names + len, sizeof names - len, "%s%s (%s)", len ? ", " : "", g->base.links[i].name,
+                                 link->want_hello || link->want_offer ? "sends nothing" : "takes nothing");
     }
     return err_set(err, ERR_TIMEOUT, "a transfer stalled after %llu bytes received; waiting for %s",
                    (unsigned long long)g->base.received, len ? names : "copies on the GPU");
@@ -229,6 +223,7 @@ static int call_loop(struct call_job *job, struct pollfd *polls, struct err *err
 static int call_run(struct call_job *job, struct err *err)
 {
     struct pollfd *polls = calloc(job->g->base.n + 1u, sizeof *polls);
+    (void)prctl(PR_SET_TIMERSLACK, SLACK_NS); /* of this thread; where it fails, ends are noticed later */
     int rc = polls ? call_loop(job, polls, err) : err_set(err, ERR_NOMEM, "out of memory");
     free(polls);
     if (rc < 0)
@@ -375,7 +370,7 @@ static int broadcast_offered(struct call_job *job, uint32_t peer, const struct o
     for (uint32_t i = 0; i < g->base.n; i++) {
         if (i == peer)
             place = senders;
-        senders += job->have[i] != 0;
+        senders += job->have[i] == TRANSPORT_HAS;
     }
     for (uint64_t chunk = 0; chunk * CHUNK_BYTES < total; chunk++) {
         if ((chunk + g->base.self) % senders != place)
@@ -493,15 +488,15 @@ static int broadcast_run(struct peer_group *g, const struct list *list, struct c
     uint32_t senders = 0;
     int rc = 0;
     for (uint32_t i = 0; i < g->base.n; i++)
-        senders += have[i] != 0;
+        senders += have[i] == TRANSPORT_HAS;
     if (senders == 0)
         return err_set(err, ERR_INVALID, "no party has the bytes that are to be broadcast");
     for (uint32_t i = 0; i < g->base.n && rc == 0; i++) {
-        if (i == g->base.self || have[i] == have[g->base.self] || list->total == 0)
+        if (i == g->base.self || list->total == 0)
             continue;
-        if (have[g->base.self]) {
+        if (have[g->base.self] == TRANSPORT_HAS && have[i] == TRANSPORT_WANTS) {
             rc = offer(g, i, list, err);
-        } else if (have[i]) {
+        } else if (have[g->base.self] == TRANSPORT_WANTS && have[i] == TRANSPORT_HAS) {
             job->to[i] = list->v;
             g->links[i].expected = list->total;
             g->links[i].want_offer = true;
@@ -541,14 +536,15 @@ static void peer_group_destroy(struct transport_group *group)
         return;
     struct peer_group *g = (struct peer_group *)group;
     const struct cuda_driver *cu = &g->transport->device->driver;
-    if (cuda_device_use(g->transport->device, NULL) == 0) /* else there is nothing that could still run */
+    bool usable = cuda_device_use(g->transport->device, NULL) == 0; /* else there is nothing that could still run */
+    if (usable)
         peer_copies_drop(g);
     for (uint32_t i = 0; i < g->base.n; i++)
         peer_link_done(g, i);
-    for (unsigned i = 0; i < PEER_BATCHES; i++)
+    for (unsigned i = 0; i < PEER_BATCHES && usable; i++)
         if (g->batches[i].done)
             (void)cu->cuEventDestroy(g->batches[i].done);
-    for (unsigned i = 0; i < PEER_STREAMS; i++)
+    for (unsigned i = 0; i < PEER_STREAMS && usable; i++)
         if (g->streams[i])
             (void)cu->cuStreamDestroy(g->streams[i]);
     for (uint32_t i = 0; i < g->base.n; i++)
@@ -670,8 +666,8 @@ static int group_hello(struct peer_group *g, const struct transport_call *call, 
 }
 
 static int peer_group_create(struct transport *self, const struct blob *id, const struct member *parties, uint32_t n,
-                             uint32_t self_party, const struct transport_call *call,
-                             struct transport_group **ret_group, struct err *err)
+                             uint32_t self_party, const struct transport_call *call, struct transport_group **ret_group,
+                             struct err *err)
 {
     struct transport_group *mesh = NULL;
     if (!id || id->len != PEER_ID_BYTES)
@@ -713,10 +709,26 @@ static int peer_group_create(struct transport *self, const struct blob *id, cons
 
 /* ---- the table ---- */
 
+static int peer_health(struct transport *self, struct err *err)
+{
+    (void)self;
+    return cuda_health(err);
+}
+
 static void peer_close(struct transport *self)
 {
     cuda_device_close(((struct transport_cuda_peer *)self)->device);
     free(self);
+}
+
+bool transport_cuda_peer_tune(struct transport *transport, const struct peer_tuning *tuning)
+{
+    struct transport_cuda_peer *t = (struct transport_cuda_peer *)transport;
+    if (tuning->streams == 0 || tuning->streams > PEER_STREAMS ||
+        (tuning->batched && !cuda_copies_batched(&t->device->driver)))
+        return false;
+    t->tuning = *tuning;
+    return true;
 }
 
 struct transport *transport_cuda_peer_open(const char *device, struct err *err)
@@ -731,6 +743,7 @@ struct transport *transport_cuda_peer_open(const char *device, struct err *err)
         free(t);
         return NULL;
     }
+    t->tuning = (struct peer_tuning){.streams = 4};
     t->base = (struct transport){
         .name = "cuda_peer",
         .group_id = peer_group_id,
@@ -738,6 +751,7 @@ struct transport *transport_cuda_peer_open(const char *device, struct err *err)
         .move = peer_move,
         .broadcast = peer_broadcast,
         .destroy = peer_group_destroy,
+        .health = peer_health,
         .close = peer_close,
     };
     return &t->base;

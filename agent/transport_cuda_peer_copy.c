@@ -3,8 +3,7 @@
 
 #include "agent/transport_cuda_peer_internal.h"
 
-#define BATCH_BYTES  ((size_t)64 << 20)
-#define BATCH_COPIES 256u
+#define BATCH_BYTES ((size_t)64 << 20)
 
 int peer_copies_add(struct copies *copies, CUdeviceptr dst, CUdeviceptr src, size_t len, struct err *err)
 {
@@ -33,23 +32,28 @@ static int batch_start(struct peer_group *g, uint32_t peer, struct err *err)
     const struct cuda_driver *cu = &g->transport->device->driver;
     struct copies *copies = &g->links[peer].copies;
     struct batch *batch = &g->batches[(g->first_batch + g->n_batches) % PEER_BATCHES];
-    CUstream stream = g->streams[g->started % PEER_STREAMS];
-    int rc = 0;
+    const struct peer_tuning *tuning = &g->transport->tuning;
+    CUstream stream = g->streams[g->started % tuning->streams];
+    CUdeviceptr dsts[PEER_BATCH_COPIES], srcs[PEER_BATCH_COPIES];
+    size_t sizes[PEER_BATCH_COPIES], n = 0;
     batch->peer = peer;
     batch->bytes = 0;
-    for (unsigned k = 0; k < BATCH_COPIES && batch->bytes < BATCH_BYTES && copies->at < copies->n && rc == 0; k++) {
+    for (; n < PEER_BATCH_COPIES && batch->bytes < BATCH_BYTES && copies->at < copies->n; n++) {
         struct copy *copy = &copies->v[copies->at];
         size_t len = copy->len < BATCH_BYTES ? copy->len : BATCH_BYTES;
-        rc = cuda_check(cu, cu->cuMemcpyDtoDAsync(copy->dst, copy->src, len, stream), err,
-                        "copy %zu bytes from party %s", len, g->base.links[peer].name);
+        dsts[n] = copy->dst;
+        srcs[n] = copy->src;
+        sizes[n] = len;
         batch->bytes += len;
         copy->dst += len;
         copy->src += len;
         copy->len -= len;
         copies->at += copy->len == 0;
     }
-    if (rc == 0)
-        rc = cuda_check(cu, cu->cuEventRecord(batch->done, stream), err, "mark the end of a batch");
+    int rc = cuda_copies(cu, dsts, srcs, sizes, n, tuning->batched, stream, err);
+    if (rc < 0)
+        return err_wrap(err, "from party %s", g->base.links[peer].name);
+    rc = cuda_check(cu, cu->cuEventRecord(batch->done, stream), err, "mark the end of a batch");
     if (rc == 0) {
         g->n_batches++;
         g->started++;
@@ -97,7 +101,7 @@ int peer_copies_finish(struct peer_group *g, struct batch *ret_batch, struct err
 void peer_copies_drop(struct peer_group *g)
 {
     const struct cuda_driver *cu = &g->transport->device->driver;
-    for (unsigned i = 0; i < PEER_STREAMS; i++)
+    for (unsigned i = 0; i < PEER_STREAMS && cuda_health(NULL) == 0; i++)
         if (g->streams[i])
             (void)cu->cuStreamSynchronize(g->streams[i]);
     g->n_batches = 0;

@@ -1,5 +1,6 @@
 /* What the files of the transport over GPU memory share: transport_cuda_peer.c (the table, groups, plans),
- * transport_cuda_peer_link.c (messages and descriptors between agents), transport_cuda_peer_copy.c (the copies).
+ * transport_cuda_peer_link.c (messages and descriptors between agents), transport_cuda_peer_copy.c (the copies),
+ * transport_cuda_peer_reach.c (who can be reached).
  *
  *   source                                            receiver
  *     a descriptor for each region that the other
@@ -12,10 +13,12 @@
 #define EEP_AGENT_TRANSPORT_CUDA_PEER_INTERNAL_H
 
 #include "agent/cuda_driver.h"
+#include "agent/transport_gpu.h"
 #include "agent/transport_host_internal.h"
 
-#define PEER_STREAMS 4u /* a copy of a few MiB alone does not fill a GPU */
-#define PEER_BATCHES 8u /* in flight */
+#define PEER_STREAMS      8u   /* at most; a copy of a few MiB alone does not fill a GPU */
+#define PEER_BATCHES      24u  /* in flight: a millisecond of the fastest GPU, so that this thread may sleep */
+#define PEER_BATCH_COPIES 128u
 
 /* ---- messages ---- */
 
@@ -105,6 +108,7 @@ struct peer_group {
 struct transport_cuda_peer {
     struct transport base; /* first: the pointers are exchanged */
     struct cuda_device *device;
+    struct peer_tuning tuning;
 };
 
 /* Queues a message; body may be NULL.  fd goes with it, and must stay open until the call ends. */
@@ -119,6 +123,10 @@ int peer_link_receive(struct peer_group *g, uint32_t peer,
                       void *job, struct err *err) MUST_CHECK;
 bool peer_link_waits(const struct peer_link *link);
 void peer_link_done(struct peer_group *g, uint32_t peer);
+
+/* The GPU of this UUID: its index here (-1: not visible), and whether ours reaches it. */
+int peer_gpu_reach(const struct cuda_device *device, const unsigned char uuid[16], int *ret_index, bool *ret_reaches,
+                   struct err *err) MUST_CHECK;
 
 int peer_copies_add(struct copies *copies, CUdeviceptr dst, CUdeviceptr src, size_t len, struct err *err) MUST_CHECK;
 /* Starts batches while there is something to copy and room for them. */

@@ -5,9 +5,25 @@
 #define EEP_AGENT_TRANSPORT_GPU_H
 
 #include "agent/transport.h"
+#include "agent/transport_auto.h"
 
 /* Between agents of one host whose GPUs reach each other: the receiver maps the sender's regions and copies.  Regions
  * must outlive the group. */
 struct transport *transport_cuda_peer_open(const char *device, struct err *err);
+
+/* cuda_peer between GPUs of one host that reach each other, nccl between all others; see transport_auto.h.  NCCL is not
+ * even loaded before parties meet that need it. */
+struct transport *transport_gpu_auto_open(const char *device, int listen_fd, struct err *err);
+
+/* What another cuda_peer must know to tell whether it reaches this one; and that. */
+int transport_cuda_peer_card(struct transport *transport, uint8_t ret_card[TRANSPORT_CARD_BYTES], struct err *err) MUST_CHECK;
+bool transport_cuda_peer_reaches(struct transport *transport, const uint8_t card[TRANSPORT_CARD_BYTES]);
+
+/* How copies are given to the driver, for benchmarks; set when it is open.  False when this driver has no batches. */
+struct peer_tuning {
+    unsigned streams; /* 1 to 8 that take turns */
+    bool batched;     /* one call (cuMemcpyBatchAsync, CUDA 12.8) for many copies */
+};
+bool transport_cuda_peer_tune(struct transport *transport, const struct peer_tuning *tuning);
 
 #endif

@@ -122,20 +122,22 @@ static int broadcast_plan(struct broadcast_job *j, const uint8_t *have, struct e
     j->expected = calloc(group->n, sizeof *j->expected);
     if (!j->senders || !j->receivers || !j->expected)
         return err_set(err, ERR_NOMEM, "out of memory");
-    j->sends = have[group->self] != 0;
+    j->sends = have[group->self] != TRANSPORT_WANTS; /* one that has no part sends nothing */
     for (uint32_t i = 0; i < group->n; i++) {
         if (i == group->self)
             j->place = j->sends ? j->n_senders : j->n_receivers;
-        if (have[i])
+        if (have[i] == TRANSPORT_HAS)
             j->senders[j->n_senders++] = i;
-        else
+        else if (have[i] == TRANSPORT_WANTS)
             j->receivers[j->n_receivers++] = i;
     }
     if (j->n_senders == 0)
         return err_set(err, ERR_INVALID, "no party has the bytes that are to be broadcast");
     j->chunk_bytes = j->runs.total / CHUNKS_WANTED;
     j->chunk_bytes = j->chunk_bytes < CHUNK_MIN ? CHUNK_MIN : j->chunk_bytes > CHUNK_MAX ? CHUNK_MAX : j->chunk_bytes;
-    j->chunks = j->n_receivers == 0 ? 0 : (j->runs.total + j->chunk_bytes - 1) / j->chunk_bytes;
+    j->chunks = j->n_receivers == 0 || have[group->self] == TRANSPORT_ABSENT
+                    ? 0
+                    : (j->runs.total + j->chunk_bytes - 1) / j->chunk_bytes;
     j->next = j->place;
     if (j->sends)
         return 0;

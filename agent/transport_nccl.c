@@ -5,14 +5,10 @@
  * without seeing the whole plan. */
 #include "agent/transport_nccl.h"
 
-#include <errno.h>
 #include <malloc.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/random.h>
-#include <unistd.h>
 
+#include "agent/gpu_share.h"
 #include "agent/transport_nccl_internal.h"
 
 #define GROUP_ID_BYTES  32
@@ -191,13 +187,15 @@ static int nccl_move(struct transport_group *group, const struct transfer *items
 
 static int nccl_health(struct transport *self, struct err *err)
 {
-    return nccl_endings_check(((struct transport_nccl *)self)->shared, err);
+    int rc = cuda_health(err);
+    return rc < 0 ? rc : nccl_endings_check(((struct transport_nccl *)self)->shared, err);
 }
 
 static void nccl_close(struct transport *self)
 {
     struct transport_nccl *nccl = (struct transport_nccl *)self;
-    nccl->mesh->close(nccl->mesh);
+    if (!nccl->mesh_is_theirs)
+        nccl->mesh->close(nccl->mesh);
     nccl_shared_close(nccl->shared);
     free(nccl);
 }
@@ -207,24 +205,11 @@ const char *transport_nccl_version(const struct transport *transport)
     return ((const struct transport_nccl *)transport)->shared->version;
 }
 
-/* Two ranks on one GPU are refused by NCCL as duplicates unless they seem to be on different hosts. */
-static int host_id_set(struct err *err)
-{
-    uint64_t random = 0;
-    char id[64];
-    if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
-        return err_set(err, ERR_IO, "cannot get random bytes for NCCL_HOSTID: %s", strerror(errno));
-    snprintf(id, sizeof id, "eep-%d-%016llx", (int)getpid(), (unsigned long long)random);
-    if (setenv("NCCL_HOSTID", id, 0) != 0)
-        return err_set(err, ERR_NOMEM, "cannot set NCCL_HOSTID: %s", strerror(errno));
-    return 0;
-}
-
 static int nccl_parts(struct transport_nccl *nccl, const struct transport_nccl_options *options, struct err *err)
 {
     struct nccl_library library;
     struct cuda_device *device;
-    int rc = options->shared_gpu ? host_id_set(err) : 0;
+    int rc = options->shared_gpu ? gpu_share_host_id(err) : 0;
     if (rc == 0)
         rc = nccl_library_load(&library, err);
     if (rc == 0)
@@ -236,7 +221,8 @@ static int nccl_parts(struct transport_nccl *nccl, const struct transport_nccl_o
         cuda_device_close(device);
         return err_set(err, ERR_NOMEM, "out of memory");
     }
-    nccl->mesh = transport_host_open(options->listen_fd, err);
+    nccl->mesh_is_theirs = options->mesh != NULL;
+    nccl->mesh = options->mesh ? options->mesh : transport_host_open(options->listen_fd, err);
     if (!nccl->mesh) {
         nccl_shared_close(nccl->shared);
         return ERR_NOMEM;

@@ -7,6 +7,7 @@
 
 struct transport_nccl_options {
     int listen_fd; /* as for transport_host_open: the parties also talk beside NCCL; owned by the transport once open */
+    struct transport *mesh; /* a host transport to use instead, which stays the caller's and outlives this; or NULL */
     const char *gpu; /* as for cuda_device_open: "" = the first, an index, or a UUID; must be the regions' GPU */
     bool shared_gpu; /* several agents use this GPU: gives the process a NCCL_HOSTID of its own, unless it has one.
                       * Changes the environment: open before there are other threads, and before any use of NCCL */

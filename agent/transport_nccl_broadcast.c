@@ -31,13 +31,13 @@ struct cast {
 
 static int cast_parties(struct cast *c, const struct transport_group *group, const uint8_t *have, struct err *err)
 {
-    c->sends = have[group->self] != 0;
+    c->sends = have[group->self] == TRANSPORT_HAS;
     for (uint32_t i = 0; i < group->n; i++) {
         if (i == group->self)
             c->place = c->sends ? c->n_senders : c->n_receivers;
-        if (have[i])
+        if (have[i] == TRANSPORT_HAS)
             c->senders[c->n_senders++] = i;
-        else
+        else if (have[i] == TRANSPORT_WANTS)
             c->receivers[c->n_receivers++] = i;
     }
     return c->n_senders > 0 ? 0 : err_set(err, ERR_INVALID, "no party has the bytes that are to be broadcast");
@@ -111,7 +111,7 @@ static int cast_plan(struct cast *c, const struct transport_group *group, const 
     int rc = nccl_ops_init(&c->ops, group->n, err);
     if (rc == 0)
         rc = cast_parties(c, group, have, err);
-    if (rc < 0 || c->n_receivers == 0)
+    if (rc < 0 || c->n_receivers == 0 || have[group->self] == TRANSPORT_ABSENT)
         return rc;
     rc = cast_cut(c, extents, n, err);
     uint64_t steps = (c->n_chunks + c->n_senders - 1) / c->n_senders + c->n_receivers - 1;

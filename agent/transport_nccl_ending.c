@@ -67,6 +67,8 @@ static void ending_run(const struct nccl_ending *e)
     (void)!cuda_device_use(e->shared->device, NULL);
     if (e->control)
         ending_wait(e);
+    if (cuda_health(NULL) < 0)
+        return; /* the end of the process frees it */
     if (e->gear.comm)
         nccl->ncclCommAbort(e->gear.comm);
     /* An aborted kernel ends within moments; before that, nothing that it uses may go. */

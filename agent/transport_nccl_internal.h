@@ -28,6 +28,7 @@ struct nccl_shared {
 struct transport_nccl {
     struct transport base; /* first: the pointers are exchanged */
     struct transport *mesh;
+    bool mesh_is_theirs;
     struct nccl_shared *shared;
 };
 

@@ -232,6 +232,16 @@ int nccl_group_fail(struct transport_group *group, int rc, struct err *err)
     control_close(group->control, rc); /* the others give up as well */
     group->control = NULL;
     struct nccl_shared *shared = group->nccl->shared;
+    if (group->gpu_failed && group->gear.stream && cuda_health(NULL) == 0) { /* NCCL's own words do not say it */
+        CUresult state = shared->device->driver.cuStreamQuery(group->gear.stream);
+        if (state != CUDA_ERROR_NOT_READY)
+            (void)!cuda_check(&shared->device->driver, state, NULL, "go on after NCCL's error: %.160s",
+                              err ? err->text : "");
+    }
+    if (cuda_health(NULL) < 0) { /* an abort would call CUDA; this process is about to end */
+        group->gear = (struct nccl_gear){0};
+        return rc;
+    }
     nccl_ending_start(shared, &group->gear, NULL);
     group->gear = (struct nccl_gear){0};
     if (!nccl_endings_wait(shared, true, ABORT_LIMIT_MS) && err) {

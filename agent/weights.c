@@ -2,6 +2,7 @@
 #include "agent/weights.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "common/digest.h"
 
@@ -99,30 +100,79 @@ size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max)
     return n;
 }
 
-/* In a model 0 stands for "not known", so a digest that happens to be 0 is kept as 1. */
-static uint64_t digest_known(uint64_t digest)
+/* Digests of parts, each part of ranges[i] counted into ret_digests[of[i]]. */
+static int digests_sum(struct weights *w, const struct memory_range *ranges, const size_t *of, size_t n,
+                       uint64_t *ret_digests, size_t n_digests, struct err *err)
 {
-    return digest ? digest : 1;
+    uint64_t *parts = calloc(n + 1, sizeof *parts);
+    int rc = parts ? w->memory->digests(w->memory, ranges, n, parts, err) : err_set(err, ERR_NOMEM, "out of memory");
+    if (rc == 0) {
+        memset(ret_digests, 0, n_digests * sizeof *ret_digests);
+        for (size_t i = 0; i < n; i++)
+            ret_digests[of[i]] += parts[i];
+        for (size_t i = 0; i < n_digests; i++)
+            ret_digests[i] = weights_digest_known(ret_digests[i]);
+    }
+    free(parts);
+    return rc;
+}
+
+int weights_slot_digests(struct weights *w, const struct weights_place *places, size_t n, uint64_t *ret_digests,
+                         struct err *err)
+{
+    struct memory_range *ranges = calloc(n * SLOT_EXTENTS_MAX + 1, sizeof *ranges);
+    size_t *of = calloc(n * SLOT_EXTENTS_MAX + 1, sizeof *of), n_ranges = 0;
+    int rc = ranges && of ? 0 : err_set(err, ERR_NOMEM, "out of memory");
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        struct extent extents[SLOT_EXTENTS_MAX];
+        size_t k = weights_slot(w, places[i].layer, places[i].slot, extents, SLOT_EXTENTS_MAX);
+        uint64_t words = 0;
+        if (k == 0)
+            rc = err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", places[i].slot,
+                         places[i].layer);
+        for (size_t part = 0; part < k; part++) {
+            ranges[n_ranges] =
+                (struct memory_range){extents[part].region, extents[part].offset, extents[part].len, words};
+            of[n_ranges++] = i;
+            words += digest_words(extents[part].len);
+        }
+    }
+    if (rc == 0)
+        rc = digests_sum(w, ranges, of, n_ranges, ret_digests, n, err);
+    free(ranges);
+    free(of);
+    return rc;
+}
+
+int weights_dense_digests(struct weights *w, uint64_t *ret_digests, struct err *err)
+{
+    size_t max = w->model->n_dense, n;
+    struct extent *extents = calloc(max + 1, sizeof *extents);
+    struct memory_range *ranges = calloc(max + 1, sizeof *ranges);
+    size_t *of = calloc(max + 1, sizeof *of);
+    int rc = extents && ranges && of ? 0 : err_set(err, ERR_NOMEM, "out of memory");
+    if (rc == 0) {
+        n = weights_dense(w, extents, max);
+        for (size_t i = 0; i < n; i++) {
+            ranges[i] = (struct memory_range){extents[i].region, extents[i].offset, extents[i].len, 0};
+            of[i] = i;
+        }
+        rc = digests_sum(w, ranges, of, n, ret_digests, n, err);
+    }
+    free(extents);
+    free(ranges);
+    free(of);
+    return rc;
 }
 
 int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64_t *ret_digest, struct err *err)
 {
-    struct extent extents[SLOT_EXTENTS_MAX];
-    size_t n = weights_slot(w, layer, slot, extents, SLOT_EXTENTS_MAX);
-    if (n == 0)
-        return err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", slot, layer);
-    uint64_t sum = 0, words = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint64_t digest;
-        int rc =
-            w->memory->digest(w->memory, extents[i].region, extents[i].offset, extents[i].len, words, &digest, err);
-        if (rc < 0)
-            return rc;
-        sum += digest;
-        words += digest_words(extents[i].len);
-    }
-    *ret_digest = digest_known(sum);
-    return 0;
+    const struct weights_place place = {layer, slot};
+    uint64_t digest;
+    int rc = weights_slot_digests(w, &place, 1, &digest, err);
+    if (rc == 0)
+        *ret_digest = digest;
+    return rc;
 }
 
 int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_digest, struct err *err)
@@ -135,7 +185,7 @@ int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_
         uint64_t digest;
         int rc = w->memory->digest(w->memory, &w->regions[i], 0, (size_t)r->bytes, 0, &digest, err);
         if (rc == 0)
-            *ret_digest = digest_known(digest);
+            *ret_digest = weights_digest_known(digest);
         return rc;
     }
     return err_set(err, ERR_INVALID, "the weights have no dense region %u", dense_index);
@@ -147,7 +197,7 @@ int weights_slot_check(const struct weights *w, uint32_t layer, uint32_t slot, u
     const struct model *model = w->model;
     if (layer >= model->layers || expert >= model->logical)
         return err_set(err, ERR_INVALID, "the model has no expert %u in MoE layer %u", expert, layer);
-    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have = digest_known(digest);
+    uint64_t want = model->expert_digest[(size_t)layer * model->logical + expert], have = weights_digest_known(digest);
     if (want == 0)
         return err_set(err, ERR_CORRUPT, "layer %u slot %u cannot be verified: no digest of expert %u is known here",
                        layer, slot, expert);
@@ -162,4 +212,17 @@ int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32
     uint64_t digest;
     int rc = weights_slot_digest(w, layer, slot, &digest, err);
     return rc < 0 ? rc : weights_slot_check(w, layer, slot, expert, digest, err);
+}
+
+int weights_dense_check(const struct weights *w, uint32_t dense_index, uint64_t digest, struct err *err)
+{
+    const struct model *model = w->model;
+    uint64_t want = model->dense_digest[dense_index], have = weights_digest_known(digest);
+    if (want == 0)
+        return err_set(err, ERR_CORRUPT, "dense region %u cannot be verified: its digest is not known here",
+                       dense_index);
+    if (have != want)
+        return err_set(err, ERR_CORRUPT, "dense region %u has digest %016llx, not %016llx", dense_index,
+                       (unsigned long long)have, (unsigned long long)want);
+    return 0;
 }

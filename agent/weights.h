@@ -26,12 +26,25 @@ size_t weights_slot(struct weights *w, uint32_t layer, uint32_t slot, struct ext
 size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max);
 #define SLOT_EXTENTS_MAX 16
 
+/* Many of them in one pass over the memory: a GPU is waited for once. */
+struct weights_place {
+    uint32_t layer, slot;
+};
+int weights_slot_digests(struct weights *w, const struct weights_place *places, size_t n, uint64_t *ret_digests, struct err *err) MUST_CHECK;
+int weights_dense_digests(struct weights *w, uint64_t *ret_digests, struct err *err) MUST_CHECK; /* [n_dense] */
+
 /* digest(slot) = sum over parts of the digest of the part's bytes, words counted on across the parts */
 int weights_slot_digest(struct weights *w, uint32_t layer, uint32_t slot, uint64_t *ret_digest, struct err *err) MUST_CHECK;
+/* In a model 0 stands for "not known", so a digest that happens to be 0 is kept as 1. */
+static inline uint64_t weights_digest_known(uint64_t digest)
+{
+    return digest ? digest : 1;
+}
 int weights_dense_digest(struct weights *w, uint32_t dense_index, uint64_t *ret_digest, struct err *err) MUST_CHECK;
 /* ERR_CORRUPT with layer, expert, slot when the slot does not hold `expert`. */
 int weights_slot_verify(struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, struct err *err) MUST_CHECK;
 /* The same for bytes that were digested as they came: `digest` is their sum. */
 int weights_slot_check(const struct weights *w, uint32_t layer, uint32_t slot, uint32_t expert, uint64_t digest, struct err *err) MUST_CHECK;
+int weights_dense_check(const struct weights *w, uint32_t dense_index, uint64_t digest, struct err *err) MUST_CHECK;
 
 #endif

@@ -4,9 +4,11 @@
 #include "agent/worker.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "agent/weights.h"
@@ -14,6 +16,7 @@
 #include "common/clock.h"
 
 #define TRANSFER_TIMEOUT_MS 60000u
+#define HEALTH_S            5 /* between two looks while there is nothing to do */
 
 static void bell_ring(int fd)
 {
@@ -146,13 +149,19 @@ bool worker_cancelled(struct worker *w)
 
 /* ---- the thread ---- */
 
-/* Waits for a job; NULL when the worker stops. */
-static struct job *job_take(struct worker *w)
+/* Waits for a job; false when the worker stops.  NULL for a look at the health of what works in the background. */
+static bool job_take(struct worker *w, struct job **ret_job)
 {
+    bool looks = w->config.transport && w->config.transport->health && !w->fatal;
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += HEALTH_S;
     pthread_mutex_lock(&w->lock);
-    while (!w->first && !w->stopping)
-        pthread_cond_wait(&w->wanted, &w->lock);
-    struct job *job = w->stopping ? NULL : w->first;
+    int late = 0;
+    while (!w->first && !w->stopping && late == 0)
+        late = looks ? pthread_cond_timedwait(&w->wanted, &w->lock, &until) : pthread_cond_wait(&w->wanted, &w->lock);
+    bool stopping = w->stopping;
+    struct job *job = stopping ? NULL : w->first;
     if (job) {
         w->first = job->next;
         if (!w->first)
@@ -161,7 +170,8 @@ static struct job *job_take(struct worker *w)
         w->current = job;
     }
     pthread_mutex_unlock(&w->lock);
-    return job;
+    *ret_job = job;
+    return !stopping;
 }
 
 static void job_end(struct worker *w, struct job *job, const struct worker_result *result)
@@ -181,10 +191,33 @@ static void job_end(struct worker *w, struct job *job, const struct worker_resul
         job_free(job);
 }
 
+/* Tells once that memory or transport are beyond help; what failed because of it has been answered before. */
+static void worker_health(struct worker *w)
+{
+    struct memory_backend *memory = w->config.memory;
+    struct transport *transport = w->config.transport;
+    struct err err = {0};
+    int rc = memory && memory->health ? memory->health(memory, &err) : 0;
+    if (rc == 0 && transport && transport->health)
+        rc = transport->health(transport, &err);
+    if (rc == 0 || w->fatal)
+        return;
+    struct worker_result result = {.fatal = true, .code = rc};
+    snprintf(result.text, sizeof result.text, "%.*s", (int)sizeof result.text - 1, err.text);
+    w->fatal = true;
+    pthread_mutex_lock(&w->lock);
+    result_push(w, &result);
+    pthread_mutex_unlock(&w->lock);
+}
+
 static void *worker_main(void *arg)
 {
     struct worker *w = arg;
-    for (struct job *job; (job = job_take(w));) {
+    for (struct job *job; job_take(w, &job);) {
+        if (!job) {
+            worker_health(w);
+            continue;
+        }
         struct worker_result result = {
             .id = job->work.id,
             .kind = job->kind == JOB_SEAL ? WORK_LOAD : job->work.kind,
@@ -195,6 +228,7 @@ static void *worker_main(void *arg)
         worker_job_run(w, job, &result);
         result.ns = clock_now_ns() - began_ns;
         job_end(w, job, &result);
+        worker_health(w);
     }
     return NULL;
 }
@@ -207,6 +241,11 @@ const struct weights *worker_weights(struct worker *w)
     const struct weights *weights = w->weights;
     pthread_mutex_unlock(&w->lock);
     return weights;
+}
+
+const char *worker_gpu(const struct worker *w)
+{
+    return w->config.memory->gpu;
 }
 
 void worker_weights_set(struct worker *w, struct weights *weights)
@@ -263,7 +302,11 @@ int worker_start(const struct worker_config *config, struct worker **ret_worker,
     w->results_last = &w->results;
     w->cancel_fd = -1;
     pthread_mutex_init(&w->lock, NULL);
-    pthread_cond_init(&w->wanted, NULL);
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&w->wanted, &attributes);
+    pthread_condattr_destroy(&attributes);
     pthread_cond_init(&w->answered, NULL);
     int rc;
     w->result_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

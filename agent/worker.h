@@ -31,6 +31,8 @@ struct worker_result {
     struct blob *blob;   /* GROUP_ID; owned by the receiver */
     struct model *model; /* LOAD: manifest and digests */
     bool progress;       /* not an end: bytes so far */
+    bool fatal;          /* no work's result: this process cannot go on with its GPU or transport, `text` says why.  End
+                          * it with status 75, so that it is started again and takes its weights over.  Comes once */
     uint64_t op, ns;     /* the operation it was for; how long it took, without waiting in the queue */
     uint32_t round;
 };
@@ -49,6 +51,8 @@ void worker_stop(struct worker *w);
  * or NULL.  Valid until the next WORK_RELEASE is submitted.  Read manifest and regions only: `model` is the worker's. */
 struct weights;
 const struct weights *worker_weights(struct worker *w);
+/* UUID of the GPU that the regions lie on, or NULL: host memory.  Constant. */
+const char *worker_gpu(const struct worker *w);
 
 /* An engine that lays out its own weights (cold start): allocate one region now (blocks briefly; the worker is idle for
  * the operation meanwhile), and seal: take digests and make the model; the result comes as kind WORK_LOAD with `id`. */

@@ -1,5 +1,5 @@
 /* What the files of the worker share: worker.c (thread, queue, results), worker_jobs.c (what is done),
- * worker_transfer.c and worker_seal.c.
+ * worker_transfer.c, worker_verify.c and worker_seal.c.
  *
  * Locking: `lock` guards the queue, the results, `current` and its flag, and the pointer `weights`.  Everything else
  * belongs to the worker thread once it runs. */
@@ -8,6 +8,7 @@
 
 #include <pthread.h>
 
+#include "agent/weights.h"
 #include "agent/worker.h"
 
 enum job_kind { JOB_WORK, JOB_REGION_ALLOC, JOB_SEAL, JOB_SEAL_DISCARD };
@@ -47,6 +48,7 @@ struct worker {
     struct result_node *results, **results_last;
     int result_fd, cancel_fd;
     bool stopping;
+    bool fatal; /* told; the worker's */
     struct job *current;
     struct weights *weights;
 
@@ -67,7 +69,21 @@ void worker_weights_set(struct worker *w, struct weights *weights);
 /* Gives the weights the digests that the operation's model knows beyond ours; ERR_CONFLICT for another manifest. */
 int worker_model_update(struct worker *w, struct model *model, struct err *err) MUST_CHECK;
 int worker_cancelled_check(struct worker *w, struct err *err) MUST_CHECK; /* ERR_ABORTED */
-int worker_dense_verify(struct worker *w, uint32_t i, struct err *err) MUST_CHECK;
+
+/* worker_verify.c.  found: rc is 0, or the mismatch that err tells of; what it returns ends the verification if it is
+ * not 0. */
+struct slot_claim {
+    struct weights_place place;
+    uint32_t expert; /* that should lie there */
+    uint32_t from;   /* the caller's own */
+};
+int worker_slots_verify(struct worker *w, const struct slot_claim *claims, size_t n,
+                        int (*found)(void *user, const struct slot_claim *claim, int rc, struct err *err), void *user,
+                        struct err *err) MUST_CHECK;
+int worker_dense_verify(struct worker *w, int (*found)(void *user, int rc, struct err *err), void *user,
+                        struct err *err) MUST_CHECK;
+int worker_job_verify(struct worker *w, const struct job *job, struct worker_result *ret_result,
+                      struct err *err) MUST_CHECK;
 
 /* worker_transfer.c */
 int worker_job_group(struct worker *w, const struct job *job, struct err *err) MUST_CHECK;

@@ -1,5 +1,5 @@
-/* What the worker does, one function a kind of work: memory, loading, verifying.  Groups and transfers are in
- * worker_transfer.c, sealing in worker_seal.c.  Worker thread. */
+/* What the worker does, one function a kind of work: memory, loading.  Groups and transfers are in worker_transfer.c,
+ * verifying in worker_verify.c, sealing in worker_seal.c.  Worker thread. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -123,69 +123,9 @@ close_checkpoint:
     return rc;
 }
 
-/* ---- verify ---- */
-
 int worker_cancelled_check(struct worker *w, struct err *err)
 {
     return worker_cancelled(w) ? err_set(err, ERR_ABORTED, "cancelled") : 0;
-}
-
-int worker_dense_verify(struct worker *w, uint32_t i, struct err *err)
-{
-    const struct model *model = w->weights->model;
-    uint64_t have;
-    if (model->dense_digest[i] == 0)
-        return err_set(err, ERR_CORRUPT, "dense region %u cannot be verified: its digest is not known here", i);
-    int rc = weights_dense_digest(w->weights, i, &have, err);
-    if (rc == 0 && have != model->dense_digest[i])
-        rc = err_set(err, ERR_CORRUPT, "dense region %u has digest %016llx, not %016llx", i, (unsigned long long)have,
-                     (unsigned long long)model->dense_digest[i]);
-    return rc;
-}
-
-/* A mismatch is a finding, not a failure: all of them are counted.  Bytes that cannot be read are no finding. */
-static int verify_count(struct worker_result *result, int rc, const struct err *err)
-{
-    if (rc != ERR_CORRUPT)
-        return rc;
-    if (result->bad++ == 0)
-        snprintf(result->text, sizeof result->text, "%.*s", (int)sizeof result->text - 1, err->text);
-    return 0;
-}
-
-static int job_verify(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err)
-{
-    const struct expert_map *map = job->work.map;
-    if (!w->weights)
-        return err_set(err, ERR_INVALID, "this agent holds no weights to verify");
-    int rc = worker_model_update(w, job->work.model, err);
-    if (rc < 0)
-        return rc;
-    const struct manifest *m = &w->weights->manifest;
-    if (!map || map->layers != m->layers || map->slots != m->slots || job->work.self >= map->ranks)
-        return err_set(err, ERR_INVALID, "the map does not fit the weights that are held here");
-    const struct model *model = w->weights->model;
-    for (uint32_t i = 0; i < model->n_dense && rc == 0; i++) {
-        rc = verify_count(ret_result, worker_dense_verify(w, i, err), err);
-        if (rc == 0)
-            rc = worker_cancelled_check(w, err);
-    }
-    ret_result->bytes = model->dense_bytes;
-    for (uint32_t layer = 0; layer < map->layers; layer++)
-        for (uint32_t slot = 0; slot < map->slots; slot++) {
-            int32_t expert = map->held[expert_map_at(map, layer, job->work.self, slot)];
-            if (expert < 0)
-                continue;
-            if (rc == 0)
-                rc = worker_cancelled_check(w, err);
-            if (rc == 0)
-                rc = verify_count(ret_result, weights_slot_verify(w->weights, layer, slot, (uint32_t)expert, err), err);
-            if (rc < 0)
-                return rc;
-            ret_result->value++;
-            ret_result->bytes += model->expert_bytes;
-        }
-    return rc;
 }
 
 /* ---- one job ---- */
@@ -213,7 +153,7 @@ static int job_work(struct worker *w, const struct job *job, struct worker_resul
         weights_free(weights);
         return 0;
     case WORK_VERIFY:
-        return job_verify(w, job, ret_result, err);
+        return worker_job_verify(w, job, ret_result, err);
     }
     return err_set(err, ERR_INVALID, "the worker knows no work of kind %d", (int)job->work.kind);
 }

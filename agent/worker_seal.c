@@ -55,6 +55,13 @@ static int seal_match(const struct worker *w, struct weights *weights, struct er
     return 0;
 }
 
+/* The expert in slot `at` (counted through all layers), -1 for none. */
+static int32_t slot_expert(const struct expert_map *map, uint32_t self, size_t at, uint32_t logical)
+{
+    int32_t expert = map->held[expert_map_at(map, (uint32_t)(at / map->slots), self, (uint32_t)(at % map->slots))];
+    return expert >= 0 && (uint32_t)expert < logical ? expert : -1;
+}
+
 static int seal_digests(struct weights *weights, const struct expert_map *map, uint32_t self, struct err *err)
 {
     struct model *model = weights->model;
@@ -63,16 +70,24 @@ static int seal_digests(struct weights *weights, const struct expert_map *map, u
         return err_set(err, ERR_INVALID,
                        "the engine's layout has %u layers, %u experts and %u slots, but the map has %u, %u and %u",
                        model->layers, model->logical, model->slots, map->layers, map->logical, map->slots);
-    int rc = 0;
-    for (uint32_t i = 0; i < model->n_dense && rc == 0; i++)
-        rc = weights_dense_digest(weights, i, &model->dense_digest[i], err);
-    for (uint32_t layer = 0; layer < map->layers && rc == 0; layer++)
-        for (uint32_t slot = 0; slot < map->slots && rc == 0; slot++) {
-            int32_t expert = map->held[expert_map_at(map, layer, self, slot)];
-            if (expert >= 0 && (uint32_t)expert < model->logical)
-                rc = weights_slot_digest(weights, layer, slot,
-                                         &model->expert_digest[(size_t)layer * model->logical + (uint32_t)expert], err);
-        }
+    const size_t n = (size_t)map->layers * map->slots;
+    struct weights_place *places = calloc(n + 1, sizeof *places);
+    uint64_t *digests = calloc(n + 1, sizeof *digests);
+    size_t k = 0;
+    int rc = places && digests ? weights_dense_digests(weights, model->dense_digest, err)
+                               : err_set(err, ERR_NOMEM, "out of memory");
+    for (size_t i = 0; i < n && rc == 0; i++)
+        if (slot_expert(map, self, i, model->logical) >= 0)
+            places[k++] = (struct weights_place){(uint32_t)(i / map->slots), (uint32_t)(i % map->slots)};
+    if (rc == 0)
+        rc = weights_slot_digests(weights, places, k, digests, err);
+    for (size_t i = 0; i < k && rc == 0; i++) {
+        size_t at = (size_t)places[i].layer * map->slots + places[i].slot;
+        int32_t expert = slot_expert(map, self, at, model->logical);
+        model->expert_digest[(size_t)places[i].layer * model->logical + (uint32_t)expert] = digests[i];
+    }
+    free(places);
+    free(digests);
     return rc;
 }
 

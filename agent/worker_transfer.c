@@ -165,36 +165,48 @@ static int round_check(const struct worker *w, const struct transfer *items, siz
     return rc;
 }
 
-static int slot_verify(struct worker *w, const struct slot_in *in, const struct move *m, struct err *err)
+/* The slot's digest was taken while the bytes came. */
+static bool slot_digested(const struct slot_in *in)
 {
     uint64_t bytes = 0;
     for (uint32_t k = 0; k < in->item->n; k++)
         bytes += in->item->to[k].len;
-    if (in->bytes == bytes && bytes > 0)
-        return weights_slot_check(w->weights, m->layer, m->dst_slot, m->expert, in->digest, err);
-    return weights_slot_verify(w->weights, m->layer, m->dst_slot, m->expert, err); /* a local copy, for instance */
+    return in->bytes == bytes && bytes > 0;
 }
 
-static int round_verify(struct worker *w, const struct job *job, const struct slot_in *slots, struct err *err)
+static int round_found(void *user, const struct slot_claim *claim, int rc, struct err *err)
 {
-    const struct plan *plan = job->work.plan;
-    uint32_t self = job->work.self;
-    size_t item = 0;
-    int rc = 0;
-    for (uint32_t i = 0; i < plan->n_moves && rc == 0; i++) {
-        const struct move *m = &plan->moves[i];
-        if (m->round != job->work.round || (m->src != self && m->dst != self))
+    const struct work *work = user;
+    if (rc == ERR_CORRUPT)
+        return err_wrap(err, "received from %s",
+                        claim->from < work->n && work->parties ? work->parties[claim->from].id : "a party");
+    return rc;
+}
+
+/* Slots that were not digested as they came - local copies, and all of them on GPUs - are read again together. */
+static int round_verify(struct worker *w, const struct job *job, const struct slot_in *slots, size_t n, struct err *err)
+{
+    const struct work *work = &job->work;
+    struct slot_claim *claims = calloc(n + 1, sizeof *claims);
+    size_t item = 0, n_claims = 0;
+    int rc = claims ? 0 : err_set(err, ERR_NOMEM, "out of memory");
+    for (uint32_t i = 0; i < work->plan->n_moves && rc == 0; i++) {
+        const struct move *m = &work->plan->moves[i];
+        if (m->round != work->round || (m->src != work->self && m->dst != work->self))
             continue;
         const struct slot_in *in = &slots[item++]; /* as round_transfers made them */
-        if (m->dst != self)
+        const struct slot_claim claim = {.place = {m->layer, m->dst_slot}, .expert = m->expert, .from = m->src};
+        if (m->dst != work->self)
             continue;
-        rc = worker_cancelled_check(w, err);
-        if (rc == 0)
-            rc = slot_verify(w, in, m, err);
-        if (rc == ERR_CORRUPT)
-            return err_wrap(err, "received from %s",
-                            m->src < job->work.n && job->work.parties ? job->work.parties[m->src].id : "a party");
+        if (!slot_digested(in))
+            claims[n_claims++] = claim;
+        else
+            rc = round_found((void *)(uintptr_t)work, &claim,
+                             weights_slot_check(w->weights, m->layer, m->dst_slot, m->expert, in->digest, err), err);
     }
+    if (rc == 0)
+        rc = worker_slots_verify(w, claims, n_claims, round_found, (void *)(uintptr_t)work, err);
+    free(claims);
     return rc;
 }
 
@@ -221,7 +233,7 @@ static int round_move(struct worker *w, const struct job *job, struct transfer_s
     t->call.arrived = NULL;
     *bytes += received;
     if (rc == 0)
-        rc = round_verify(w, job, slots, err);
+        rc = round_verify(w, job, slots, n, err);
 free_items:
     free(slots);
     free(items);
@@ -238,11 +250,17 @@ static int dense_broadcast(struct worker *w, const struct job *job, struct trans
         return err_set(err, ERR_NOMEM, "out of memory");
     n = weights_dense(w->weights, extents, n);
     for (uint32_t i = 0; i < w->group_n; i++)
-        have[i] = i < job->work.dense_from;
+        have[i] = i < job->work.dense_from ? TRANSPORT_HAS : TRANSPORT_WANTS;
     uint64_t received = 0;
     int rc = w->config.transport->broadcast(w->group, extents, n, have, &t->call, &received, err);
     free(extents);
     *bytes += received;
+    return rc;
+}
+
+static int dense_found(void *user, int rc, struct err *err)
+{
+    (void)user, (void)err;
     return rc;
 }
 
@@ -259,8 +277,7 @@ int worker_job_fill(struct worker *w, const struct job *job, struct worker_resul
         rc = dense_broadcast(w, job, &t, &ret_result->bytes, err);
     if (rc == 0)
         rc = round_move(w, job, &t, &ret_result->bytes, err);
-    if (job->work.kind == WORK_WEIGHTS && job->work.self >= job->work.dense_from)
-        for (uint32_t i = 0; i < w->weights->model->n_dense && rc == 0; i++)
-            rc = worker_dense_verify(w, i, err);
+    if (rc == 0 && job->work.kind == WORK_WEIGHTS && job->work.self >= job->work.dense_from)
+        rc = worker_dense_verify(w, dense_found, NULL, err);
     return rc;
 }

@@ -42,11 +42,25 @@ for t in "$@"; do
     fi
     driver=()
     case $t in
-    test_memory | test_transport_gpu | test_fakecuda | test_cuda_faults)
+    test_memory | test_transport_gpu | test_libeep_gpu | test_reference_model | test_fakecuda | test_cuda_faults | \
+        itest_checkpoint)
         [ -e "$fakecuda/libcuda.so.1" ] && driver=("${on_fakecuda[@]}")
         ;;
     esac
     run "$t" "${driver[@]}" timeout 900 "$BUILD/tests/$t"
 done
+# The same cluster with its weights in GPU memory: scaling, and the demo, over cuda_peer.
+if [ $part = integration ]; then
+    on_gpu=(env "LD_LIBRARY_PATH=$fakecuda${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FAKECUDA_GPUS=2 "FAKECUDA_STATE=run$$"
+        EEP_TEST_MEMORY=cuda EEP_TEST_TRANSPORT=cuda_peer timeout 900)
+    if [ -e "$fakecuda/libcuda.so.1" ]; then
+        run "itest_scale, cuda_peer" "${on_gpu[@]}" "$BUILD/tests/itest_scale"
+        run "demo, cuda_peer" "${on_gpu[@]}" "$BUILD/tests/eep-demo" --sequence 2,4,3,2 --settle-ms 200
+    else
+        no_gpu() { echo "this build has no cuda.h"; return 77; }
+        run "itest_scale, cuda_peer" no_gpu
+        run "demo, cuda_peer" no_gpu
+    fi
+fi
 printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
 [ "$failed" = 0 ]

@@ -225,7 +225,10 @@ static int attached_take(struct eep *eep, const Eep__Engine__EngineDown *down, s
     eep->wake_fd = engine_frame_take(frame, 1);
     eep->bell_fd = engine_frame_take(frame, 2);
     eep->load_fd = engine_frame_take(frame, 3);
-    return page_map(eep, down->attached->page_bytes, frame->fds[0], err);
+    int rc = page_map(eep, down->attached->page_bytes, frame->fds[0], err);
+    if (!rc && down->attached->gpu)
+        rc = device_open(down->attached->gpu, eep->page, eep->page_bytes, &eep->device, err);
+    return rc;
 }
 
 static int handshake(struct eep *eep, const struct eep_options *options, struct err *err)
@@ -312,6 +315,7 @@ static void eep_dispose(struct eep *eep)
     fd_close(eep->load_fd);
     fd_close(eep->revoke_fd);
     fd_close(eep->stop_fd);
+    device_close(eep->device); /* it has the page pinned */
     if (eep->page)
         munmap(eep->page, eep->page_bytes);
     pthread_mutex_destroy(&eep->lock);
@@ -380,6 +384,10 @@ void eep_detach(struct eep *eep)
     if (!eep)
         return;
     atomic_store(&eep->leaving, true);
+    /* Steps that have not ended by then may never end, and device_close leaves what they use.  Nobody waits for them: the
+     * agent takes an engine that is gone for one that reads nothing any more. */
+    bool ended = !eep->device || device_drain(eep->device, DRAIN_MS);
+    (void)ended;
     Eep__Engine__Goodbye body = EEP__ENGINE__GOODBYE__INIT;
     Eep__Engine__EngineUp up = EEP__ENGINE__ENGINE_UP__INIT;
     up.body_case = EEP__ENGINE__ENGINE_UP__BODY_GOODBYE;

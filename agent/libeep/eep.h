@@ -3,6 +3,18 @@
  * The agent of this GPU owns the weights; the engine maps them without a copy, learns which expert lies where, and
  * passes step boundaries.  A step boundary with nothing pending makes no system call.
  *
+ * Memory: the weights lie where the agent keeps them, in host memory or on one GPU.  What holds pointers to them says
+ * which, in a field `device`: -1 = host, else the CUDA device ordinal in this process, and then they are device pointers
+ * in the primary context of that device.  libeep loads libcuda at run time, uses that primary context, creates none of
+ * its own, and leaves the calling thread's current context as it was.
+ *
+ * Streams: `void *stream` is a CUstream or cudaStream_t of that device, NULL with weights on the host.  eep_step_end
+ * with a stream says that all work of the step has been launched; the device says when it is complete, so step n + 1 may
+ * be begun and launched while n runs, up to 64 steps.  Work on other streams must be joined into this one before
+ * eep_step_end; when the stream is another one than the last step's, libeep orders the two.  NULL on a GPU means that
+ * the caller waits itself: all work of the step is complete when eep_step_end is called.  (The default stream is
+ * CU_STREAM_LEGACY or CU_STREAM_PER_THREAD here.)  Boundaries lie outside of graph capture.
+ *
  * Threads: eep_step_begin, eep_step_end, eep_step_failed and reading the maps belong to one thread, the stepping
  * thread.  Everything else may be called from any thread.  libeep runs one thread of its own, which talks to the agent
  * and calls `on_event`; the callback must not block for long and must not call eep_detach.
@@ -37,7 +49,9 @@ enum eep_event_kind {
     EEP_EVENT_PREPARE,     /* build communicators for `view` in the background; answer eep_prepared(op, attempt) */
     EEP_EVENT_ABORT,       /* drop what was prepared for `op` */
     EEP_EVENT_DRAIN,       /* finish or hand back requests within deadline_ms; answer eep_drained */
-    EEP_EVENT_REVOKE,      /* a member of the view is gone: abort the communicators, leave the step, call eep_step_failed */
+    EEP_EVENT_REVOKE,      /* a member of the view is gone: abort the communicators, leave the step, call eep_step_failed.
+                              With streams: abort them from the callback or a thread of your own, since the stepping
+                              thread may stand in eep_step_begin while an older step hangs on the device */
     EEP_EVENT_RELEASE,     /* this rank has left: stop using the regions, answer eep_released; they are unmapped then */
     EEP_EVENT_DETACHED,    /* the agent is gone or has cut us off: only eep_detach is left */
 };
@@ -86,14 +100,18 @@ struct eep_options {
 
 /* Attaches to the agent.  Blocks until the handshake is done (at most 5 s). */
 EEP_API int eep_attach(const struct eep_options *options, struct eep **ret_eep);
-/* Says goodbye, unmaps everything, joins libeep's thread.  Takes NULL. */
+/* Says goodbye, unmaps everything, joins libeep's thread.  Takes NULL.  On a GPU it first waits for the steps that were
+ * launched, at most 5 s; if they still run then, what they may use stays mapped until the process ends. */
 EEP_API void eep_detach(struct eep *eep);
 EEP_API const char *eep_strerror(int code);
 EEP_API const char *eep_last_error(void); /* of this thread */
+/* Where the weights lie: -1 = host memory, else the CUDA device ordinal.  Constant from eep_attach on. */
+EEP_API int eep_device(struct eep *eep);
 
 /* ---- weights ---- */
 struct eep_model {
     uint32_t layers, logical, slots; /* MoE layers, experts per layer, slots per rank */
+    int device;                      /* as eep_device */
     const char *config;              /* the model's description (config.json) or NULL */
     const char *producer;
 };
@@ -101,6 +119,7 @@ EEP_API int eep_model_get(struct eep *eep, struct eep_model *ret_model); /* afte
 
 struct eep_tensor {
     void *data;          /* fixed address for as long as the regions live */
+    int device;          /* -1: host memory; else `data` is a pointer of this device */
     const char *dtype;   /* as in safetensors */
     uint32_t dims;
     uint64_t shape[6];   /* expert parts: [slots, ...] */
@@ -110,7 +129,8 @@ struct eep_tensor {
 EEP_API int eep_tensor_get(struct eep *eep, const char *name, struct eep_tensor *ret_tensor);
 
 /* Producing a layout (between EEP_EVENT_LOAD and eep_seal).  Regions are memory of the agent.  eep_region_alloc and
- * eep_seal block until the agent has answered, one call at a time; not from the event callback. */
+ * eep_seal block until the agent has answered, one call at a time; not from the event callback.  On a GPU (eep_device)
+ * *ret_data is a device pointer, and what the engine copies there must be complete before eep_seal. */
 struct eep_region_spec {
     const char *name;
     bool expert;
@@ -130,7 +150,7 @@ EEP_API int eep_seal(struct eep *eep, const char *config);
 /* ---- answers to events; they block only while the agent does not read (at most 5 s) ---- */
 EEP_API int eep_prepared(struct eep *eep, uint64_t op, uint64_t attempt, int code, const char *why); /* code 0 = yes */
 EEP_API int eep_drained(struct eep *eep);
-EEP_API int eep_released(struct eep *eep); /* unmaps the regions */
+EEP_API int eep_released(struct eep *eep); /* waits for launched steps (at most 5 s), unmaps the regions */
 /* A changed endpoint. */
 EEP_API int eep_set_endpoint(struct eep *eep, const char *endpoint);
 
@@ -143,6 +163,14 @@ struct eep_maps {
     int32_t *logical_to_physical_map; /* [layers][logical][max_replicas] */
     int32_t *logical_replica_count;   /* [layers][logical] */
     uint64_t *expert_load;            /* [layers][slots]: the engine adds tokens it computed; read by the agent */
+
+    /* On a GPU (device >= 0; NULL otherwise) the same on the device, at fixed addresses, so that captured graphs stay
+       valid.  Rewritten in the order of the stream that eep_step_begin is given, before the work of that step; the
+       arrays above change at once, while older steps may still run.  Kernels add to device_expert_load, and the host's
+       counters are overwritten with it in the order of the stream at eep_step_end. */
+    int device;
+    int32_t *device_physical_to_logical_map, *device_logical_to_physical_map, *device_logical_replica_count;
+    uint64_t *device_expert_load;
 };
 EEP_API const struct eep_maps *eep_maps_get(struct eep *eep); /* NULL before EEP_EVENT_REGIONS */
 
@@ -160,11 +188,13 @@ struct eep_step {
     uint64_t held_ns;            /* how long this boundary held the engine; 0 = not at all */
 };
 /* Begins the next step, or says that there is none.  has_work: this engine has requests to run.  timeout_ms: how long to
- * wait when idle; 0 = do not wait, -1 = until woken.  stream: NULL on the host. */
+ * wait when idle; 0 = do not wait, -1 = until woken.  stream: see the head of this file; map updates go to it. */
 EEP_API int eep_step_begin(struct eep *eep, void *stream, bool has_work, int timeout_ms, struct eep_step *ret_step);
-/* The step is complete.  any_work: some rank of the view still has requests (the engines agree on it inside the step). */
+/* The step is complete, or with a stream: launched.  any_work: some rank of the view still has requests (the engines agree on it inside the step). */
 EEP_API int eep_step_end(struct eep *eep, void *stream, bool any_work);
-/* The step failed: its all-to-all lost a member.  Its requests are retried in a later step; the number is not used again. */
+/* The step failed: its all-to-all lost a member.  Its requests are retried in a later step; the number is not used
+ * again.  With a stream, what was launched of it counts until the stream has come to this point: the communicators must
+ * have been aborted, or that never is. */
 EEP_API int eep_step_failed(struct eep *eep);
 /* Ends a wait in eep_step_begin.  Any thread; async-signal-safe. */
 EEP_API void eep_wake(struct eep *eep);

@@ -127,15 +127,22 @@ void gate_complete(struct control_page *page, struct gate_local *local, bool any
     gate_done(page, step);
 }
 
-void gate_fail(struct control_page *page, struct gate_local *local)
+void gate_left(struct control_page *page, struct gate_local *local)
 {
-    /* Nothing of the step is on the device any more: for those who wait for its end, this is it.  Requests are
-     * retried by a later wave, which the repair starts. */
+    /* Requests are retried by a later wave, which the repair starts. */
     put(&page->launched, local->next);
-    gate_done(page, local->next);
     local->next++;
     local->running = false;
     put(&page->running, 0);
+}
+
+void gate_fail(struct control_page *page, struct gate_local *local)
+{
+    uint64_t step = local->next;
+
+    gate_left(page, local);
+    /* Nothing of the step is on the device any more: for those who wait for its end, this is it. */
+    gate_done(page, step);
 }
 
 bool gate_map_pending(struct control_page *page, const struct gate_local *local, uint64_t *ret_version)

@@ -46,7 +46,9 @@ void gate_launched(struct control_page *page, struct gate_local *local, bool any
 void gate_done(struct control_page *page, uint64_t step);
 /* The step that gate_check began has completed on the device; any_work: some rank of the view still has work. */
 void gate_complete(struct control_page *page, struct gate_local *local, bool any_work);
-/* The step failed (revoked): its number is never run again. */
+/* The step failed (revoked): its number is never run again.  gate_left is all of it but gate_done, for work that the
+ * device has not come to the end of. */
+void gate_left(struct control_page *page, struct gate_local *local);
 void gate_fail(struct control_page *page, struct gate_local *local);
 /* At a boundary: is a map pending?  If so the caller applies version *ret_version and calls gate_map_applied. */
 bool gate_map_pending(struct control_page *page, const struct gate_local *local, uint64_t *ret_version);

@@ -4,6 +4,7 @@
  *   view.c     views and routings              maps.c     the expert map arrays at fixed addresses
  *   regions.c  mapped weights, tensors         seal.c     a layout that the engine produces
  *   step.c     step boundaries                 gate.c     the gate loop, pure
+ *   device*.c  the GPU that the weights lie on
  *
  * Threads.  The stepping thread owns `step`; libeep's own thread owns `reader` and `incoming`.  `send_lock` makes one
  * message at a time go to the agent.  `lock` protects everything under its heading below, and is never held while a
@@ -16,6 +17,7 @@
 #include <stdatomic.h>
 
 #include "agent/engine_frame.h"
+#include "agent/libeep/device.h"
 #include "agent/libeep/eep.h"
 #include "agent/libeep/gate.h"
 #include "agent/manifest.h"
@@ -54,22 +56,26 @@ struct maps_box {
     struct eep_maps pub;
     struct maps_box *next;
     size_t load_bytes;
+    struct device_maps *device; /* NULL: host memory */
 };
 
 struct mapping {
-    void *base;
+    void *base; /* a device pointer when the agent's memory is that of a GPU */
     size_t bytes;
 };
 struct regions {
     struct manifest manifest;
     struct blob *blob; /* the manifest, encoded */
     struct mapping *mappings; /* [manifest.n_regions] */
+    struct device *device;    /* whose memory they are; NULL: host memory */
 };
 
 /* The stepping thread's own. */
 #define STEP_RECENT 64u
 struct stepping {
     struct gate_local gate;
+    void *stream;                     /* of the present step, or of the boundary before it */
+    struct err device;                /* code != 0: what went wrong with the device at this boundary */
     struct view_box *view, *previous; /* NULL: a spare, or left */
     enum page_engine_state state;     /* as the page shows it */
     uint64_t hold_since_ns;           /* 0 = not held */
@@ -87,6 +93,7 @@ struct eep {
     int sock, wake_fd, bell_fd, load_fd, revoke_fd, stop_fd;
     struct control_page *page;
     size_t page_bytes;
+    struct device *device; /* NULL: the weights are host memory */
     uint32_t max_ranks, moe_layers, logical_experts;
     char *seals;
     char agent[64];
@@ -136,6 +143,8 @@ struct eep {
     _Atomic uint64_t hold_histogram[PAGE_HISTOGRAM];
 };
 
+#define DRAIN_MS 5000 /* for steps that were launched, before what they use goes */
+
 /* ---- attach.c ---- */
 int eep_fail(int code, const char *fmt, ...) __attribute__((format(printf, 2, 3))); /* sets eep_last_error */
 int eep_fail_err(const struct err *err);
@@ -167,6 +176,8 @@ int maps_install(struct eep *eep, const struct manifest *manifest, struct err *e
 bool maps_fit(const struct maps_box *maps, const struct routing *routing);
 /* Rewrites the arrays in place; stepping thread. */
 void maps_write(struct maps_box *maps, const struct routing *routing);
+/* The device's copies, in the order of the stream; nothing on the host. */
+int maps_write_device(struct eep *eep, struct maps_box *maps, void *stream, struct err *err) MUST_CHECK;
 void maps_free_all(struct eep *eep);
 
 /* ---- seal.c; under lock ---- */
@@ -174,7 +185,9 @@ void maps_free_all(struct eep *eep);
 int seal_finish(struct eep *eep, struct err *err) MUST_CHECK;
 
 /* ---- regions.c; under lock ---- */
-int region_map(int fd, size_t bytes, const char *name, struct mapping *ret_mapping, struct err *err) MUST_CHECK;
+int region_map(struct device *device, int fd, size_t bytes, const char *name, struct mapping *ret_mapping,
+               struct err *err) MUST_CHECK;
+void region_unmap(struct device *device, struct mapping *mapping);
 void regions_free(struct regions *regions);
 /* Takes fds over (closes them). */
 int regions_install(struct eep *eep, struct blob *manifest, const int *fds, uint32_t n, struct err *err) MUST_CHECK;

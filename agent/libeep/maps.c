@@ -27,8 +27,9 @@ static void maps_clear(struct eep_maps *m)
     m->version = 0;
 }
 
-static void maps_free(struct maps_box *box)
+static void maps_free(struct device *device, struct maps_box *box)
 {
+    device_maps_free(device, box->device); /* first: it has the counters pinned */
     if (box->pub.expert_load)
         munmap(box->pub.expert_load, box->load_bytes);
     free(box->pub.physical_to_logical_map);
@@ -70,8 +71,11 @@ static int maps_make(struct eep *eep, const struct manifest *manifest, struct ma
         rc = err_set(err, ERR_NOMEM, "no memory for expert maps of %u layers", m->layers);
     if (!rc)
         rc = load_map(eep, box, err);
+    m->device = eep_device(eep);
+    if (!rc && eep->device)
+        rc = device_maps_new(eep->device, m, &box->device, err);
     if (rc) {
-        maps_free(box);
+        maps_free(eep->device, box);
         return rc;
     }
     *ret_box = box;
@@ -92,8 +96,10 @@ int maps_install(struct eep *eep, const struct manifest *manifest, struct err *e
         eep->all_maps = box;
     }
     maps_clear(&box->pub);
-    atomic_store(&eep->maps, box);
-    return 0;
+    int rc = maps_write_device(eep, box, NULL, err);
+    if (!rc)
+        atomic_store(&eep->maps, box);
+    return rc;
 }
 
 bool maps_fit(const struct maps_box *maps, const struct routing *routing)
@@ -125,6 +131,11 @@ void maps_write(struct maps_box *maps, const struct routing *routing)
     m->version = routing->version;
 }
 
+int maps_write_device(struct eep *eep, struct maps_box *maps, void *stream, struct err *err)
+{
+    return maps->device ? device_maps_write(eep->device, maps->device, &maps->pub, stream, err) : 0;
+}
+
 const struct eep_maps *eep_maps_get(struct eep *eep)
 {
     struct maps_box *box = atomic_load(&eep->maps);
@@ -136,7 +147,7 @@ void maps_free_all(struct eep *eep)
     while (eep->all_maps) {
         struct maps_box *box = eep->all_maps;
         eep->all_maps = box->next;
-        maps_free(box);
+        maps_free(eep->device, box);
     }
     atomic_store(&eep->maps, NULL);
 }

@@ -9,7 +9,7 @@
 
 #include "agent/libeep/internal.h"
 
-int region_map(int fd, size_t bytes, const char *name, struct mapping *ret_mapping, struct err *err)
+static int region_map_host(int fd, size_t bytes, const char *name, struct mapping *ret_mapping, struct err *err)
 {
     struct stat st;
     if (fstat(fd, &st) < 0 || (uint64_t)st.st_size < bytes)
@@ -21,24 +21,47 @@ int region_map(int fd, size_t bytes, const char *name, struct mapping *ret_mappi
     return 0;
 }
 
+int region_map(struct device *device, int fd, size_t bytes, const char *name, struct mapping *ret_mapping,
+               struct err *err)
+{
+    struct mapping mapping = {.base = NULL};
+    if (!device)
+        return region_map_host(fd, bytes, name, ret_mapping, err);
+    int rc = device_map(device, fd, bytes, &mapping.base, &mapping.bytes, err);
+    if (rc)
+        return err_wrap(err, "region \"%s\" (%zu bytes)", name, bytes);
+    *ret_mapping = mapping;
+    return 0;
+}
+
+void region_unmap(struct device *device, struct mapping *mapping)
+{
+    if (mapping->base && device)
+        device_unmap(device, mapping->base, mapping->bytes);
+    else if (mapping->base)
+        munmap(mapping->base, mapping->bytes);
+    mapping->base = NULL;
+}
+
 void regions_free(struct regions *regions)
 {
     if (!regions)
         return;
     for (uint32_t i = 0; regions->mappings && i < regions->manifest.n_regions; i++)
-        if (regions->mappings[i].base)
-            munmap(regions->mappings[i].base, regions->mappings[i].bytes);
+        region_unmap(regions->device, &regions->mappings[i]);
     free(regions->mappings);
     manifest_done(&regions->manifest);
     blob_unref(regions->blob);
     free(regions);
 }
 
-static int regions_make(struct blob *manifest, const int *fds, uint32_t n, struct regions **ret_regions, struct err *err)
+static int regions_make(struct device *device, struct blob *manifest, const int *fds, uint32_t n,
+                        struct regions **ret_regions, struct err *err)
 {
     struct regions *regions = calloc(1, sizeof *regions);
     if (!regions)
         return err_set(err, ERR_NOMEM, "no memory for regions");
+    regions->device = device;
     regions->blob = blob_ref(manifest);
     int rc = manifest_decode(manifest, &regions->manifest, err);
     if (!rc && regions->manifest.n_regions != n)
@@ -49,7 +72,7 @@ static int regions_make(struct blob *manifest, const int *fds, uint32_t n, struc
             rc = err_set(err, ERR_NOMEM, "no memory for regions");
     }
     for (uint32_t i = 0; i < n && !rc; i++)
-        rc = region_map(fds[i], regions->manifest.regions[i].bytes, regions->manifest.regions[i].name,
+        rc = region_map(device, fds[i], regions->manifest.regions[i].bytes, regions->manifest.regions[i].name,
                         &regions->mappings[i], err);
     if (rc) {
         regions_free(regions);
@@ -68,7 +91,7 @@ int regions_install(struct eep *eep, struct blob *manifest, const int *fds, uint
                     memcmp(regions->blob->data, manifest->data, manifest->len) != 0)) {
         rc = err_set(err, ERR_PROTOCOL, "the agent sent other regions before the present ones were released");
     } else if (!regions) {
-        rc = regions_make(manifest, fds, n, &regions, err);
+        rc = regions_make(eep->device, manifest, fds, n, &regions, err);
         if (!rc)
             rc = maps_install(eep, &regions->manifest, err);
         if (rc && regions)
@@ -81,6 +104,11 @@ int regions_install(struct eep *eep, struct blob *manifest, const int *fds, uint
     return rc;
 }
 
+int eep_device(struct eep *eep)
+{
+    return eep->device ? device_ordinal(eep->device) : -1;
+}
+
 int eep_model_get(struct eep *eep, struct eep_model *ret_model)
 {
     int rc = 0;
@@ -90,6 +118,7 @@ int eep_model_get(struct eep *eep, struct eep_model *ret_model)
         *ret_model = (struct eep_model){.layers = m->layers,
                                         .logical = m->logical,
                                         .slots = m->slots,
+                                        .device = eep_device(eep),
                                         .config = m->config,
                                         .producer = m->producer};
     } else {
@@ -99,11 +128,13 @@ int eep_model_get(struct eep *eep, struct eep_model *ret_model)
     return rc ? eep_fail(rc, "no weights yet: wait for EEP_EVENT_REGIONS") : 0;
 }
 
-static int tensor_fill(const struct regions *regions, const struct tensor *t, struct eep_tensor *ret_tensor)
+static int tensor_fill(const struct regions *regions, const struct tensor *t, int device,
+                       struct eep_tensor *ret_tensor)
 {
     const struct region *r = &regions->manifest.regions[t->region];
     bool expert = r->kind == REGION_EXPERT;
     struct eep_tensor out = {.data = (char *)regions->mappings[t->region].base + t->offset,
+                             .device = device,
                              .dtype = t->dtype,
                              .dims = t->dims + (expert ? 1u : 0u),
                              .stride = expert ? r->stride : 0};
@@ -126,7 +157,7 @@ int eep_tensor_get(struct eep *eep, const char *name, struct eep_tensor *ret_ten
     any = regions != NULL;
     for (uint32_t i = 0; regions && i < regions->manifest.n_tensors && rc == ERR_NOTFOUND; i++)
         if (strcmp(regions->manifest.tensors[i].name, name) == 0)
-            rc = tensor_fill(regions, &regions->manifest.tensors[i], ret_tensor);
+            rc = tensor_fill(regions, &regions->manifest.tensors[i], eep_device(eep), ret_tensor);
     pthread_mutex_unlock(&eep->lock);
     if (rc == ERR_UNSUPPORTED)
         return eep_fail(rc, "tensor \"%s\" has too many dimensions for an array of slots", name);
@@ -137,6 +168,10 @@ int eep_tensor_get(struct eep *eep, const char *name, struct eep_tensor *ret_ten
 
 int eep_released(struct eep *eep)
 {
+    /* What was launched may still read them. */
+    if (eep->device && !device_drain(eep->device, DRAIN_MS))
+        return eep_fail(ERR_TIMEOUT, "the steps that were launched have not ended within %d ms: the regions stay mapped",
+                        DRAIN_MS);
     pthread_mutex_lock(&eep->lock);
     regions_free(eep->regions);
     eep->regions = NULL;

@@ -3,7 +3,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "agent/libeep/internal.h"
@@ -125,11 +124,12 @@ static int building_add(struct eep *eep, const struct eep_region_spec *spec, con
         eep->building = calloc(1, sizeof *eep->building);
     if (!eep->building)
         return eep_fail(ERR_NOMEM, "no memory for a region");
-    if (region_map(fd, region->bytes, region->name, &mapping, &err))
+    eep->building->device = eep->device;
+    if (region_map(eep->device, fd, region->bytes, region->name, &mapping, &err))
         return eep_fail_err(&err);
     int rc = region_push(eep->building, region, &mapping);
     if (rc) {
-        munmap(mapping.base, mapping.bytes);
+        region_unmap(eep->device, &mapping);
         return rc;
     }
     if (spec->dtype)

@@ -63,6 +63,8 @@ static void map_use(struct eep *eep, const struct routing *routing)
     if (!routing->routed || !maps || !maps_fit(maps, routing))
         return; /* without weights there are no maps */
     maps_write(maps, routing);
+    if (maps_write_device(eep, maps, s->stream, &s->device))
+        return; /* not applied: this boundary ends with that error */
     gate_map_applied(eep->page, &s->gate, routing->version);
     s->map_changed = true;
 }
@@ -262,6 +264,38 @@ static int idle_left(int timeout_ms, uint64_t *deadline_ns)
     return left > INT_MAX ? INT_MAX : (int)left;
 }
 
+/* ---- what is known of the steps before ---- */
+
+static void duration_add(struct eep *eep, uint64_t ns)
+{
+    struct stepping *s = &eep->step;
+    s->recent[s->n_recent++ % STEP_RECENT] = ns;
+    unsigned n = s->n_recent < STEP_RECENT ? s->n_recent : STEP_RECENT;
+    uint64_t least = s->recent[0];
+    for (unsigned i = 1; i < n; i++)
+        if (s->recent[i] < least)
+            least = s->recent[i];
+    atomic_store(&eep->page->step_ns_min, least ? least : 1);
+}
+
+static void notify_if_done(struct eep *eep, uint64_t done)
+{
+    uint64_t wanted = atomic_load(&eep->page->notify_done);
+    if (wanted != 0 && done >= wanted && eep->step.notified != wanted) {
+        eep->step.notified = wanted;
+        ring_bell(eep);
+    }
+}
+
+/* What has become known of steps that went to the device: at every boundary. */
+static void device_boundary(struct eep *eep)
+{
+    uint64_t ns;
+    while (device_step_ns(eep->device, &ns))
+        duration_add(eep, ns);
+    notify_if_done(eep, atomic_load(&eep->page->done));
+}
+
 /* ---- begin ---- */
 
 static void wave_tell(struct eep *eep)
@@ -299,10 +333,13 @@ static bool flip_take(struct eep *eep)
 static int begun(struct eep *eep, bool flip, bool wave_start, struct eep_step *ret_step)
 {
     struct stepping *s = &eep->step;
-    if (flip && !flip_take(eep)) {
+    bool taken = !flip || flip_take(eep);
+    if (taken && eep->device && !s->device.code && device_step_begin(eep->device, s->stream, &s->device))
+        taken = false;
+    if (!taken || s->device.code) {
         gate_fail(eep->page, &s->gate);
         atomic_store(&eep->in_step, false);
-        return eep_fail_dead(eep);
+        return s->device.code ? eep_fail_err(&s->device) : eep_fail_dead(eep);
     }
     s->state = PAGE_ENGINE_RUNNING;
     s->began_ns = clock_now_ns();
@@ -354,17 +391,27 @@ int eep_step_begin(struct eep *eep, void *stream, bool has_work, int timeout_ms,
 {
     struct stepping *s = &eep->step;
     uint64_t deadline_ns = 0;
-    if (stream)
-        return eep_fail(ERR_UNSUPPORTED, "streams need the device build of libeep; pass NULL on the host");
+    if (stream && !eep->device)
+        return eep_fail(ERR_INVALID, "the weights are host memory: a step has no stream there, pass NULL");
     if (atomic_load(&eep->in_step))
         return eep_fail(ERR_INVALID, "the last step was neither ended nor failed");
+    s->stream = stream;
+    s->device.code = 0;
     for (;;) {
         bool flip = false, wave_start = false;
         enum gate_verdict verdict = GATE_IDLE;
         if (atomic_load(&eep->dead))
             return eep_fail_dead(eep);
+        if (eep->device)
+            device_boundary(eep);
         map_apply_pending(eep);
         enum place place = place_find(eep, has_work);
+        if (s->device.code)
+            return eep_fail_err(&s->device);
+        if (eep->device && !device_step_room(eep->device) && !eep_revoked(eep)) {
+            wait_for_wake(eep, 1); /* far ahead of the device: no step is announced meanwhile */
+            continue;
+        }
         if (place == PLACE_LEFT)
             return leave(eep, ret_step);
         if (place == PLACE_VIEW)
@@ -402,38 +449,39 @@ static void step_left(struct eep *eep, uint64_t step, uint64_t failed_view)
     }
 }
 
-static void duration_add(struct eep *eep)
+/* With a stream the work is only launched: the device says when it is done. */
+static int step_end_on_device(struct eep *eep, void *stream, bool any_work)
 {
     struct stepping *s = &eep->step;
-    s->recent[s->n_recent++ % STEP_RECENT] = clock_now_ns() - s->began_ns;
-    unsigned n = s->n_recent < STEP_RECENT ? s->n_recent : STEP_RECENT;
-    uint64_t least = s->recent[0];
-    for (unsigned i = 1; i < n; i++)
-        if (s->recent[i] < least)
-            least = s->recent[i];
-    atomic_store(&eep->page->step_ns_min, least ? least : 1);
-}
-
-static void notify_if_done(struct eep *eep, uint64_t done)
-{
-    uint64_t wanted = atomic_load(&eep->page->notify_done);
-    if (wanted != 0 && done >= wanted && eep->step.notified != wanted) {
-        eep->step.notified = wanted;
-        ring_bell(eep);
-    }
+    struct maps_box *maps = atomic_load(&eep->maps);
+    struct err err;
+    uint64_t step = s->gate.next;
+    int rc = device_step_end(eep->device, maps ? maps->device : NULL, maps ? &maps->pub : NULL, stream, &err);
+    if (rc)
+        return eep_fail_err(&err); /* not ended: eep_step_failed may still be called */
+    gate_launched(eep->page, &s->gate, any_work);
+    rc = device_step_done(eep->device, stream, step, &err);
+    return rc ? eep_fail_err(&err) : 0;
 }
 
 int eep_step_end(struct eep *eep, void *stream, bool any_work)
 {
-    if (stream)
-        return eep_fail(ERR_UNSUPPORTED, "streams need the device build of libeep; pass NULL on the host");
+    if (stream && !eep->device)
+        return eep_fail(ERR_INVALID, "the weights are host memory: a step has no stream there, pass NULL");
     if (!atomic_load(&eep->in_step))
         return eep_fail(ERR_INVALID, "no step was begun");
     uint64_t step = eep->step.gate.next;
-    duration_add(eep);
-    gate_complete(eep->page, &eep->step.gate, any_work);
+    if (eep->device) {
+        int rc = step_end_on_device(eep, stream, any_work);
+        if (rc)
+            return rc;
+        device_boundary(eep);
+    } else {
+        duration_add(eep, clock_now_ns() - eep->step.began_ns);
+        gate_complete(eep->page, &eep->step.gate, any_work);
+        notify_if_done(eep, step);
+    }
     add(&eep->steps, 1);
-    notify_if_done(eep, step);
     step_left(eep, step, 0);
     return 0;
 }
@@ -442,10 +490,19 @@ int eep_step_failed(struct eep *eep)
 {
     if (!atomic_load(&eep->in_step))
         return eep_fail(ERR_INVALID, "no step was begun");
-    uint64_t step = eep->step.gate.next;
-    eep->step.broken_view = eep->step.gate.view;
-    gate_fail(eep->page, &eep->step.gate);
-    notify_if_done(eep, step);
-    step_left(eep, step, eep->step.broken_view); /* the agent knows whether it was revoked */
+    struct stepping *s = &eep->step;
+    struct err err = {.code = 0};
+    uint64_t step = s->gate.next;
+    s->broken_view = s->gate.view;
+    if (eep->device) { /* what was launched of it is still there */
+        gate_left(eep->page, &s->gate);
+        if (device_step_done(eep->device, s->stream, step, &err))
+            err.code = 0; /* the next step says so as well */
+        notify_if_done(eep, atomic_load(&eep->page->done));
+    } else {
+        gate_fail(eep->page, &s->gate);
+        notify_if_done(eep, step);
+    }
+    step_left(eep, step, s->broken_view); /* the agent knows whether it was revoked */
     return 0;
 }

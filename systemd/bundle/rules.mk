@@ -8,9 +8,9 @@
 BUNDLE       = eep-$(shell sed -n 's/^\#define EEP_SOFTWARE "\(.*\)"/\1/p' common/version.h)-linux-$(shell uname -m)
 BUNDLE_OPT   = $(OPT) -ffile-prefix-map=$(CURDIR)=. -ffile-prefix-map=$(BUILD)/bundle=build
 BUNDLE_MAKE  = $(MAKE) --no-print-directory -s -j2 BUILD=$(BUILD)/bundle LINK=static OPT='$(BUNDLE_OPT)'
-# what is to run on a machine where nothing can be built: instruments, among them all of tests/gpu
-BUNDLE_TESTS = eep-engine eep-feeder eep-demo test_memory test_transport_gpu $(BENCH_BIN:$(BUILD)/tests/%=%) \
-               $(patsubst tests/gpu/%.c,%,$(wildcard tests/gpu/*.c))
+# what is to run on a machine where nothing can be built: instruments
+BUNDLE_TESTS = eep-engine eep-feeder eep-demo eep-make-checkpoint nccl_abort test_memory test_transport_gpu test_libeep_gpu \
+               $(BENCH_BIN:$(BUILD)/tests/%=%)
 
 .PHONY: bundle bundle-test check-bundle bundle-programs bundle-test-programs
 bundle:    ## a tarball that runs on any Linux with glibc 2.34 or newer (INSTALL in it)

@@ -6,39 +6,17 @@
 #include <argp.h>
 #include <errno.h>
 #include <jansson.h>
-#include <math.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "common/control_methods.h"
-#include "common/rpc.h"
-#include "control.pb-c.h"
-#include "tests/harness/cluster.h"
+#include "tests/demo/demo.h"
 
-#define STEPS_MAX 8
-
-struct demo {
-    struct cluster cluster;
-    char bin[256]; /* folder of the programs */
-    const char *model, *layout, *dispatch;
-    int step_ms, concurrency, settle_ms;
-    bool keep, tty;
-    struct rpc_client *client;
-    int lines; /* of the live view that are on the screen */
-    struct result {
-        char title[64];
-        Pb__StatusReply *status;
-        int exit_code;
-        double seconds;
-    } results[STEPS_MAX];
-    int n_results;
-};
+#define START_MS 30000 /* for all agents and engines; on a GPU each begins with a context */
 
 static volatile sig_atomic_t interrupted;
 
@@ -47,7 +25,7 @@ static void on_signal(int signal)
     interrupted = signal;
 }
 
-static Pb__StatusReply *demo_status(struct demo *d)
+Pb__StatusReply *demo_status(struct demo *d)
 {
     struct rpc_identity self = {.role = RPC_ROLE_READER, .software = "eep-demo"};
     struct err err = {0};
@@ -64,7 +42,7 @@ static Pb__StatusReply *demo_status(struct demo *d)
     return (Pb__StatusReply *)reply;
 }
 
-static json_t *demo_json(struct demo *d, const char *name)
+json_t *demo_json(struct demo *d, const char *name)
 {
     char *text = cluster_read(&d->cluster, name);
     json_t *root = text ? json_loads(text, 0, NULL) : NULL;
@@ -72,78 +50,18 @@ static json_t *demo_json(struct demo *d, const char *name)
     return root;
 }
 
-static double number(const json_t *root, const char *key)
+double demo_number(const json_t *root, const char *key)
 {
     return json_number_value(json_object_get(root, key));
 }
 
-static const char *megabytes(uint64_t bytes, char *text, size_t size)
+const char *demo_megabytes(uint64_t bytes, char *text, size_t size)
 {
     snprintf(text, size, "%.2f MB", (double)bytes / 1e6);
     return text;
 }
 
-/* ---- the live view ---- */
-
-static size_t demo_width(const struct demo *d)
-{
-    struct winsize size = {0};
-    if (!d->tty || ioctl(1, TIOCGWINSZ, &size) < 0 || size.ws_col == 0)
-        return 100;
-    return size.ws_col;
-}
-
-/* A line of the view.  On a terminal it is cut, not wrapped: what is drawn again goes up by lines of the screen. */
-static void __attribute__((format(printf, 2, 3))) demo_line(struct demo *d, const char *fmt, ...)
-{
-    char text[512];
-    va_list ap;
-    va_start(ap, fmt);
-    vsnprintf(text, sizeof(text), fmt, ap);
-    va_end(ap);
-    size_t width = demo_width(d);
-    if (d->tty && width < sizeof(text))
-        text[width - 1] = '\0';
-    printf("%s\n", text);
-    d->lines++;
-}
-
-static void demo_clear(struct demo *d)
-{
-    for (; d->tty && d->lines > 0; d->lines--)
-        printf("\033[A\033[2K");
-    d->lines = 0;
-}
-
-static void demo_show(struct demo *d, const char *title)
-{
-    static uint64_t last_plain;
-    char a[32], b[32], ranks[256] = "";
-    Pb__StatusReply *s = demo_status(d);
-    json_t *feeder = demo_json(d, "feeder.json");
-    if (!d->tty && cluster_now_ms() - last_plain < 1000)
-        goto out;
-    last_plain = cluster_now_ms();
-    demo_clear(d);
-    for (size_t i = 0; s && i < s->view->n_members && strlen(ranks) < sizeof(ranks) - 80; i++)
-        snprintf(ranks + strlen(ranks), sizeof(ranks) - strlen(ranks), " %s%s", s->view->members[i]->id,
-                 s->view->members[i]->draining ? "(leaving)" : "");
-    const Pb__Operation *op = s && s->op_running ? s->op : NULL;
-    if (op)
-        demo_line(d, "  %-26s %-15s %s of %s%s%s", title, op->phase, megabytes(op->bytes_done, a, sizeof(a)),
-                  megabytes(op->bytes_planned, b, sizeof(b)), op->awaited[0] ? "  awaits " : "", op->awaited);
-    else
-        demo_line(d, "  %-26s serving", title);
-    demo_line(d, "  epoch %-3llu map %-4llu ranks:%s", s ? (unsigned long long)s->view->epoch : 0ULL,
-              s ? (unsigned long long)s->view->map_version : 0ULL, ranks);
-    demo_line(d, "  requests: %.0f issued, %.0f done, %.0f wrong; longest gap between tokens %.1f ms",
-              number(feeder, "issued"), number(feeder, "completed"), number(feeder, "wrong"),
-              number(feeder, "longest_gap_ms"));
-    fflush(stdout);
-out:
-    json_decref(feeder);
-    rpc_unpack_free((ProtobufCMessage *)s);
-}
+/* ---- the steps ---- */
 
 static int demo_pause(struct demo *d, const char *title, int ms)
 {
@@ -156,22 +74,57 @@ static int demo_pause(struct demo *d, const char *title, int ms)
     return interrupted ? -1 : 0;
 }
 
-/* ---- the steps ---- */
-
-static int demo_scale(struct demo *d, const char *title, const char *to, const char *remove)
+/* Room for one more. */
+static struct result *demo_result(struct demo *d)
 {
-    const char *args[8] = {"scale", "--to", to, NULL};
+    if (d->n_results == d->room) {
+        int room = d->room ? 2 * d->room : 16;
+        struct result *grown = realloc(d->results, (size_t)room * sizeof(*grown));
+        if (!grown)
+            return NULL;
+        d->results = grown;
+        d->room = room;
+    }
+    struct result *r = &d->results[d->n_results++];
+    memset(r, 0, sizeof(*r));
+    return r;
+}
+
+static int demo_verify(struct demo *d, bool say)
+{
+    char out[1024];
+    unsigned long long slots = 0;
+    int code = cluster_ctl(&d->cluster, out, sizeof(out), "verify", NULL);
+    if (interrupted)
+        return -1;
+    if (say || code != 0)
+        printf("  eepctl verify: %s%s", out, strchr(out, '\n') ? "" : "\n");
+    if (sscanf(out, "%llu", &slots) == 1)
+        d->verified += slots;
+    return code;
+}
+
+/* One operation, and every slot verified after it. */
+static int demo_scale(struct demo *d, int from, int to, const char *title, const char *remove)
+{
+    char number[16];
+    const char *args[8] = {"scale", "--to", number, NULL};
+    snprintf(number, sizeof(number), "%d", to);
     if (remove) {
         args[3] = "--remove";
         args[4] = remove;
     }
-    struct result *r = &d->results[d->n_results++];
+    struct result *r = demo_result(d);
+    if (!r)
+        return -1;
+    r->from = from;
+    r->to = to;
     snprintf(r->title, sizeof(r->title), "%s", title);
     uint64_t begin = cluster_now_ms();
     pid_t pid = cluster_ctl_start(&d->cluster, "scale", args);
     int code = -1;
     while (pid > 0 && !interrupted) {
-        code = cluster_wait(&pid, 100);
+        code = cluster_wait(&pid, 20);
         if (pid > 0)
             demo_show(d, title);
     }
@@ -190,7 +143,7 @@ static int demo_scale(struct demo *d, const char *title, const char *to, const c
         fprintf(stderr, "eepctl scale exited with %d: %s\n", code, text ? text : "");
         free(text);
     }
-    return code == 0 ? 0 : -1;
+    return code == 0 ? demo_verify(d, false) : -1;
 }
 
 static int demo_feed(struct demo *d, const char *const *extra)
@@ -205,22 +158,39 @@ static int demo_feed(struct demo *d, const char *const *extra)
     return cluster_feeder_start(&d->cluster, args);
 }
 
-static int demo_verify(struct demo *d)
+/* The sequence, as often as asked for.  The first time that one of four leaves, it is gpu1, which read the model. */
+static int demo_cycles(struct demo *d)
 {
-    char out[1024];
-    int code = cluster_ctl(&d->cluster, out, sizeof(out), "verify", NULL);
-    if (interrupted)
-        return -1;
-    printf("  eepctl verify: %s%s", out, strchr(out, '\n') ? "" : "\n");
-    return code;
+    int ranks = d->sequence[0];
+    char title[64];
+    for (int cycle = 0; cycle < d->cycles; cycle++) {
+        for (int i = 0; i < d->n_sequence; i++) {
+            int to = d->sequence[i];
+            if (to == ranks)
+                continue;
+            const char *remove = cycle == 0 && ranks == 4 && to == 3 ? "gpu1" : NULL;
+            snprintf(title, sizeof(title), "scale --to %d%s", to, remove ? " (gpu1 leaves)" : "");
+            if (demo_scale(d, ranks, to, title, remove) || demo_pause(d, "serving", d->settle_ms) < 0)
+                return -1;
+            ranks = to;
+        }
+        resources_take(d, ranks);
+        if (d->cycles > 1)
+            printf("  cycle %d of %d done\n", cycle + 1, d->cycles);
+    }
+    return 0;
 }
 
 static int demo_run(struct demo *d, json_t **ret_base, json_t **ret_report, int *ret_feeder)
 {
+    char title[64];
     struct cluster *c = &d->cluster;
     struct cluster_options o = {.bin = d->bin,
                                 .model = d->model,
-                                .agents = 4,
+                                .agents = d->agents,
+                                .memory = d->memory,
+                                .transport = d->transport,
+                                .busy_us = d->busy_us,
                                 .loaders = 2,
                                 .layout = d->layout,
                                 .dispatch = d->dispatch,
@@ -229,15 +199,19 @@ static int demo_run(struct demo *d, json_t **ret_base, json_t **ret_report, int 
                                 .coordinator_args = {"--slots", "8", NULL}};
     if (cluster_start(c, &o) < 0 || cluster_all_start(c) < 0)
         return -1;
-    if (cluster_wait_agents(c, 4, 15000) < 0) {
+    if (cluster_wait_agents(c, d->agents, START_MS) < 0) {
         if (!interrupted) {
-            fprintf(stderr, "the agents and engines did not come up within 15 s; the last line of each log:\n");
+            fprintf(stderr, "the agents and engines did not come up within %d s; the last line of each log:\n",
+                    START_MS / 1000);
             cluster_logs_show(c);
         }
         return -1;
     }
-    printf("started: a coordinator, 4 agents, 4 engines; only gpu0 and gpu1 read the model\n");
-    if (demo_scale(d, "cold start on 2 ranks", "2", NULL) < 0)
+    printf("started: a coordinator, %d agents, %d engines; only gpu0 and gpu1 read the model\n", d->agents, d->agents);
+    if (c->gpus)
+        printf("weights in GPU memory (%d GPU%s), moved by %s\n", c->gpus, c->gpus > 1 ? "s" : "", c->options.transport);
+    snprintf(title, sizeof(title), "cold start on %d ranks", d->sequence[0]);
+    if (demo_scale(d, 0, d->sequence[0], title, NULL))
         return -1;
     if (demo_feed(d, (const char *[]){"--duration", "4", NULL}) < 0 || demo_pause(d, "unscaled run, to compare", 4200) < 0)
         return -1;
@@ -249,108 +223,16 @@ static int demo_run(struct demo *d, json_t **ret_base, json_t **ret_report, int 
         return -1;
     }
     *ret_base = demo_json(d, "report.json");
-    if (demo_feed(d, NULL) < 0 || demo_pause(d, "serving on 2 ranks", d->settle_ms) < 0)
+    if (demo_feed(d, NULL) < 0 || demo_pause(d, "serving", d->settle_ms) < 0 || demo_cycles(d) < 0)
         return -1;
-    static const struct {
-        const char *title, *to, *remove;
-    } steps[] = {{"scale --to 4", "4", NULL},
-                 {"scale --to 3 (gpu1 leaves)", "3", "gpu1"},
-                 {"scale --to 2", "2", NULL},
-                 {"scale --to 4 again", "4", NULL}};
-    for (size_t i = 0; i < sizeof(steps) / sizeof(steps[0]); i++)
-        if (demo_scale(d, steps[i].title, steps[i].to, steps[i].remove) < 0 ||
-            demo_pause(d, "serving", d->settle_ms) < 0)
-            return -1;
     *ret_feeder = cluster_feeder_stop(c, 60000);
     *ret_report = demo_json(d, "report.json");
-    return demo_verify(d);
-}
-
-/* ---- the report ---- */
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Each operation's phases, on as many lines as the terminal's width needs. */
-static void report_phases(const struct demo *d)
-{
-    size_t width = demo_width(d);
-    printf("\n  time of each phase, ms\n");
-    for (int i = 0; i < d->n_results; i++) {
-        const Pb__Operation *op = d->results[i].status ? d->results[i].status->op : NULL;
-        size_t column = (size_t)printf("  %-26s", d->results[i].title);
-        for (size_t k = 0; op && k < op->n_phases; k++) {
-            char text[64];
-            size_t len = (size_t)snprintf(text, sizeof(text), " %s %.1f", op->phases[k]->phase,
-                                          (double)op->phases[k]->ns / 1e6);
-            if (op->phases[k]->ns < 100000)
-                continue;
-            if (column + len > width)
-                column = (size_t)printf("\n%28s", "") - 1;
-            printf("%s", text);
-            column += len;
-        }
-        printf("\n");
-    }
-}
-
-static void report_operations(struct demo *d)
-{
-    double holds[STEPS_MAX];
-    int n = 0;
-    printf("\n  %-26s %-6s %-9s %-9s %-13s %s\n", "operation", " total", "moved", "bound", "arrivals", "pause");
-    for (int i = 0; i < d->n_results; i++) {
-        const Pb__StatusReply *s = d->results[i].status;
-        const Pb__Operation *op = s ? s->op : NULL;
-        if (!op)
-            continue;
-        const Pb__PlanSummary *p = op->plan;
-        char moved[32], bound[32] = "-", arrivals[48] = "-";
-        if (p) {
-            bool up = op->kind == PB__OP_KIND__SCALE_UP;
-            uint64_t least = up ? p->bound_fill : p->bound_hard;
-            const Pb__StatusReply *before = i > 0 ? d->results[i - 1].status : NULL;
-            uint64_t joiners = up && before ? s->view->n_members - before->view->n_members : 0;
-            megabytes(least * p->expert_bytes + joiners * p->dense_bytes, bound, sizeof(bound));
-            snprintf(arrivals, sizeof(arrivals), "%llu (%s %llu)",
-                     (unsigned long long)(p->arrivals_before + p->arrivals_after), up ? "fill" : "hard",
-                     (unsigned long long)least);
-        }
-        printf("  %-26s %4.2f s %-9s %-9s %-13s %.3f ms\n", d->results[i].title, d->results[i].seconds,
-               megabytes(op->bytes_done, moved, sizeof(moved)), bound, arrivals, (double)op->hold_ns_max / 1e6);
-        if (i > 0)
-            holds[n++] = (double)op->hold_ns_max / 1e6;
-    }
-    qsort(holds, (size_t)n, sizeof(holds[0]), by_value);
-    if (n)
-        printf("\n  pause of an engine (held between two steps), over %d scale operations:\n"
-               "            longest %.3f ms, median %.3f ms\n",
-               n, holds[n - 1], holds[n / 2]);
-    report_phases(d);
-}
-
-static bool demo_report(struct demo *d, const json_t *base, const json_t *report, int feeder)
-{
-    double issued = number(report, "issued"), completed = number(report, "completed"), wrong = number(report, "wrong");
-    bool good = feeder == 0 && issued > 0 && completed == issued && wrong == 0;
-    printf("\nreport\n");
-    printf("  requests: %.0f issued, %.0f completed, %.0f token for token equal to the reference;\n"
-           "            %.0f moved to another rank\n",
-           issued, completed, completed - wrong, number(report, "handed_back") + number(report, "refused") + number(report, "lost"));
-    printf("  longest gap between two tokens of one request: %.1f ms while scaling,\n"
-           "            %.1f ms unscaled; median %.1f and %.1f ms\n",
-           number(report, "longest_gap_ms"), number(base, "longest_gap_ms"), number(report, "median_gap_ms"),
-           number(base, "median_gap_ms"));
-    report_operations(d);
-    if (!good)
-        printf("\n  NOT GOOD: the feeder exited with %d\n", feeder);
-    return good;
+    return demo_verify(d, true);
 }
 
 /* ---- options ---- */
+
+enum { OPT_MEMORY = 256, OPT_TRANSPORT, OPT_SEQUENCE, OPT_CYCLES };
 
 static const struct argp_option options[] = {
     {"model", 'm', "DIR", 0, "checkpoint with its reference.safetensors (default tests/data/qwen3-moe-tiny)", 0},
@@ -358,6 +240,11 @@ static const struct argp_option options[] = {
     {"dispatch", 'd', "source|replicated", 0, "how the engines' dispatch reads the map", 0},
     {"step-ms", 's', "MS", 0, "shortest engine step (default 20)", 0},
     {"concurrency", 'c', "N", 0, "requests in flight (default 12)", 0},
+    {"busy-us", 'b', "US", 0, "spinning at the beginning of each engine step, where it is computed (default 0)", 0},
+    {"memory", OPT_MEMORY, "host|cuda", 0, "where the weights lie; on GPUs, the agents share them (default $EEP_TEST_MEMORY, host)", 0},
+    {"transport", OPT_TRANSPORT, "NAME", 0, "of the agents: host, or with cuda cuda_peer, nccl or auto (default $EEP_TEST_TRANSPORT, host)", 0},
+    {"sequence", OPT_SEQUENCE, "N,N,...", 0, "ranks, one operation after the other (default 2,4,3,2,4)", 0},
+    {"cycles", OPT_CYCLES, "N", 0, "the sequence so many times (default 1)", 0},
     {"settle-ms", 't', "MS", 0, "time to serve between two operations (default 1500)", 0},
     {"keep", 'k', NULL, 0, "keep the folder with logs and state, and say where it is", 0},
     {0},
@@ -381,6 +268,20 @@ static const char *word_option(struct argp_state *state, const char *name, const
     return text;
 }
 
+static void sequence_option(struct demo *d, struct argp_state *state, const char *text)
+{
+    char *copy = strdup(text), *save = NULL;
+    d->n_sequence = 0;
+    for (char *word = copy ? strtok_r(copy, ",", &save) : NULL; word; word = strtok_r(NULL, ",", &save)) {
+        if (d->n_sequence == SEQUENCE_MAX)
+            argp_error(state, "--sequence has at most %d numbers", SEQUENCE_MAX);
+        d->sequence[d->n_sequence++] = number_option(state, "sequence", word, 2, CLUSTER_AGENTS_MAX);
+    }
+    free(copy);
+    if (d->n_sequence == 0)
+        argp_error(state, "--sequence must be numbers of ranks with commas between, not '%s'", text);
+}
+
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct demo *d = state->input;
@@ -399,6 +300,21 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         break;
     case 'c':
         d->concurrency = number_option(state, "concurrency", arg, 1, 1000);
+        break;
+    case 'b':
+        d->busy_us = number_option(state, "busy-us", arg, 0, 10000000);
+        break;
+    case OPT_MEMORY:
+        d->memory = word_option(state, "memory", arg, "host", "cuda");
+        break;
+    case OPT_TRANSPORT:
+        d->transport = arg;
+        break;
+    case OPT_SEQUENCE:
+        sequence_option(d, state, arg);
+        break;
+    case OPT_CYCLES:
+        d->cycles = number_option(state, "cycles", arg, 1, CYCLES_MAX);
         break;
     case 't':
         d->settle_ms = number_option(state, "settle-ms", arg, 0, 3600000);
@@ -454,14 +370,19 @@ int main(int argc, char **argv)
 {
     static const struct argp argp = {
         options, parse, NULL,
-        "Scales a served model 2 -> 4 -> 3 -> 2 -> 4 ranks under load, on loopback, and reports.", NULL, NULL, NULL};
+        "Scales a served model from 2 to 4 ranks and back under load, on loopback, and reports.", NULL, NULL, NULL};
     struct demo d = {.model = "tests/data/qwen3-moe-tiny",
                      .step_ms = 20,
                      .concurrency = 12,
                      .settle_ms = 1500,
+                     .sequence = {2, 4, 3, 2, 4},
+                     .n_sequence = 5,
+                     .cycles = 1,
                      .tty = isatty(1) && getenv("TERM") && strcmp(getenv("TERM"), "dumb") != 0};
     argp_err_exit_status = 2;
     argp_parse(&argp, argc, argv, 0, NULL, &d);
+    for (int i = 0; i < d.n_sequence; i++)
+        d.agents = d.sequence[i] > d.agents ? d.sequence[i] : d.agents;
     demo_find_bin(&d);
     if (demo_check(&d) < 0)
         return 2;
@@ -478,7 +399,7 @@ int main(int argc, char **argv)
     if (interrupted)
         printf("interrupted: stopping every process\n");
     else if (report)
-        good = demo_report(&d, base, report, feeder) && good;
+        good = demo_report(&d, base, report, feeder) && resources_report(&d) && good;
     rpc_client_free(d.client);
     char dir[128];
     snprintf(dir, sizeof(dir), "%s", d.cluster.dir);
@@ -487,6 +408,7 @@ int main(int argc, char **argv)
         printf("\nlogs and state are in %s\n", dir);
     for (int i = 0; i < d.n_results; i++)
         rpc_unpack_free((ProtobufCMessage *)d.results[i].status);
+    free(d.results);
     json_decref(base);
     json_decref(report);
     if (interrupted)

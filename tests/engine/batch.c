@@ -14,7 +14,7 @@ static void sequence_drop(struct batch *b, uint32_t i, const struct decoder_conf
     struct sequence *s = &b->sequence[i];
     if (c)
         b->kv_used -= decoder_kv_bytes(c, s->kv.positions);
-    decoder_kv_done(&s->kv);
+    b->compute->kv_done(b->compute, &s->kv);
     free(s->tokens);
     free(s->logits);
     memmove(s, s + 1, (--b->n - i) * sizeof *s);
@@ -27,7 +27,7 @@ static int sequence_begin(struct batch *b, struct request *r, const struct decod
     struct sequence s = {.request = r};
     s.tokens = malloc(positions_of(r) * sizeof *s.tokens);
     s.logits = malloc(c->vocab * sizeof *s.logits);
-    if (!s.tokens || !s.logits || decoder_kv_init(c, positions_of(r), &s.kv, NULL)) {
+    if (!s.tokens || !s.logits || b->compute->kv_init(b->compute, positions_of(r), &s.kv, NULL)) {
         free(s.tokens);
         free(s.logits);
         return ERR_NOMEM;

@@ -21,6 +21,7 @@ struct sequence {
 };
 struct batch {
     struct server *server;       /* borrowed */
+    struct compute *compute;     /* borrowed: whose memory keys and values lie in; constant while there are sequences */
     uint32_t max, prefill;       /* sequences at once; tokens of a prompt per step */
     uint64_t kv_budget, kv_used; /* bytes */
     struct sequence sequence[BATCH_MAX];

@@ -8,13 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/digest.h"
-
-#define TOP_K_ROOM 64
-
-struct item { /* followed by h */
-    uint32_t slot, expert;
-};
+/* On the wire an item is followed by its h. */
 
 static int ranks_resize(struct dispatch *d)
 {
@@ -31,7 +25,10 @@ static int ranks_resize(struct dispatch *d)
     struct mesh_bytes *in = realloc(d->in, n * sizeof *in);
     if (in)
         d->in = in;
-    if (!out || !in) {
+    uint32_t *counts = realloc(d->counts, n * sizeof *counts);
+    if (counts)
+        d->counts = counts;
+    if (!out || !in || !counts) {
         d->ranks = n < d->ranks ? n : d->ranks;
         return err_set(d->err, ERR_NOMEM, "out of memory for %u ranks", n);
     }
@@ -41,147 +38,180 @@ static int ranks_resize(struct dispatch *d)
     return 0;
 }
 
-/* The physical slot that computes this choice: spread over the replicas, the same on every rank that asks. */
-static int pick(struct dispatch *d, uint32_t layer, uint32_t expert, uint32_t source, uint32_t token,
-                uint32_t *ret_physical)
+static struct compute_maps maps_now(const struct dispatch *d)
 {
-    const struct eep_maps *maps = d->maps;
-    size_t at = (size_t)layer * maps->logical + expert;
-    int32_t count = maps->logical_replica_count[at];
-    if (count < 1 || (uint32_t)count > maps->max_replicas)
-        return err_set(d->err, ERR_CORRUPT, "expert %u of layer %u has %d replicas in map %" PRIu64, expert, layer,
-                       count, maps->version);
-    uint64_t seed = digest_mix(((uint64_t)source << 32) | token, d->step);
-    int32_t physical = maps->logical_to_physical_map[at * maps->max_replicas + seed % (uint32_t)count];
-    uint32_t rank = physical < 0 ? UINT32_MAX : (uint32_t)physical / maps->slots;
+    return (struct compute_maps){d->maps, mesh_self(d->mesh), d->step};
+}
+
+/* The rank that computes a choice. */
+static int rank_of(struct dispatch *d, uint32_t layer, const struct choice *c, uint32_t *ret_rank)
+{
+    uint32_t rank = c->physical < 0 ? UINT32_MAX : (uint32_t)c->physical / d->maps->slots;
     if (rank >= mesh_size(d->mesh) || !mesh_peers(d->mesh)[rank].serving)
         return err_set(d->err, ERR_CORRUPT,
-                       "expert %u of layer %u is mapped to slot %d, which no serving rank of the view has", expert,
-                       layer, physical);
-    *ret_physical = (uint32_t)physical;
+                       "expert %u of layer %u is mapped to slot %d by map %" PRIu64
+                       ", which no serving rank of the view has",
+                       c->expert, layer, c->physical, d->maps->version);
+    *ret_rank = rank;
     return 0;
 }
 
-static struct dispatch_choice *choice_at(struct dispatch *d, uint32_t token, uint32_t k)
+static void *room(struct dispatch *d, struct mesh_bytes *bytes, size_t size, const char *what)
 {
-    return (struct dispatch_choice *)(void *)d->choices.data + (size_t)token * d->model->config.top_k + k;
+    void *at = mesh_bytes_add(bytes, size ? size : 1);
+    if (!at)
+        err_set(d->err, ERR_NOMEM, "out of memory for %s", what);
+    return at;
 }
 
-/* Routes the own tokens.  Source-routed: puts each choice into the message of its rank. */
+static const struct choice *choice_at(const struct dispatch *d, uint32_t token, uint32_t k)
+{
+    return (const struct choice *)(const void *)d->choices.data + (size_t)token * d->compute->model->config.top_k + k;
+}
+
+/* Source-routed: each choice goes into the message of its rank. */
+static int send_choices(struct dispatch *d, uint32_t layer, uint32_t n, const float *h)
+{
+    uint32_t hidden = d->compute->model->config.hidden, rank;
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t k = 0; k < d->compute->model->config.top_k; k++) {
+            const struct choice *c = choice_at(d, i, k);
+            int rc = rank_of(d, layer, c, &rank);
+            if (rc)
+                return rc;
+            uint8_t *at = room(d, &d->out[rank], sizeof(struct item) + hidden * sizeof *h, "the tokens of a rank");
+            if (!at)
+                return ERR_NOMEM;
+            memcpy(at, &(struct item){(uint32_t)c->physical % d->maps->slots, c->expert}, sizeof(struct item));
+            memcpy(at + sizeof(struct item), h + (size_t)i * hidden, hidden * sizeof *h);
+        }
+    return 0;
+}
+
+/* Routes the own tokens, and says to the others what they need of them. */
 static int route_own(struct dispatch *d, uint32_t layer, uint32_t n, const float *h)
 {
-    uint32_t top_k = d->model->config.top_k, hidden = d->model->config.hidden, expert[TOP_K_ROOM], physical;
-    float weight[TOP_K_ROOM];
+    const struct decoder_config *c = &d->compute->model->config;
+    const struct compute_maps maps = maps_now(d);
+    size_t bytes = (size_t)n * c->hidden * sizeof *h;
     d->choices.len = 0;
-    if (n && !mesh_bytes_add(&d->choices, (size_t)n * top_k * sizeof(struct dispatch_choice)))
-        return err_set(d->err, ERR_NOMEM, "out of memory for the choices of %u tokens", n);
-    for (uint32_t i = 0; i < n; i++) {
-        const float *hi = h + (size_t)i * hidden;
-        decoder_route(d->model, layer, hi, expert, weight);
-        for (uint32_t k = 0; k < top_k; k++) {
-            int rc = pick(d, layer, expert[k], mesh_self(d->mesh), i, &physical);
-            if (rc)
-                return rc;
-            uint32_t rank = physical / d->maps->slots;
-            *choice_at(d, i, k) = (struct dispatch_choice){expert[k], rank, weight[k]};
-            if (d->mode == EEP_DISPATCH_REPLICATED)
-                continue;
-            uint8_t *at = mesh_bytes_add(&d->out[rank], sizeof(struct item) + hidden * sizeof *h);
-            if (!at)
-                return err_set(d->err, ERR_NOMEM, "out of memory for the tokens of rank %u", rank);
-            memcpy(at, &(struct item){physical % d->maps->slots, expert[k]}, sizeof(struct item));
-            memcpy(at + sizeof(struct item), hi, hidden * sizeof *h);
-        }
-    }
-    for (uint32_t r = 0; d->mode == EEP_DISPATCH_REPLICATED && r < d->ranks; r++) {
-        uint8_t *at = n ? mesh_bytes_add(&d->out[r], (size_t)n * hidden * sizeof *h) : NULL;
+    struct choice *choices = room(d, &d->choices, (size_t)n * c->top_k * sizeof *choices, "choices");
+    if (!choices)
+        return ERR_NOMEM;
+    int rc = d->compute->route(d->compute, layer, &maps, maps.self, h, n, choices, d->err);
+    if (rc == 0 && d->mode != EEP_DISPATCH_REPLICATED)
+        rc = send_choices(d, layer, n, h);
+    for (uint32_t r = 0; d->mode == EEP_DISPATCH_REPLICATED && r < d->ranks && n && rc == 0; r++) {
+        uint8_t *at = room(d, &d->out[r], bytes, "the tokens of a rank");
         if (at)
-            memcpy(at, h, (size_t)n * hidden * sizeof *h);
-        else if (n)
-            return err_set(d->err, ERR_NOMEM, "out of memory for the tokens of rank %u", r);
+            memcpy(at, h, bytes);
+        else
+            rc = ERR_NOMEM;
     }
+    return rc;
+}
+
+static int item_add(struct dispatch *d, uint32_t source, const struct item *item, const uint8_t *h)
+{
+    size_t size = d->compute->model->config.hidden * sizeof(float);
+    void *at = room(d, &d->items, sizeof *item, "items"), *to = room(d, &d->hidden, size, "items");
+    if (!at || !to)
+        return ERR_NOMEM;
+    memcpy(at, item, sizeof *item);
+    memcpy(to, h, size);
+    d->counts[source]++;
     return 0;
 }
 
-static int compute(struct dispatch *d, uint32_t layer, uint32_t slot, uint32_t expert, const float *h,
-                   struct mesh_bytes *out)
+static int collect_routed(struct dispatch *d, uint32_t source)
 {
-    const struct eep_maps *maps = d->maps;
-    uint32_t hidden = d->model->config.hidden;
-    float scratch[3 * d->model->config.expert_hidden], result[hidden];
-    if (slot >= d->model->slots)
-        return err_set(d->err, ERR_PROTOCOL, "a token for slot %u of %u", slot, d->model->slots);
-    /* A retired slot may still be asked for during its grace; one that holds another expert never. */
-    int32_t held = maps->physical_to_logical_map[(size_t)layer * maps->max_ranks * maps->slots +
-                                                 (size_t)mesh_self(d->mesh) * maps->slots + slot];
-    if (held >= 0 && (uint32_t)held != expert)
-        return err_set(d->err, ERR_CORRUPT, "a token for expert %u in slot %u of layer %u, which holds expert %d",
-                       expert, slot, layer, held);
-    decoder_expert(d->model, layer, slot, h, scratch, result);
-    __atomic_fetch_add(&maps->expert_load[(size_t)layer * maps->slots + slot], 1, __ATOMIC_RELAXED);
-    uint8_t *at = mesh_bytes_add(out, hidden * sizeof *result);
-    if (!at)
-        return err_set(d->err, ERR_NOMEM, "out of memory for an expert's output");
-    memcpy(at, result, hidden * sizeof *result);
-    return 0;
-}
-
-static int compute_routed(struct dispatch *d, uint32_t layer, uint32_t source)
-{
-    uint32_t hidden = d->model->config.hidden;
-    size_t size = sizeof(struct item) + hidden * sizeof(float);
-    float h[hidden];
+    size_t size = sizeof(struct item) + d->compute->model->config.hidden * sizeof(float);
     if (d->in[source].len % size != 0)
         return err_set(d->err, ERR_PROTOCOL, "rank %u sent %zu bytes of tokens", source, d->in[source].len);
-    for (size_t at = 0; at < d->in[source].len; at += size) {
+    int rc = 0;
+    for (size_t at = 0; at < d->in[source].len && rc == 0; at += size) {
         struct item item;
         memcpy(&item, d->in[source].data + at, sizeof item);
-        memcpy(h, d->in[source].data + at + sizeof item, sizeof h);
-        int rc = compute(d, layer, item.slot, item.expert, h, &d->out[source]);
-        if (rc)
-            return rc;
+        if (item.slot >= d->maps->slots)
+            return err_set(d->err, ERR_PROTOCOL, "a token for slot %u of %u", item.slot, d->maps->slots);
+        rc = item_add(d, source, &item, d->in[source].data + at + sizeof item);
     }
-    return 0;
+    return rc;
 }
 
-static int compute_replicated(struct dispatch *d, uint32_t layer, uint32_t source)
+static int collect_replicated(struct dispatch *d, uint32_t layer, uint32_t source)
 {
-    uint32_t hidden = d->model->config.hidden, expert[TOP_K_ROOM], physical;
-    size_t size = hidden * sizeof(float);
-    float h[hidden], weight[TOP_K_ROOM];
+    const struct decoder_config *c = &d->compute->model->config;
+    const struct compute_maps maps = maps_now(d);
+    size_t size = c->hidden * sizeof(float);
     if (d->in[source].len % size != 0)
         return err_set(d->err, ERR_PROTOCOL, "rank %u sent %zu bytes of tokens", source, d->in[source].len);
-    for (uint32_t i = 0; i < d->in[source].len / size; i++) {
-        memcpy(h, d->in[source].data + i * size, size);
-        decoder_route(d->model, layer, h, expert, weight);
-        for (uint32_t k = 0; k < d->model->config.top_k; k++) {
-            int rc = pick(d, layer, expert[k], source, i, &physical);
-            if (rc == 0 && physical / d->maps->slots == mesh_self(d->mesh))
-                rc = compute(d, layer, physical % d->maps->slots, expert[k], h, &d->out[source]);
-            if (rc)
-                return rc;
-        }
+    uint32_t n = (uint32_t)(d->in[source].len / size), rank;
+    d->routed.len = 0;
+    struct choice *choices = room(d, &d->routed, (size_t)n * c->top_k * sizeof *choices, "choices");
+    if (!choices)
+        return ERR_NOMEM;
+    int rc = d->compute->route(d->compute, layer, &maps, source, (const float *)(const void *)d->in[source].data, n,
+                               choices, d->err);
+    for (size_t i = 0; i < (size_t)n * c->top_k && rc == 0; i++) {
+        rc = rank_of(d, layer, &choices[i], &rank);
+        struct item item = {(uint32_t)choices[i].physical % d->maps->slots, choices[i].expert};
+        if (rc == 0 && rank == maps.self)
+            rc = item_add(d, source, &item, d->in[source].data + i / c->top_k * size);
     }
-    return 0;
+    return rc;
+}
+
+/* All that this rank has to compute, at once; each source gets its results in the order in which it asked. */
+static int compute_all(struct dispatch *d, uint32_t layer)
+{
+    const struct compute_maps maps = maps_now(d);
+    size_t size = d->compute->model->config.hidden * sizeof(float), at = 0;
+    int rc = 0;
+    d->items.len = d->hidden.len = d->results.len = 0;
+    for (uint32_t r = 0; r < d->ranks && rc == 0; r++) {
+        d->counts[r] = 0;
+        rc = d->mode == EEP_DISPATCH_REPLICATED ? collect_replicated(d, layer, r) : collect_routed(d, r);
+    }
+    uint32_t n = (uint32_t)(d->items.len / sizeof(struct item));
+    float *results = rc || n == 0 ? NULL : room(d, &d->results, n * size, "results");
+    if (rc || n == 0)
+        return rc;
+    if (!results)
+        return ERR_NOMEM;
+    rc = d->compute->experts(d->compute, layer, &maps, (const struct item *)(const void *)d->items.data,
+                             (const float *)(const void *)d->hidden.data, n, results, d->err);
+    for (uint32_t r = 0; r < d->ranks && rc == 0; r++) {
+        void *to = d->counts[r] ? room(d, &d->out[r], d->counts[r] * size, "results") : NULL;
+        if (to)
+            memcpy(to, d->results.data + at, d->counts[r] * size);
+        else if (d->counts[r])
+            rc = ERR_NOMEM;
+        at += d->counts[r] * size;
+    }
+    return rc;
 }
 
 /* The outputs of a rank lie in the order in which this rank asked: by token, then by choice. */
 static int combine(struct dispatch *d, uint32_t layer, uint32_t n, float *ret_y)
 {
-    uint32_t hidden = d->model->config.hidden;
+    uint32_t hidden = d->compute->model->config.hidden, rank = 0;
     size_t taken[d->ranks], size = hidden * sizeof *ret_y;
     float out[hidden];
     memset(taken, 0, sizeof taken);
     for (uint32_t i = 0; i < n; i++) {
         float *y = ret_y + (size_t)i * hidden;
         memset(y, 0, size);
-        for (uint32_t k = 0; k < d->model->config.top_k; k++) {
-            const struct dispatch_choice *c = choice_at(d, i, k);
-            if (taken[c->rank] + size > d->in[c->rank].len)
+        for (uint32_t k = 0; k < d->compute->model->config.top_k; k++) {
+            const struct choice *c = choice_at(d, i, k);
+            int rc = rank_of(d, layer, c, &rank);
+            if (rc)
+                return rc;
+            if (taken[rank] + size > d->in[rank].len)
                 return err_set(d->err, ERR_PROTOCOL,
-                               "rank %u computed less of layer %u than it was asked: its map differs", c->rank, layer);
-            memcpy(out, d->in[c->rank].data + taken[c->rank], size);
-            taken[c->rank] += size;
+                               "rank %u computed less of layer %u than it was asked: its map differs", rank, layer);
+            memcpy(out, d->in[rank].data + taken[rank], size);
+            taken[rank] += size;
             for (uint32_t j = 0; j < hidden; j++)
                 y[j] += c->weight * out[j];
         }
@@ -216,12 +246,9 @@ int dispatch_moe(void *user, uint32_t layer, uint32_t n, const float *h, float *
     if ((rc = route_own(d, layer, n, h)) || (rc = exchange(d, layer, MESH_DISPATCH)))
         return rc;
     out_clear(d);
-    for (uint32_t r = 0; r < d->ranks; r++) {
-        rc = d->mode == EEP_DISPATCH_REPLICATED ? compute_replicated(d, layer, r) : compute_routed(d, layer, r);
-        if (rc)
-            return rc;
-    }
-    rc = exchange(d, layer, MESH_RETURN);
+    rc = compute_all(d, layer);
+    if (rc == 0)
+        rc = exchange(d, layer, MESH_RETURN);
     return rc ? rc : combine(d, layer, n, ret_y);
 }
 
@@ -233,7 +260,13 @@ void dispatch_done(struct dispatch *d)
     }
     free(d->out);
     free(d->in);
+    free(d->counts);
     mesh_bytes_done(&d->choices);
+    mesh_bytes_done(&d->routed);
+    mesh_bytes_done(&d->items);
+    mesh_bytes_done(&d->hidden);
+    mesh_bytes_done(&d->results);
+    d->counts = NULL;
     d->out = d->in = NULL;
     d->ranks = 0;
 }

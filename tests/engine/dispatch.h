@@ -6,19 +6,14 @@
 #ifndef EEP_TESTS_ENGINE_DISPATCH_H
 #define EEP_TESTS_ENGINE_DISPATCH_H
 
-#include "agent/libeep/eep.h"
-#include "tests/engine/decoder.h"
+#include "tests/engine/compute.h"
 #include "tests/engine/mesh.h"
 
 #define DISPATCH_ANY_WORK 1u /* flag of the exchange: this rank has more to do after this step */
 
-struct dispatch_choice {
-    uint32_t expert, rank;
-    float weight;
-};
 struct dispatch {
     /* set by the caller */
-    const struct decoder *model;
+    struct compute *compute;
     const struct eep_maps *maps;
     struct mesh *mesh;
     enum eep_dispatch mode;
@@ -30,7 +25,10 @@ struct dispatch {
     /* private */
     struct mesh_bytes *out, *in; /* [ranks] */
     uint32_t ranks;
-    struct mesh_bytes choices; /* struct dispatch_choice [tokens][top_k] */
+    struct mesh_bytes choices; /* of the own tokens: struct choice [tokens][top_k] */
+    /* What this rank computes in a layer, source after source: */
+    struct mesh_bytes routed, items, hidden, results; /* choices of others; struct item, [hidden] each */
+    uint32_t *counts; /* items of each source; [ranks] */
 };
 /* A forward_moe_fn; user is a struct dispatch. */
 int dispatch_moe(void *user, uint32_t layer, uint32_t n, const float *h, float *ret_y);

@@ -36,6 +36,14 @@ static int tensor_find(void *user, const char *name, struct decoder_tensor *ret_
     return 0;
 }
 
+/* No sequence is left whose keys lie there. */
+static void compute_close(struct engine *e)
+{
+    if (e->compute)
+        e->compute->close(e->compute);
+    e->compute = e->batch.compute = e->dispatch.compute = NULL;
+}
+
 static int engine_bind(struct engine *e, struct err *err)
 {
     struct eep_model model;
@@ -52,12 +60,19 @@ static int engine_bind(struct engine *e, struct err *err)
         decoder_done(&decoder);
         return err_set(err, ERR_CONFLICT, "the expert maps have not the shape of the model");
     }
+    compute_close(e);
     decoder_done(&e->decoder);
     e->decoder = decoder;
+    rc = model.device < 0 ? compute_host_open(&e->decoder, &e->compute, err)
+                          : compute_cuda_open(&e->decoder, model.device, e->options.max_batch, e->options.prefill,
+                                            &e->compute, err);
+    if (rc)
+        return rc;
+    e->batch.compute = e->dispatch.compute = e->compute;
     e->dispatch.maps = maps;
     e->bound = true;
-    log_event(e->log, LOG_LEVEL_INFO, "bound", "producer=%s layers=%u experts=%u slots=%u", model.producer,
-              maps->layers, maps->logical, maps->slots);
+    log_event(e->log, LOG_LEVEL_INFO, "bound", "producer=%s layers=%u experts=%u slots=%u compute=%s", model.producer,
+              maps->layers, maps->logical, maps->slots, e->compute->name);
     return 0;
 }
 
@@ -81,6 +96,7 @@ static void engine_unbind(struct engine *e)
     batch_hand_back(&e->batch, "leaving");
     mesh_free(e->mesh);
     e->mesh = NULL;
+    compute_close(e);
     decoder_done(&e->decoder);
     e->dispatch.maps = NULL;
     e->bound = false;
@@ -196,7 +212,6 @@ static int engine_forward(struct engine *e, const struct eep_step *step, bool *r
     int rc = batch_plan(&e->batch, &more, err);
     if (rc)
         return rc;
-    d->model = &e->decoder;
     d->mesh = e->mesh;
     d->mode = e->options.dispatch;
     d->wait = (struct mesh_wait){eep_revoke_fd(e->eep), e->stop_fd, e->options.stall_ms};
@@ -204,14 +219,16 @@ static int engine_forward(struct engine *e, const struct eep_step *step, bool *r
     d->step = step->step;
     d->flags = more ? DISPATCH_ANY_WORK : 0;
     d->err = err;
-    rc = forward_run(&e->decoder, e->batch.tokens, e->batch.n_tokens, dispatch_moe, d, err);
+    if (e->options.busy_us && (rc = e->compute->busy(e->compute, e->options.busy_us, err)))
+        return rc;
+    rc = forward_run(e->compute, e->batch.tokens, e->batch.n_tokens, dispatch_moe, d, err);
     *ret_any = (d->flags & DISPATCH_ANY_WORK) != 0;
     return rc;
 }
 
 static int engine_step(struct engine *e, const struct eep_step *step, struct err *err)
 {
-    struct timespec began;
+    struct timespec began, ended;
     bool any = false;
     clock_gettime(CLOCK_MONOTONIC, &began);
     if (step->held_ns)
@@ -219,9 +236,12 @@ static int engine_step(struct engine *e, const struct eep_step *step, struct err
     int rc = engine_forward(e, step, &any, err);
     if (rc == 0) {
         sleep_until(&began, e->options.step_ms);
-        rc = eep_step_end(e->eep, NULL, any);
+        rc = eep_step_end(e->eep, e->compute->stream, any);
         if (rc)
             return err_set(err, rc, "step %" PRIu64 " did not end: %s", step->step, eep_last_error());
+        clock_gettime(CLOCK_MONOTONIC, &ended);
+        durations_add(&e->durations, (uint64_t)(ended.tv_sec - began.tv_sec) * 1000000000u +
+                                         (uint64_t)(ended.tv_nsec - began.tv_nsec));
         batch_advance(&e->batch, &e->decoder.config);
         return 0;
     }
@@ -244,7 +264,7 @@ static int engine_turn(struct engine *e, struct err *err)
         engine_wait(e);
         return 0;
     }
-    rc = eep_step_begin(e->eep, NULL, batch_has_work(&e->batch), IDLE_MS, &step);
+    rc = eep_step_begin(e->eep, e->compute->stream, batch_has_work(&e->batch), IDLE_MS, &step);
     if (rc < 0)
         return err_set(err, rc, "no step was begun: %s", eep_last_error());
     if (rc == EEP_STEP_RUN)
@@ -331,8 +351,10 @@ static void engine_close(struct engine *e)
         struct eep_stats s;
         eep_stats_get(e->eep, &s);
         log_event(e->log, LOG_LEVEL_INFO, "end",
-                  "steps=%" PRIu64 " flips=%" PRIu64 " holds=%" PRIu64 " longest_hold_us=%" PRIu64, s.steps, s.flips,
-                  s.holds, s.longest_hold_ns / 1000);
+                  "steps=%" PRIu64 " flips=%" PRIu64 " holds=%" PRIu64 " longest_hold_us=%" PRIu64
+                  " step_p50_us=%" PRIu64 " step_p99_us=%" PRIu64 " step_max_us=%" PRIu64,
+                  s.steps, s.flips, s.holds, s.longest_hold_ns / 1000, durations_percentile(&e->durations, 0.5) / 1000,
+                  durations_percentile(&e->durations, 0.99) / 1000, e->durations.max_ns / 1000);
     }
     if (e->server)
         batch_hand_back(&e->batch, "ending");
@@ -345,6 +367,7 @@ static void engine_close(struct engine *e)
     batch_done(&e->batch);
     mesh_free(e->mesh);
     dispatch_done(&e->dispatch);
+    compute_close(e);
     decoder_done(&e->decoder);
     source_done(&e->source);
     mesh_lot_free(e->lot);

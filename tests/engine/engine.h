@@ -3,7 +3,8 @@
  *   main.c     options            engine.c   the stepping thread: life cycle, steps
  *   events.c   what libeep says   views.c    meshes: prepared, adopted, repaired
  *   server.c   requests           batch.c    sequences
- *   dispatch.c, mesh_*.c          forward.c, decoder.c, layout.c, source.c
+ *   dispatch.c, mesh_*.c          forward.c, compute_*.c, decoder.c, kernels.cu
+ *   durations.c                   layout.c, source.c
  *
  * Threads: the stepping thread (main) owns everything that is not said to be under `lock`; libeep's thread calls
  * events.c; the server's thread calls on_request and on_signal; a builder thread per prepared view. */
@@ -15,13 +16,14 @@
 #include "common/log.h"
 #include "tests/engine/batch.h"
 #include "tests/engine/dispatch.h"
+#include "tests/engine/durations.h"
 #include "tests/engine/source.h"
 
 struct engine_options {
     const char *socket, *listen, *advertise, *checkpoint;
     bool fused;
     enum eep_dispatch dispatch;
-    uint32_t step_ms, stall_ms, attach_ms;
+    uint32_t step_ms, busy_us, stall_ms, attach_ms;
     uint32_t max_batch, prefill;
     uint64_t kv_bytes;
     enum log_level log_level;
@@ -42,6 +44,8 @@ struct engine {
 
     struct decoder decoder;
     bool bound; /* decoder has tensors */
+    struct compute *compute; /* while bound */
+    struct durations durations; /* of steps */
     struct dispatch dispatch;
     struct batch batch;
     struct mesh *mesh;

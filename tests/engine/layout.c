@@ -1,6 +1,8 @@
 /* Allocating, filling and sealing the fused layout.  See layout.h. */
 #include "tests/engine/layout.h"
 
+#include "tests/engine/compute.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -29,7 +31,9 @@ static int layout_dense(struct eep *eep, const struct source *source, struct err
         return layout_err(err, rc, "the dense region was not allocated");
     uint64_t at = 0;
     for (size_t i = 0; (t = source_dense(source, &i)); at += aligned(t->bytes)) {
-        memcpy((uint8_t *)data + at, t->data, t->bytes);
+        rc = compute_write(eep_device(eep), (uint8_t *)data + at, t->data, t->bytes, err);
+        if (rc)
+            return rc;
         rc = eep_tensor_add(eep, DENSE_REGION, t->name, at, t->dtype, t->dims, t->shape);
         if (rc)
             return layout_err(err, rc, t->name);
@@ -62,17 +66,25 @@ static int layout_experts(struct eep *eep, const struct source *source, const in
                           uint32_t slots, struct err *err)
 {
     uint64_t hidden = source->shape.hidden, inner = source->shape.expert_hidden;
+    size_t w13_bytes = 4 * hidden * inner, w2_bytes = 2 * hidden * inner;
     uint8_t *w13 = NULL, *w2 = NULL;
-    int rc = layout_part(eep, layer, slots, "w13t", hidden, 2 * inner, &w13, err);
+    uint16_t *staged = malloc(w13_bytes + w2_bytes); /* the regions may be memory that only a copy reaches */
+    int rc = staged ? layout_part(eep, layer, slots, "w13t", hidden, 2 * inner, &w13, err)
+                    : err_set(err, ERR_NOMEM, "out of memory for an expert");
     if (rc == 0)
         rc = layout_part(eep, layer, slots, "w2t", inner, hidden, &w2, err);
     for (uint32_t s = 0; s < slots && rc == 0; s++) {
         int32_t expert = load_map[(size_t)layer * slots + s];
-        if (expert >= 0)
-            rc = source_expert(source, DECODER_LAYOUT_TRANSPOSED, layer, (uint32_t)expert,
-                               (uint16_t *)(void *)(w13 + s * 4 * hidden * inner),
-                               (uint16_t *)(void *)(w2 + s * 2 * hidden * inner), err);
+        if (expert < 0)
+            continue;
+        rc = source_expert(source, DECODER_LAYOUT_TRANSPOSED, layer, (uint32_t)expert, staged,
+                           staged + w13_bytes / sizeof *staged, err);
+        if (rc == 0)
+            rc = compute_write(eep_device(eep), w13 + s * w13_bytes, staged, w13_bytes, err);
+        if (rc == 0)
+            rc = compute_write(eep_device(eep), w2 + s * w2_bytes, staged + w13_bytes / sizeof *staged, w2_bytes, err);
     }
+    free(staged);
     return rc;
 }
 

@@ -1,4 +1,4 @@
-/* eep-engine: the reference engine for the host.  A test instrument: it serves a small mixture-of-experts model over
+/* eep-engine: the reference engine, on the host or on the GPU that its agent keeps the weights on.  A test instrument: it serves a small mixture-of-experts model over
  * libeep, slowly and exactly.  This file: options. */
 #include <argp.h>
 #include <signal.h>
@@ -16,6 +16,7 @@ enum {
     KEY_CHECKPOINT,
     KEY_DISPATCH,
     KEY_STEP,
+    KEY_BUSY,
     KEY_STALL,
     KEY_ATTACH,
     KEY_BATCH,
@@ -33,6 +34,7 @@ static const struct argp_option option_table[] = {
     {"checkpoint", KEY_CHECKPOINT, "DIR", 0, "fused: what a cold start reads; a joiner needs none", 0},
     {"dispatch", KEY_DISPATCH, "source|replicated", 0, "who maps experts to slots (default source)", 0},
     {"step-ms", KEY_STEP, "MS", 0, "a step takes at least this long, sleeping (default 0)", 0},
+    {"busy-us", KEY_BUSY, "US", 0, "a step begins with this much spinning where it is computed (default 0)", 0},
     {"stall-ms", KEY_STALL, "MS", 0,
      "a step that waits longer for a peer, unrevoked, ends the engine (default 45000: an "
      "agent may hold its engine for 30 s)",
@@ -78,6 +80,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_STEP:
         o->step_ms = (uint32_t)options_number(state, "--step-ms", arg, 0, 60000);
         return 0;
+    case KEY_BUSY:
+        o->busy_us = (uint32_t)options_number(state, "--busy-us", arg, 0, 10000000);
+        return 0;
     case KEY_STALL:
         o->stall_ms = (uint32_t)options_number(state, "--stall-ms", arg, 100, 3600000);
         return 0;
@@ -109,7 +114,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
 int main(int argc, char **argv)
 {
     static const struct argp argp = {
-        .options = option_table, .parser = parse, .doc = "Serves a mixture-of-experts model on the host, over libeep."};
+        .options = option_table, .parser = parse, .doc = "Serves a mixture-of-experts model over libeep, on the host or on the GPU of its agent."};
     struct engine_options o = {.socket = getenv("EEP_SOCKET"),
                                .listen = "127.0.0.1:0",
                                .dispatch = EEP_DISPATCH_SOURCE_ROUTED,

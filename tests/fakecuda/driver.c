@@ -173,26 +173,26 @@ CUresult fake_enter(const char *function, enum fake_need need)
 
 #define ERRORS(X)                                                                                                      \
     X(CUDA_SUCCESS, "no error")                                                                                        \
-    X(CUDA_ERROR_INVALID_VALUE, "invalid argument") X(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")                       \
-        X(CUDA_ERROR_NOT_INITIALIZED, "initialization error") X(CUDA_ERROR_DEINITIALIZED, "driver shutting down")      \
-            X(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected")                                              \
-                X(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal")                                                 \
-                    X(CUDA_ERROR_INVALID_CONTEXT, "invalid device context")                                            \
-                        X(CUDA_ERROR_ECC_UNCORRECTABLE, "uncorrectable ECC error encountered")                         \
-                            X(CUDA_ERROR_INVALID_HANDLE, "invalid resource handle")                                    \
-                                X(CUDA_ERROR_NOT_FOUND, "named symbol not found") X(CUDA_ERROR_NOT_READY,              \
-                                                                                    "device not ready")                \
-                                    X(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered")          \
-                                        X(CUDA_ERROR_LAUNCH_TIMEOUT, "the launch timed out and was terminated")        \
-                                            X(CUDA_ERROR_CONTEXT_IS_DESTROYED, "context is destroyed")                 \
-                                                X(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED,                           \
-                                                  "part or all of the requested memory range is already mapped")       \
-                                                    X(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED,                           \
-                                                      "pointer does not correspond to a registered memory region")     \
-                                                        X(CUDA_ERROR_LAUNCH_FAILED, "unspecified launch failure")      \
-                                                            X(CUDA_ERROR_NOT_PERMITTED, "operation not permitted")     \
-                                                                X(CUDA_ERROR_NOT_SUPPORTED, "operation not supported") \
-                                                                    X(CUDA_ERROR_UNKNOWN, "unknown error")
+    X(CUDA_ERROR_INVALID_VALUE, "invalid argument")                                                                    \
+    X(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")                                                                       \
+    X(CUDA_ERROR_NOT_INITIALIZED, "initialization error")                                                              \
+    X(CUDA_ERROR_DEINITIALIZED, "driver shutting down")                                                                \
+    X(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected")                                                      \
+        X(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal") X(CUDA_ERROR_INVALID_CONTEXT, "invalid device context") \
+            X(CUDA_ERROR_ECC_UNCORRECTABLE, "uncorrectable ECC error encountered")                                     \
+                X(CUDA_ERROR_INVALID_HANDLE, "invalid resource handle")                                                \
+                    X(CUDA_ERROR_NOT_FOUND, "named symbol not found") X(CUDA_ERROR_NOT_READY, "device not ready")      \
+                        X(CUDA_ERROR_ILLEGAL_ADDRESS, "an illegal memory access was encountered")                      \
+                            X(CUDA_ERROR_LAUNCH_TIMEOUT, "the launch timed out and was terminated")                    \
+                                X(CUDA_ERROR_CONTEXT_IS_DESTROYED, "context is destroyed")                             \
+                                    X(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED,                                       \
+                                      "part or all of the requested memory range is already mapped")                   \
+                                        X(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED,                                       \
+                                          "pointer does not correspond to a registered memory region")                 \
+                                            X(CUDA_ERROR_LAUNCH_FAILED, "unspecified launch failure")                  \
+                                                X(CUDA_ERROR_NOT_PERMITTED, "operation not permitted")                 \
+                                                    X(CUDA_ERROR_NOT_SUPPORTED, "operation not supported")             \
+                                                        X(CUDA_ERROR_UNKNOWN, "unknown error")
 
 #define ERROR_ENTRY(code, text) {code, #code, text},
 static const struct {
@@ -368,6 +368,7 @@ CUresult CUDAAPI cuDeviceGetAttribute(int *pi, CUdevice_attribute attrib, CUdevi
     case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:
     case CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM:
     case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED:
+    case CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS:
     case CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED:
     case CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED:
     case CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED:
@@ -411,18 +412,22 @@ CUresult CUDAAPI cuDevicePrimaryCtxRelease(CUdevice dev)
     CUresult rc = fake_enter(__func__, FAKE_STARTED);
     if (rc == CUDA_SUCCESS && !fake_device_valid(dev))
         rc = CUDA_ERROR_INVALID_DEVICE;
-    if (rc != CUDA_SUCCESS)
+    if (rc != CUDA_SUCCESS) {
+        if (!fake.forked)
+            fake_streams_join();
         return rc;
+    }
     fake_lock();
     CUcontext context = &fake.contexts[dev];
     if (context->refs == 0)
         rc = CUDA_ERROR_INVALID_CONTEXT;
     else if (--context->refs == 0) {
         fake_context_settle(context);
-        fake_null_stream_drop(context);
-        if (context->things > 0 && fake.sticky == CUDA_SUCCESS)
-            fake_abort("GPU %d's context ends with %u streams, events, modules or allocations in it", fake.gpu[dev],
-                       context->things);
+        fake_streams_end(context);
+        unsigned left = context->things + fake_allocs_of(dev);
+        if (left > 0 && fake.sticky == CUDA_SUCCESS)
+            fake_abort("GPU %d's context ends with %u streams, events, modules, allocations or mappings left",
+                       fake.gpu[dev], left);
     }
     fake_unlock();
     return rc;

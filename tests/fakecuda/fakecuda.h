@@ -13,7 +13,8 @@
  *  - Every queued operation checks its ranges when it is queued (an error of the call) and again when it runs (a sticky
  *    CUDA_ERROR_ILLEGAL_ADDRESS): memory that is unmapped under a copy is noticed.
  *  - Pageable host memory is copied when the call is made, pinned memory is read when the operation runs.
- *  - What is left in a context when its last reference goes aborts the process, with a sentence on stderr.
+ *  - What is left when the last reference to a context goes, mappings of the GPU's memory among it, aborts the process
+ * with a sentence on stderr.
  *
  * Environment, read by cuInit:
  *   FAKECUDA_GPUS=1          how many; CUDA_VISIBLE_DEVICES takes indices among them
@@ -35,6 +36,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "tests/engine/kernels.h"
 
 #define FAKE_GPUS_MAX    16
 #define FAKE_GRANULARITY ((size_t)2 << 20)
@@ -134,6 +137,8 @@ void fake_range_remove(struct fake_range *range); /* waits for operations that u
 CUresult fake_alloc_new(int device, size_t size, struct fake_alloc **ret_alloc);
 void fake_alloc_unref(struct fake_alloc *alloc);
 size_t fake_bytes_used(int device);
+/* How many allocations of cuMemCreate, made or imported here, have a handle or a mapping. */
+unsigned fake_allocs_of(int device);
 /* Addresses for `size` bytes, with as many behind them for the bytes; 0: none. */
 uintptr_t fake_addresses_new(size_t size, size_t alignment);
 void fake_addresses_free(uintptr_t base, size_t size);
@@ -173,8 +178,10 @@ struct fake_op *fake_op_new(CUresult (*run)(struct fake_op *op, int device));
 CUresult fake_enqueue(CUstream stream, struct fake_op *op, bool wait);
 /* Waits for everything in a context; with the lock. */
 void fake_context_settle(CUcontext context);
-/* What remains when a context ends: the stream that it had by itself. */
-void fake_null_stream_drop(CUcontext context);
+/* When a context ends: ends the stream that it had by itself, and waits for destroyed ones that still work. */
+void fake_streams_end(CUcontext context);
+/* Joins the threads of streams that were destroyed and are done; without the lock. */
+void fake_streams_join(void);
 
 /* ---- kernels.c ---- */
 
@@ -189,5 +196,10 @@ struct fake_kernel {
     unsigned char sizes[16]; /* of the parameters, in bytes; 0 ends them */
 };
 const struct fake_kernel *fake_kernel_find(const char *name);
+
+/* ---- kernels_engine.c: those of tests/engine/kernels.cu ---- */
+#define FAKE_ENGINE_KERNEL(name) CUresult fake_##name(struct fake_launch *launch, void **args);
+KERNEL_TABLE(FAKE_ENGINE_KERNEL)
+#undef FAKE_ENGINE_KERNEL
 
 #endif

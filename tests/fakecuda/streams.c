@@ -13,6 +13,7 @@
 struct CUstream_st {
     CUstream next;
     CUcontext context;
+    pthread_t thread;
     unsigned flags;
     bool ends; /* destroyed: the thread ends when the queue is empty */
     struct fake_op *first, **last;
@@ -27,6 +28,8 @@ struct CUevent_st {
 };
 
 static CUstream streams;
+static CUstream ended;  /* whose threads have nothing left to do but to be joined */
+static unsigned ending; /* destroyed ones that still work */
 static CUevent events;
 
 /* ---- marks; with the lock ---- */
@@ -143,18 +146,32 @@ static void *stream_run(void *arg)
         op_run(s, op);
     }
     mark_unref(s->tail);
+    s->next = ended;
+    ended = s;
+    ending--;
+    pthread_cond_broadcast(&fake.changed);
     fake_unlock();
-    free(s);
     return NULL;
 }
 
 /* ---- streams ---- */
 
+/* Joins the threads that are over.  Left alone they would end while the process does, under a leak checker's eyes. */
+static void streams_join(void)
+{
+    while (ended) {
+        CUstream s = ended;
+        ended = s->next;
+        fake_unlock();
+        pthread_join(s->thread, NULL);
+        free(s);
+        fake_lock();
+    }
+}
+
 static CUresult stream_new(CUcontext context, unsigned flags, CUstream *ret_stream)
 {
     CUstream s = calloc(1, sizeof *s);
-    pthread_attr_t attr;
-    pthread_t thread;
     sigset_t all, before;
     if (!s)
         return CUDA_ERROR_OUT_OF_MEMORY;
@@ -162,13 +179,11 @@ static CUresult stream_new(CUcontext context, unsigned flags, CUstream *ret_stre
     s->flags = flags;
     s->last = &s->first;
     s->random = (uintptr_t)s | 1;
-    pthread_attr_init(&attr);
-    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    streams_join();
     sigfillset(&all); /* signals are the program's */
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int failed = pthread_create(&thread, &attr, stream_run, s);
+    int failed = pthread_create(&s->thread, NULL, stream_run, s);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attr);
     if (failed) {
         free(s);
         return CUDA_ERROR_OUT_OF_MEMORY;
@@ -179,7 +194,7 @@ static CUresult stream_new(CUcontext context, unsigned flags, CUstream *ret_stre
     return CUDA_SUCCESS;
 }
 
-/* The thread frees it when it has done what is queued. */
+/* The thread ends when it has done what is queued. */
 static void stream_end(CUstream s)
 {
     CUstream *at = &streams;
@@ -187,6 +202,7 @@ static void stream_end(CUstream s)
         at = &(*at)->next;
     *at = s->next;
     s->ends = true;
+    ending++;
     pthread_cond_broadcast(&fake.changed);
 }
 
@@ -205,11 +221,23 @@ static CUresult stream_find(CUstream *stream)
     return rc;
 }
 
-void fake_null_stream_drop(CUcontext context)
+void fake_streams_end(CUcontext context)
 {
     if (context->null_stream)
         stream_end(context->null_stream);
     context->null_stream = NULL;
+    while (ending > 0)
+        pthread_cond_wait(&fake.changed, &fake.lock);
+    streams_join();
+}
+
+void fake_streams_join(void)
+{
+    fake_lock();
+    while (ending > 0 && fake.sticky != CUDA_SUCCESS) /* nothing runs any more */
+        pthread_cond_wait(&fake.changed, &fake.lock);
+    streams_join();
+    fake_unlock();
 }
 
 void fake_context_settle(CUcontext context)

@@ -168,6 +168,14 @@ void fake_alloc_unref(struct fake_alloc *alloc)
     free(alloc);
 }
 
+unsigned fake_allocs_of(int device)
+{
+    unsigned n = 0;
+    for (const struct fake_alloc *a = allocs; a; a = a->next)
+        n += a->device == device;
+    return n;
+}
+
 /* With a handle on it: one that was released is unknown, also while the memory is mapped. */
 static struct fake_alloc *alloc_of(CUmemGenericAllocationHandle handle)
 {

@@ -67,6 +67,20 @@ CUresult CUDAAPI cuMemcpyDtoDAsync(CUdeviceptr dstDevice, CUdeviceptr srcDevice,
     return rc == CUDA_SUCCESS ? copy(dstDevice, srcDevice, ByteCount, NULL, hStream, false) : rc;
 }
 
+#if CUDA_VERSION >= 13000 /* 12.8 has it with another signature: there the copies are made one by one */
+CUresult CUDAAPI cuMemcpyBatchAsync(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t count,
+                                    CUmemcpyAttributes *attrs, size_t *attrsIdxs, size_t numAttrs, CUstream hStream)
+{
+    CUresult rc = fake_enter(__func__, FAKE_CONTEXT);
+    if (rc == CUDA_SUCCESS && (count == 0 || !hStream || numAttrs != 1 || attrsIdxs[0] != 0 ||
+                               attrs[0].srcAccessOrder == CU_MEMCPY_SRC_ACCESS_ORDER_INVALID))
+        rc = CUDA_ERROR_INVALID_VALUE;
+    for (size_t i = 0; i < count && rc == CUDA_SUCCESS; i++)
+        rc = copy(dsts[i], srcs[i], sizes[i], NULL, hStream, false);
+    return rc;
+}
+#endif
+
 CUresult CUDAAPI cuMemcpyHtoD(CUdeviceptr dstDevice, const void *srcHost, size_t ByteCount)
 {
     CUresult rc = fake_enter(__func__, FAKE_CONTEXT);
@@ -163,7 +177,10 @@ static CUresult value_wait_run(struct fake_op *op, int device)
         fake_use_done(&use);
         if (!word)
             return CUDA_ERROR_ILLEGAL_ADDRESS;
-        if (reached)
+        fake_lock();
+        bool lost = fake.sticky != CUDA_SUCCESS;
+        fake_unlock();
+        if (reached || lost)
             return CUDA_SUCCESS;
         usleep(POLL_US);
     }
@@ -324,6 +341,12 @@ CUresult CUDAAPI cuModuleGetFunction(CUfunction *hfunc, CUmodule hmod, const cha
     return rc;
 }
 
+/* Of the copy of a parameter, which keeps them aligned. */
+static size_t param_room(size_t size)
+{
+    return (size + 15) / 16 * 16;
+}
+
 static CUresult launch_run(struct fake_op *op, int device)
 {
     struct fake_launch launch = {.use = {.device = device}};
@@ -331,7 +354,7 @@ static CUresult launch_run(struct fake_op *op, int device)
     void *args[sizeof op->kernel->sizes];
     memcpy(launch.grid, op->grid, sizeof launch.grid);
     memcpy(launch.block, op->block, sizeof launch.block);
-    for (size_t i = 0; i < sizeof op->kernel->sizes && op->kernel->sizes[i]; i++, at += 16)
+    for (size_t i = 0; i < sizeof op->kernel->sizes && op->kernel->sizes[i]; at += param_room(op->kernel->sizes[i++]))
         args[i] = at;
     CUresult rc = op->kernel->run(&launch, args);
     fake_use_done(&launch.use);
@@ -371,10 +394,13 @@ CUresult CUDAAPI cuLaunchKernel(CUfunction f, unsigned int gridDimX, unsigned in
     op->kernel = kernel;
     memcpy(op->grid, (unsigned[3]){gridDimX, gridDimY, gridDimZ}, sizeof op->grid);
     memcpy(op->block, (unsigned[3]){blockDimX, blockDimY, blockDimZ}, sizeof op->block);
-    op->owned = calloc(sizeof kernel->sizes, 16); /* one parameter has at most 16 bytes */
-    if (!op->owned)
+    size_t room = 1;
+    for (size_t i = 0; i < sizeof kernel->sizes; i++)
+        room += param_room(kernel->sizes[i]);
+    unsigned char *at = op->owned = calloc(1, room);
+    if (!at)
         fake_abort("out of memory");
-    for (size_t i = 0; i < sizeof kernel->sizes && kernel->sizes[i]; i++)
-        memcpy((unsigned char *)op->owned + i * 16, kernelParams[i], kernel->sizes[i]);
+    for (size_t i = 0; i < sizeof kernel->sizes && kernel->sizes[i]; at += param_room(kernel->sizes[i++]))
+        memcpy(at, kernelParams[i], kernel->sizes[i]);
     return fake_enqueue(hStream, op, false);
 }

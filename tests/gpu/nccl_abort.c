@@ -275,8 +275,10 @@ static void party_open(struct party *p)
     p->memory = memory_open(memory, &err);
     if (!p->memory)
         party_die(p, &err, err.code == ERR_UNSUPPORTED || err.code == ERR_NOTFOUND ? SKIPPED : 1);
-    p->transport = transport_nccl_open(
-        &(struct transport_nccl_options){play->listeners[p->self], gpu, !play->options->gpus}, &err);
+    p->transport = transport_nccl_open(&(struct transport_nccl_options){.listen_fd = play->listeners[p->self],
+                                                                        .gpu = gpu,
+                                                                        .shared_gpu = !play->options->gpus},
+                                       &err);
     if (!p->transport)
         party_die(p, &err, err.code == ERR_UNSUPPORTED ? SKIPPED : 1);
     if (p->memory->alloc(p->memory, "small", SMALL_SLOTS * SMALL_BYTES, &p->small, &err) < 0 ||

@@ -151,6 +151,47 @@ int cluster_coordinator_start(struct cluster *c)
     return c->coordinator > 0 ? cluster_wait_listening(c) : -1;
 }
 
+/* What --list-gpus says: a line for each. */
+static int cluster_count_gpus(const struct cluster *c)
+{
+    int n = 0;
+    pid_t pid = cluster_spawn(c, "gpus", "eep-agent", (const char *[]){"--list-gpus", NULL});
+    if (cluster_wait(&pid, 20000) == 0) {
+        char *text = cluster_read(c, "gpus.out");
+        for (const char *at = text; at && (at = strchr(at, '\n')); at++)
+            n++;
+        free(text);
+    }
+    return n;
+}
+
+/* Agents and GPUs in turn; several agents of one GPU must say that they share it. */
+static int cluster_memory_args(struct cluster *c, int i, const char **args, char *memory, size_t size)
+{
+    int n = 0;
+    if (strcmp(c->options.memory, "cuda") == 0) {
+        snprintf(memory, size, "cuda:%d", i % c->gpus);
+        args[n++] = "--memory";
+        args[n++] = memory;
+        if (c->options.agents > c->gpus)
+            args[n++] = "--shared-gpu";
+    }
+    if (strcmp(c->options.transport, "host") != 0) {
+        args[n++] = "--transport";
+        args[n++] = c->options.transport;
+    }
+    return n;
+}
+
+static void cluster_choose_memory(struct cluster *c)
+{
+    const char *memory = getenv("EEP_TEST_MEMORY"), *transport = getenv("EEP_TEST_TRANSPORT");
+    if (!c->options.memory)
+        c->options.memory = memory ? memory : "host";
+    if (!c->options.transport)
+        c->options.transport = transport ? transport : "host";
+}
+
 int cluster_start(struct cluster *c, const struct cluster_options *options)
 {
     memset(c, 0, sizeof(*c));
@@ -167,12 +208,19 @@ int cluster_start(struct cluster *c, const struct cluster_options *options)
         return -1;
     }
     snprintf(c->address, sizeof(c->address), "unix:%s/coordinator.sock", c->dir);
+    cluster_choose_memory(c);
+    if (strcmp(c->options.memory, "cuda") == 0 && (c->gpus = cluster_count_gpus(c)) == 0) {
+        char *text = cluster_read(c, "gpus.log");
+        fprintf(stderr, "no GPU to keep weights on: %s\n", text ? text : "");
+        free(text);
+        return -1;
+    }
     return cluster_coordinator_start(c);
 }
 
 int cluster_agent_start(struct cluster *c, int i)
 {
-    char id[16], socket[192], log[32];
+    char id[16], socket[192], log[32], memory[24];
     const char *args[ARGS_MAX] = {"--id", id, "--coordinator", c->address, "--engine-socket", socket, NULL};
     int n = 6;
     snprintf(id, sizeof(id), "gpu%d", i);
@@ -183,6 +231,7 @@ int cluster_agent_start(struct cluster *c, int i)
         args[n++] = "--checkpoint";
         args[n++] = c->options.model;
     }
+    n += cluster_memory_args(c, i, args + n, memory, sizeof(memory));
     args[n] = NULL;
     c->agent[i] = cluster_spawn(c, log, "eep-agent", args);
     return c->agent[i] > 0 ? 0 : -1;
@@ -190,12 +239,13 @@ int cluster_agent_start(struct cluster *c, int i)
 
 int cluster_engine_start(struct cluster *c, int i)
 {
-    char socket[192], step[16], log[32];
-    const char *args[ARGS_MAX] = {"--socket", socket, "--step-ms", step, NULL};
-    int n = 4;
+    char socket[192], step[16], busy[16], log[32];
+    const char *args[ARGS_MAX] = {"--socket", socket, "--step-ms", step, "--busy-us", busy, "--attach-ms", "30000", NULL};
+    int n = 8;
     snprintf(log, sizeof(log), "engine-%d", i);
     snprintf(socket, sizeof(socket), "%s/engine-%d.sock", c->dir, i);
     snprintf(step, sizeof(step), "%d", c->options.step_ms);
+    snprintf(busy, sizeof(busy), "%d", c->options.busy_us);
     if (c->options.dispatch) {
         args[n++] = "--dispatch";
         args[n++] = c->options.dispatch;

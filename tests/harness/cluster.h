@@ -21,6 +21,10 @@ struct cluster_options {
     const char *layout;       /* of the engines: "loader" (default) or "fused" (sealed by the engine) */
     const char *dispatch;     /* "source" (default) or "replicated" */
     int step_ms;              /* minimum duration of an engine step */
+    int busy_us;              /* spinning at the beginning of each step, where it is computed */
+    /* Of the agents; NULL: $EEP_TEST_MEMORY and $EEP_TEST_TRANSPORT, or else "host".  With "cuda" the agents are spread
+       over the GPUs that there are, and share them. */
+    const char *memory, *transport;
     const char *coordinator_args[16]; /* NULL terminated */
     const volatile sig_atomic_t *interrupted; /* or NULL: once it is not 0, every wait but cluster_stop's gives up */
 };
@@ -32,6 +36,7 @@ struct cluster {
     char dir[128];            /* temporary folder: sockets, state, logs */
     char bin[256];
     char address[192];        /* of the coordinator: unix:... */
+    int gpus;                 /* with memory "cuda" */
     pid_t coordinator, feeder;
     pid_t agent[CLUSTER_AGENTS_MAX], engine[CLUSTER_AGENTS_MAX];
 };

@@ -61,6 +61,7 @@ START_TEST(wrong_options_of_the_daemons)
     REFUSED("eep-agent --id a --listen 192.0.2.1:0", 2, "--insecure");
     REFUSED("eep-agent --id a --listen 192.0.2.1:0 --insecure", 2, "cannot be reached from other hosts");
     REFUSED("eep-agent --id a --data-listen unix:/tmp/x", 2, "HOST:PORT");
+    REFUSED("eep-agent --id a --shared-gpu", 2, "give --memory cuda as well");
     REFUSED("eep-agent --id a --advertise ''", 2, "must not be empty");
     REFUSED("eep-agent --id a --coordinator nonsense", 2, "host:port");
     REFUSED("eep-agent --id a --engine-socket /nonexistent/a.sock", 1, "choose another path");

@@ -100,6 +100,8 @@ static inline void records_expect_none(struct records *r, long within_ms)
 
 /* ---- the agent ---- */
 
+static const char *agent_memory = "host"; /* of the next agent_start */
+
 struct agent {
     struct event_base *base;
     pthread_t thread;
@@ -178,7 +180,7 @@ static inline void agent_start(struct agent *agent, const char *path)
     snprintf(agent->path, sizeof agent->path, "%s", path);
     evthread_use_pthreads();
     agent->base = event_base_new();
-    struct worker_config wc = {.memory = memory_open("host", &err), .transport = transport_host_open(data_listener(), &err)};
+    struct worker_config wc = {.memory = memory_open(agent_memory, &err), .transport = transport_host_open(data_listener(), &err)};
     ck_assert_msg(wc.memory && wc.transport, "%s", err.text);
     ck_assert_msg(worker_start(&wc, &agent->worker, &err) == 0, "%s", err.text);
     struct engine_socket_config sc = {.base = agent->base, .path = agent->path, .agent_id = "gpu0",

@@ -432,6 +432,108 @@ START_TEST(loading_is_cancelled_and_maps_are_checked)
 }
 END_TEST
 
+/* A shard that is cut after it was opened: an error with file and tensor, and no SIGBUS. */
+START_TEST(a_file_that_becomes_shorter_is_named)
+{
+    struct raw raw;
+    struct loaded l;
+    struct err err = {0};
+    char dir[256], path[128];
+    fixture_raw(&fixtures[0], &raw, dir);
+    sharded_write(&fixtures[0], &raw);
+    loaded_prepare(&l, folder, 2);
+    snprintf(path, sizeof path, "%s/model-00002-of-00003.safetensors", folder);
+    ck_assert_int_eq(truncate(path, 20000), 0);
+    l.map->held[expert_map_at(l.map, 2, 0, 0)] = 3;
+    ck_assert_int_eq(checkpoint_load(l.c, l.w, l.map, 0, NULL, NULL, &err), ERR_IO);
+    ck_assert_msg(strstr(err.text, path) && strstr(err.text, "tensor \"") && strstr(err.text, "became shorter"), "%s",
+                  err.text);
+    loaded_done(&l);
+    raw_close(&raw);
+}
+END_TEST
+
+/* ---- experts with block scales, of shapes whose pieces end inside a word ---- */
+
+/* inner 3, hidden 5: gate and up of 15 bytes each, scales of 4 times 1 and 5 floats. */
+static void scaled_write(uint32_t layers, uint32_t experts)
+{
+    static const struct {
+        const char *name, *dtype;
+        int rows, columns, bytes;
+    } piece[] = {
+        {"gate_proj.weight", "F8_E4M3", 3, 5, 15},     {"up_proj.weight", "F8_E4M3", 3, 5, 15},
+        {"down_proj.weight", "F8_E4M3", 5, 3, 15},     {"gate_proj.weight_scale_inv", "F32", 1, 5, 20},
+        {"up_proj.weight_scale_inv", "F32", 1, 5, 20}, {"down_proj.weight_scale_inv", "F32", 5, 1, 20},
+    };
+    json_t *header = json_object();
+    json_int_t at = 0;
+    char name[128], path[128];
+    for (uint32_t i = 0; i < layers * experts * 6; i++) {
+        uint32_t k = i % 6;
+        snprintf(name, sizeof name, "model.layers.%u.mlp.experts.%u.%s", i / 6 / experts, i / 6 % experts,
+                 piece[k].name);
+        json_object_set_new(header, name,
+                            json_pack("{s:s,s:[i,i],s:[I,I]}", "dtype", piece[k].dtype, "shape", piece[k].rows,
+                                      piece[k].columns, "data_offsets", at, at + piece[k].bytes));
+        at += piece[k].bytes;
+    }
+    char *text = json_dumps(header, JSON_COMPACT);
+    uint64_t len = strlen(text);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    FILE *f = fopen(path, "w");
+    ck_assert_ptr_nonnull(f);
+    fwrite(&len, sizeof len, 1, f);
+    fputs(text, f);
+    for (json_int_t i = 0; i < at; i++)
+        fputc((int)(i * 7 % 251), f);
+    fclose(f);
+    free(text);
+    json_decref(header);
+    text_write("config.json", "{}");
+}
+
+static void part_equals(const struct loaded *l, const char *name, const char *dtype, uint64_t rows, uint64_t columns,
+                        size_t offset, const struct raw *raw, const char *piece)
+{
+    const struct tensor *t = tensor_named(&l->manifest, name);
+    size_t len;
+    const uint8_t *want = raw_tensor(raw, piece, &len);
+    ck_assert_str_eq(t->dtype, dtype);
+    ck_assert_uint_eq(t->shape[0], rows);
+    ck_assert_uint_eq(t->shape[1], columns);
+    const struct region *r = &l->manifest.regions[t->region];
+    ck_assert_mem_eq((uint8_t *)l->w->regions[t->region].base + r->stride + offset, want, len);
+}
+
+START_TEST(block_scales_are_parts_of_their_own)
+{
+    struct raw raw;
+    struct loaded l;
+    struct err err = {0};
+    char path[128];
+    scaled_write(2, 4);
+    snprintf(path, sizeof path, "%s/model.safetensors", folder);
+    raw_open(&raw, path);
+    loaded_prepare(&l, folder, 2);
+    ck_assert_uint_eq(l.model->expert_bytes, 3 * 15 + 3 * 20);
+    l.map->held[expert_map_at(l.map, 1, 0, 1)] = 2;
+    ck_assert_msg(checkpoint_load(l.c, l.w, l.map, 0, NULL, NULL, &err) == 0, "%s", err.text);
+    part_equals(&l, "layers.1.experts.w13", "F8_E4M3", 6, 5, 0, &raw, "model.layers.1.mlp.experts.2.gate_proj.weight");
+    part_equals(&l, "layers.1.experts.w13", "F8_E4M3", 6, 5, 15, &raw, "model.layers.1.mlp.experts.2.up_proj.weight");
+    part_equals(&l, "layers.1.experts.w2", "F8_E4M3", 5, 3, 0, &raw, "model.layers.1.mlp.experts.2.down_proj.weight");
+    part_equals(&l, "layers.1.experts.w13_scale_inv", "F32", 2, 5, 0, &raw,
+                "model.layers.1.mlp.experts.2.gate_proj.weight_scale_inv");
+    part_equals(&l, "layers.1.experts.w13_scale_inv", "F32", 2, 5, 20, &raw,
+                "model.layers.1.mlp.experts.2.up_proj.weight_scale_inv");
+    part_equals(&l, "layers.1.experts.w2_scale_inv", "F32", 5, 1, 0, &raw,
+                "model.layers.1.mlp.experts.2.down_proj.weight_scale_inv");
+    ck_assert_msg(weights_slot_verify(l.w, 1, 1, 2, &err) == 0, "%s", err.text);
+    loaded_done(&l);
+    raw_close(&raw);
+}
+END_TEST
+
 /* ---- folders that are not what they should be ---- */
 
 static void refused(int code, const char *says)
@@ -488,7 +590,9 @@ static const struct {
     {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.w4.weight", 0, 0, ERR_UNSUPPORTED,
      "\"model.layers.1.mlp.experts.3.w4.weight\" belongs to experts"},
     {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.gate_proj.weight_scale_inv", 0, 0,
-     ERR_UNSUPPORTED, "weight_scale_inv\" belongs to experts"},
+     ERR_INVALID, "has no weight_scale_inv of the gate projection"},
+    {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.gate_proj.weight_zero", 0, 0,
+     ERR_UNSUPPORTED, "weight_zero\" belongs to experts"},
     {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.gate_up_proj", 0, 0, ERR_UNSUPPORTED,
      "gate_up_proj\" belongs to experts"},
     {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.w3.weight", 0, 0, ERR_INVALID,
@@ -626,6 +730,8 @@ int main(void)
     tcase_add_loop_test(t, shards_equal_one_file, 0, 2);
     tcase_add_loop_test(t, only_what_is_needed_is_read, 0, 2);
     tcase_add_test(t, loading_is_cancelled_and_maps_are_checked);
+    tcase_add_test(t, a_file_that_becomes_shorter_is_named);
+    tcase_add_test(t, block_scales_are_parts_of_their_own);
     tcase_add_test(t, a_missing_expert_is_named);
     tcase_add_loop_test(t, strange_experts_are_refused, 0, (int)(sizeof changes / sizeof changes[0]));
     tcase_add_test(t, layers_must_agree_and_exist);

@@ -38,6 +38,7 @@ struct outcome {
 struct story {
     struct worker *workers[2];
     struct member members[2];
+    char checkpoint[256];
     uint64_t next_id;
     bool failed, named; /* something; with the error of CUDA */
     const char *expected;
@@ -70,7 +71,7 @@ static struct worker_result result_wait(struct story *s, uint32_t i)
     for (;;)
         if (!worker_next_result(s->workers[i], &result))
             poll(&(struct pollfd){.fd = worker_fd(s->workers[i]), .events = POLLIN}, 1, -1);
-        else if (!result.progress)
+        else if (!result.progress && !result.fatal)
             break;
     if (result.code < 0)
         said(s, result.code, result.text);
@@ -117,12 +118,11 @@ static void both_wait(struct story *s)
 
 static bool workers_open(struct story *s)
 {
-    char path[256];
     const char *data = getenv("EEP_TEST_DATA");
-    snprintf(path, sizeof path, "%s/qwen3-moe-tiny", data ? data : "tests/data");
+    snprintf(s->checkpoint, sizeof s->checkpoint, "%s/qwen3-moe-tiny", data ? data : "tests/data");
     for (uint32_t i = 0; i < 2; i++) {
         struct err err = {0};
-        struct worker_config config = {.checkpoint = i == 0 ? path : NULL, .transfer_timeout_ms = 10000};
+        struct worker_config config = {.checkpoint = i == 0 ? s->checkpoint : NULL, .transfer_timeout_ms = 10000};
         snprintf(s->members[i].id, sizeof s->members[i].id, "gpu%u", i);
         config.memory = memory_open("cuda", &err);
         config.transport = config.memory ? transport_cuda_peer_open("", &err) : NULL;

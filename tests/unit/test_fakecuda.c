@@ -260,10 +260,23 @@ static void leak(CUdeviceptr at)
     end();
 }
 
+static void leak_mapping(CUdeviceptr at)
+{
+    CUmemGenericAllocationHandle handle;
+    (void)at;
+    begin(NULL);
+    ok(cu.cuMemCreate(&handle, 2 * MIB, &shared_memory, 0));
+    map_new(handle, 2 * MIB);
+    ok(cu.cuMemRelease(handle));
+    end();
+}
+
 START_TEST(contexts_are_needed_and_left_empty)
 {
     CUdeviceptr at;
     int status = in_child(leak, 0); /* before this process has a driver */
+    ck_assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
+    status = in_child(leak_mapping, 0);
     ck_assert(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
     begin(NULL);
     ok(cu.cuCtxSetCurrent(NULL));

@@ -3,6 +3,7 @@
  * backend can read. */
 #include <check.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -238,6 +239,75 @@ START_TEST(digests_of_any_place_and_length)
 }
 END_TEST
 
+/* As the loader does it: threads fill what is lent, the pieces go in another order. */
+static void *stage_fill(void *user)
+{
+    struct memory_stage *stage = user;
+    for (size_t i = 0; i < stage->len; i++)
+        ((uint8_t *)stage->data)[i] = (uint8_t)((stage->offset + i) * 2654435761u >> 13);
+    return NULL;
+}
+
+#define LENT 12
+START_TEST(stages_are_filled_by_other_threads)
+{
+    const size_t bytes = 3 * LENT * MEMORY_STAGE_BYTES + 12345;
+    struct memory_backend *m = backend_open(_i);
+    struct memory_region r;
+    struct err err = {0};
+    struct memory_stage stages[LENT], all = {.len = bytes, .data = malloc(bytes)};
+    ck_assert_int_eq(m->alloc(m, "staged", bytes, &r, &err), 0);
+    stage_fill(&all);
+    for (size_t at = 0; at < bytes;) {
+        pthread_t threads[LENT];
+        int n = 0;
+        for (; n < LENT && at < bytes; n++) {
+            size_t len = bytes - at < MEMORY_STAGE_BYTES ? bytes - at : MEMORY_STAGE_BYTES;
+            ck_assert_msg(m->stage_take(m, &r, at, len, &stages[n], &err) == 0, "%s", err.text);
+            ck_assert_int_eq(pthread_create(&threads[n], NULL, stage_fill, &stages[n]), 0);
+            at += len;
+        }
+        for (int i = n - 1; i >= 0; i--) {
+            ck_assert_int_eq(pthread_join(threads[i], NULL), 0);
+            ck_assert_msg(m->stage_write(m, &stages[i], &err) == 0, "%s", err.text);
+        }
+    }
+    ck_assert(holds(m, &r, 0, all.data, bytes));
+    free(all.data);
+    m->release(m, &r);
+    m->close(m);
+}
+END_TEST
+
+START_TEST(stages_have_limits_and_can_be_given_up)
+{
+    struct memory_backend *m = backend_open(_i);
+    struct memory_region r;
+    struct err err = {0};
+    struct memory_stage stage = {.len = 77};
+    ck_assert_int_eq(m->alloc(m, "staged", 2 * MEMORY_STAGE_BYTES, &r, &err), 0);
+    ck_assert_int_eq(m->stage_take(m, &r, 0, MEMORY_STAGE_BYTES + 1, &stage, &err), ERR_INVALID);
+    ck_assert_int_eq(m->stage_take(m, &r, 2 * MEMORY_STAGE_BYTES - 4, 5, &stage, &err), ERR_INVALID);
+    ck_assert_uint_eq(stage.len, 77); /* untouched on failure */
+    for (int round = 0; round < 2; round++) {
+        for (unsigned i = 0; i < MEMORY_STAGES; i++)
+            ck_assert_msg(m->stage_take(m, &r, i, 8, &stage, &err) == 0, "%s", err.text);
+        if (!m->in_place)
+            ck_assert_int_eq(m->stage_take(m, &r, 0, 8, &stage, &err), ERR_LIMIT);
+        m->stages_free(m);
+    }
+    ck_assert_int_eq(m->write(m, &r, 3, "fine", 4, &err), 0);
+    ck_assert_int_eq(m->stage_take(m, &r, 7, 4, &stage, &err), 0);
+    memcpy(stage.data, "also", 4);
+    ck_assert_int_eq(m->stage_write(m, &stage, &err), 0);
+    ck_assert(holds(m, &r, 3, "finealso", 8));
+    m->stages_free(m);
+    m->stages_free(m); /* again: nothing */
+    m->release(m, &r);
+    m->close(m);
+}
+END_TEST
+
 START_TEST(nobody_can_cut_the_memory)
 {
     struct memory_backend *m = backend_open(_i);
@@ -292,6 +362,42 @@ START_TEST(ranges_are_checked)
     ck_assert_ptr_nonnull(strstr(err.text, "1152921504606846976"));
     m->release(m, &r);
     m->close(m);
+}
+END_TEST
+
+/* More ranges than one launch takes, some of them of many pieces, of no bytes, and at odd places. */
+START_TEST(many_digests_at_once_are_those_one_by_one)
+{
+    enum { BYTES = 12 << 20, RANGES = 20011 };
+    struct err err = {0};
+    struct memory_backend *m = backend_open(_i);
+    struct memory_region r;
+    uint8_t *data = malloc(BYTES);
+    struct memory_range *ranges = calloc(RANGES, sizeof *ranges);
+    uint64_t *digests = calloc(RANGES, sizeof *digests), state = 99;
+    for (size_t i = 0; i < BYTES; i++)
+        data[i] = (uint8_t)(i * 131 + (i >> 11));
+    ck_assert_int_eq(m->alloc(m, "many", BYTES, &r, &err), 0);
+    ck_assert_int_eq(m->write(m, &r, 0, data, BYTES, &err), 0);
+    for (size_t i = 0; i < RANGES; i++) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        size_t len = i % 1000 == 0 ? BYTES / 2 - 3 : i % 7 == 0 ? 0 : (size_t)(state >> 40) % 3000;
+        ranges[i] = (struct memory_range){&r, (size_t)(state >> 33) % (BYTES - len), len, state % 77};
+    }
+    for (size_t n = RANGES; n > 0; n = n == 1 ? 0 : 1) {
+        ck_assert_msg(m->digests(m, ranges, n, digests, &err) == 0, "%s", err.text);
+        for (size_t i = 0; i < n; i++)
+            ck_assert_msg(digests[i] == digest_bytes(data + ranges[i].offset, ranges[i].len, ranges[i].first_word),
+                          "range %zu: %zu bytes at %zu", i, ranges[i].len, ranges[i].offset);
+    }
+    ranges[5].offset = BYTES + 1;
+    ck_assert_int_eq(m->digests(m, ranges, 6, digests, &err), ERR_INVALID);
+    ck_assert_int_eq(m->digests(m, ranges, 0, digests, &err), 0);
+    m->release(m, &r);
+    m->close(m);
+    free(data);
+    free(ranges);
+    free(digests);
 }
 END_TEST
 
@@ -460,6 +566,9 @@ int main(void)
     tcase_add_loop_test(t, another_process_sees_the_memory, 0, n_backends);
     tcase_add_loop_test(t, what_is_no_memory_is_not_adopted, 0, n_backends);
     tcase_add_loop_test(t, digests_of_any_place_and_length, 0, n_backends);
+    tcase_add_loop_test(t, many_digests_at_once_are_those_one_by_one, 0, n_backends);
+    tcase_add_loop_test(t, stages_are_filled_by_other_threads, 0, n_backends);
+    tcase_add_loop_test(t, stages_have_limits_and_can_be_given_up, 0, n_backends);
     tcase_add_loop_test(t, ranges_are_checked, 0, n_backends);
     tcase_add_loop_test(t, copies_and_digests_agree_with_the_bytes, 0, n_backends);
     tcase_add_loop_test(t, slots_are_the_ranges_of_all_parts, 0, n_backends);

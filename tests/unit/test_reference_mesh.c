@@ -5,6 +5,7 @@
  * The engine is a program, not a library, hence the included sources. */
 #include "common/clock.h"
 #include "tests/engine/decoder.c"
+#include "tests/engine/compute_host.c"
 #include "tests/engine/dispatch.c"
 #include "tests/engine/forward.c"
 #include "tests/engine/mesh_build.c"
@@ -126,8 +127,17 @@ static void rank_weights(struct rank *r)
         }
     }
     ck_assert_msg(decoder_bind(c->source.config, rank_find, r, &r->decoder, &r->err) == 0, "%s", r->err.text);
-    r->maps = (struct eep_maps){s->layers, s->experts, c->slots, RANKS_MOST, REPLICAS_MAX,
-                                1,         c->p2l,     c->l2p,   c->count,   r->load};
+    r->maps = (struct eep_maps){.layers = s->layers,
+                                .logical = s->experts,
+                                .slots = c->slots,
+                                .max_ranks = RANKS_MOST,
+                                .max_replicas = REPLICAS_MAX,
+                                .version = 1,
+                                .physical_to_logical_map = c->p2l,
+                                .logical_to_physical_map = c->l2p,
+                                .logical_replica_count = c->count,
+                                .expert_load = r->load,
+                                .device = -1};
 }
 
 static bool never(void *user)
@@ -230,7 +240,8 @@ static void *forward_main(void *user)
     uint32_t vocab = r->decoder.config.vocab, steps = 6, done = 0;
     struct forward_token tokens[PROMPT_TOKENS];
     struct decoder_kv kv = {0};
-    struct dispatch d = {.model = &r->decoder,
+    struct compute *compute = NULL;
+    struct dispatch d = {
                          .maps = &r->maps,
                          .mode = c->mode,
                          .epoch = 7,
@@ -238,6 +249,9 @@ static void *forward_main(void *user)
                          .wait = {revoke_fd, -1, 20000}};
     r->rc = rank_mesh(r, (struct mesh_key){.op = 3, .attempt = 1});
     d.mesh = r->mesh;
+    if (r->rc == 0)
+        r->rc = compute_host_open(&r->decoder, &compute, &r->err);
+    d.compute = compute;
     if (r->rc == 0)
         r->rc = decoder_kv_init(&r->decoder.config, PROMPT_TOKENS, &kv, &r->err);
     for (uint32_t step = 0; step < steps && r->rc == 0; step++) {
@@ -250,13 +264,15 @@ static void *forward_main(void *user)
         }
         d.step = 40 + step;
         d.flags = done + n < PROMPT_TOKENS && r->rank == 1 ? DISPATCH_ANY_WORK : 0;
-        r->rc = forward_run(&r->decoder, tokens, n, dispatch_moe, &d, &r->err);
+        r->rc = forward_run(compute, tokens, n, dispatch_moe, &d, &r->err);
         done += n;
         if (r->rc == 0 && ((d.flags & DISPATCH_ANY_WORK) != 0) != (c->n > 1 && step < 5))
             r->rc = err_set(&r->err, ERR_PROTOCOL, "any_work is wrong in step %u", step);
     }
     decoder_kv_done(&kv);
     dispatch_done(&d);
+    if (compute)
+        compute->close(compute);
     return NULL;
 }
 

@@ -1,11 +1,19 @@
 /* The reference engine's arithmetic against what transformers computed from the same checkpoints: logits of every
- * position, 48 greedy tokens of every prompt, in both layouts, and independence of the batch, bit for bit.
+ * position, 48 greedy tokens of every prompt, in both layouts, and independence of the batch and of where an expert lies,
+ * bit for bit.  By the host, and where there is a GPU (or the driver of tests/fakecuda) by its kernels.
  * The engine is a program, not a library, hence the included sources. */
+#include "tests/engine/compute_host.c"
 #include "tests/engine/decoder.c"
 #include "tests/engine/forward.c"
 #include "tests/engine/source.c"
 
 #include <check.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#ifdef HAVE_CUDA
+#include "agent/cuda_driver.h"
+#endif
 
 #define PROMPTS       8
 #define PROMPT_TOKENS 16
@@ -21,11 +29,38 @@ struct fixture {
     uint16_t *w13, *w2; /* [layers][experts][...] */
     const int32_t *input, *greedy;
     const float *logits;
+    struct compute *compute;
+    struct eep_maps maps; /* one rank */
+    bool reversed;        /* the experts in another order: what a slot holds is another expert */
+#ifdef HAVE_CUDA
+    struct cuda_device *gpu;
+    CUdeviceptr memory[512];
+    unsigned n_memory;
+#endif
 };
 
-static uint32_t slot_of(uint32_t expert, uint32_t experts)
+static bool on_gpu; /* of the present test case */
+
+/* What the kernels read: a copy on the device, or the thing itself. */
+static const void *placed(struct fixture *f, const void *data, size_t bytes)
 {
-    return (expert * 5 + 3) % experts; /* a permutation for powers of two */
+#ifdef HAVE_CUDA
+    struct err err = {.text = ""};
+    if (on_gpu) {
+        CUdeviceptr *at = &f->memory[f->n_memory++];
+        ck_assert_uint_le(f->n_memory, sizeof f->memory / sizeof f->memory[0]);
+        ck_assert_int_eq(f->gpu->driver.cuMemAlloc(at, bytes), CUDA_SUCCESS);
+        ck_assert_msg(compute_write(0, (void *)(uintptr_t)*at, data, bytes, &err) == 0, "%s", err.text);
+        return (const void *)(uintptr_t)*at;
+    }
+#endif
+    (void)f, (void)bytes;
+    return data;
+}
+
+static uint32_t slot_of(const struct fixture *f, uint32_t expert, uint32_t experts)
+{
+    return f->reversed ? experts - 1 - expert : (expert * 5 + 3) % experts; /* a permutation for powers of two */
 }
 
 static int fixture_find(void *user, const char *name, struct decoder_tensor *ret_tensor)
@@ -43,7 +78,8 @@ static int fixture_find(void *user, const char *name, struct decoder_tensor *ret
         uint64_t wide = w13 ? 2 * (uint64_t)c->expert_hidden : c->expert_hidden;
         bool wide_first = w13 == rows;
         *ret_tensor = (struct decoder_tensor){
-            .data = w13 ? f->w13 + layer * c->experts * 2 * one : f->w2 + layer * c->experts * one,
+            .data = placed(f, w13 ? f->w13 + layer * c->experts * 2 * one : f->w2 + layer * c->experts * one,
+                           (w13 ? 2 : 1) * one * 2 * c->experts),
             .dtype = "BF16",
             .dims = 3,
             .shape = {c->experts, wide_first ? wide : c->hidden, wide_first ? c->hidden : wide},
@@ -54,7 +90,7 @@ static int fixture_find(void *user, const char *name, struct decoder_tensor *ret
     const struct safetensors_tensor *t = source_find(&f->source, name);
     if (!t)
         return ERR_NOTFOUND;
-    *ret_tensor = (struct decoder_tensor){.data = t->data, .dtype = t->dtype, .dims = t->dims};
+    *ret_tensor = (struct decoder_tensor){.data = placed(f, t->data, t->bytes), .dtype = t->dtype, .dims = t->dims};
     memcpy(ret_tensor->shape, t->shape, sizeof ret_tensor->shape);
     return 0;
 }
@@ -66,12 +102,51 @@ static const void *reference_tensor(struct safetensors *file, const char *name, 
     return t->data;
 }
 
-static void fixture_open(struct fixture *f, const char *dir, enum decoder_layout layout)
+/* One rank with every expert, once. */
+static void fixture_map(struct fixture *f)
+{
+    const struct decoder_config *c = &f->source.shape;
+    size_t n = (size_t)c->layers * c->experts;
+    int32_t *held = malloc(n * sizeof *held), *physical = malloc(n * sizeof *physical), *count = malloc(n * sizeof *count);
+    uint64_t *load = calloc(n, sizeof *load);
+    for (size_t i = 0; i < n; i++) {
+        uint32_t expert = (uint32_t)(i % c->experts), slot = slot_of(f, expert, c->experts);
+        held[i - expert + slot] = (int32_t)expert;
+        physical[i] = (int32_t)slot;
+        count[i] = 1;
+    }
+    f->maps = (struct eep_maps){.layers = c->layers, .logical = c->experts, .slots = c->experts, .max_ranks = 1,
+                                .max_replicas = 1, .version = 1, .device = on_gpu ? 0 : -1,
+                                .physical_to_logical_map = held, .logical_to_physical_map = physical,
+                                .logical_replica_count = count, .expert_load = load};
+    if (!on_gpu)
+        return;
+    union {
+        const void *from;
+        int32_t *map;
+        uint64_t *load;
+    } at;
+    at.from = placed(f, held, n * sizeof *held);
+    f->maps.device_physical_to_logical_map = at.map;
+    at.from = placed(f, physical, n * sizeof *physical);
+    f->maps.device_logical_to_physical_map = at.map;
+    at.from = placed(f, count, n * sizeof *count);
+    f->maps.device_logical_replica_count = at.map;
+    at.from = placed(f, load, n * sizeof *load);
+    f->maps.device_expert_load = at.load;
+}
+
+static void fixture_open(struct fixture *f, const char *dir, enum decoder_layout layout, bool reversed)
 {
     struct err err = {0};
     char path[256];
     memset(f, 0, sizeof *f);
     f->layout = layout;
+    f->reversed = reversed;
+#ifdef HAVE_CUDA
+    if (on_gpu)
+        ck_assert_msg(cuda_device_open("0", &f->gpu, &err) == 0, "%s", err.text);
+#endif
     ck_assert_msg(source_open(dir, &f->source, &err) == 0, "%s", err.text);
     const struct decoder_config *c = &f->source.shape;
     size_t one = (size_t)c->hidden * c->expert_hidden, all = (size_t)c->layers * c->experts * one;
@@ -79,12 +154,16 @@ static void fixture_open(struct fixture *f, const char *dir, enum decoder_layout
     f->w2 = malloc(all * sizeof *f->w2);
     for (uint32_t l = 0; l < c->layers; l++) {
         for (uint32_t e = 0; e < c->experts; e++) {
-            size_t at = ((size_t)l * c->experts + slot_of(e, c->experts)) * one;
+            size_t at = ((size_t)l * c->experts + slot_of(f, e, c->experts)) * one;
             ck_assert_int_eq(source_expert(&f->source, layout, l, e, f->w13 + 2 * at, f->w2 + at, &err), 0);
         }
     }
     ck_assert_msg(decoder_bind(f->source.config, fixture_find, f, &f->model, &err) == 0, "%s", err.text);
     ck_assert_uint_eq(f->model.layout, layout);
+    fixture_map(f);
+    int rc = on_gpu ? compute_cuda_open(&f->model, 0, PROMPTS, PROMPT_TOKENS, &f->compute, &err)
+                    : compute_host_open(&f->model, &f->compute, &err);
+    ck_assert_msg(rc == 0, "%s", err.text);
     snprintf(path, sizeof path, "%s/reference.safetensors", dir);
     ck_assert_msg(safetensors_open(path, &f->reference, &err) == 0, "%s", err.text);
     f->input = reference_tensor(f->reference, "input_ids", PROMPTS * PROMPT_TOKENS * 4);
@@ -94,6 +173,16 @@ static void fixture_open(struct fixture *f, const char *dir, enum decoder_layout
 
 static void fixture_close(struct fixture *f)
 {
+    f->compute->close(f->compute);
+#ifdef HAVE_CUDA
+    for (unsigned i = 0; i < f->n_memory; i++)
+        f->gpu->driver.cuMemFree(f->memory[i]);
+    cuda_device_close(f->gpu);
+#endif
+    free(f->maps.physical_to_logical_map);
+    free(f->maps.logical_to_physical_map);
+    free(f->maps.logical_replica_count);
+    free(f->maps.expert_load);
     decoder_done(&f->model);
     safetensors_close(f->reference);
     source_done(&f->source);
@@ -101,30 +190,42 @@ static void fixture_close(struct fixture *f)
     free(f->w2);
 }
 
-/* All experts here; experts in reverse, so that only the order of combination can be what keeps the bits. */
+/* All experts here; computed last to first, so that only the order of combination can be what keeps the bits. */
 static int local_moe(void *user, uint32_t layer, uint32_t n, const float *h, float *ret_y)
 {
-    const struct decoder *m = user;
-    uint32_t hidden = m->config.hidden, top_k = m->config.top_k, expert[TOP_K_MAX];
-    float weight[TOP_K_MAX], scratch[3 * m->config.expert_hidden], out[top_k][hidden];
-    for (uint32_t i = 0; i < n; i++) {
-        decoder_route(m, layer, h + (size_t)i * hidden, expert, weight);
-        for (uint32_t k = top_k; k-- > 0;)
-            decoder_expert(m, layer, slot_of(expert[k], m->config.experts), h + (size_t)i * hidden, scratch, out[k]);
-        float *y = ret_y + (size_t)i * hidden;
-        memset(y, 0, hidden * sizeof *y);
-        for (uint32_t k = 0; k < top_k; k++) {
-            for (uint32_t j = 0; j < hidden; j++)
-                y[j] += weight[k] * out[k][j];
-        }
+    struct fixture *f = user;
+    struct err err = {.text = ""};
+    const struct compute_maps maps = {&f->maps, 0, 1};
+    uint32_t hidden = f->model.config.hidden, top_k = f->model.config.top_k, all = n * top_k;
+    struct choice choices[all];
+    struct item items[all];
+    float *in = malloc(2 * (size_t)all * hidden * sizeof *in), *out = in + (size_t)all * hidden;
+    int rc = f->compute->route(f->compute, layer, &maps, 0, h, n, choices, &err);
+    for (uint32_t i = 0; i < all && rc == 0; i++) {
+        items[all - 1 - i] = (struct item){(uint32_t)choices[i].physical, choices[i].expert};
+        memcpy(in + (size_t)(all - 1 - i) * hidden, h + (size_t)(i / top_k) * hidden, hidden * sizeof *h);
     }
+    if (rc == 0)
+        rc = f->compute->experts(f->compute, layer, &maps, items, in, all, out, &err);
+    ck_assert_msg(rc == 0, "%s", err.text);
+    memset(ret_y, 0, (size_t)n * hidden * sizeof *ret_y);
+    for (uint32_t i = 0; i < all; i++)
+        for (uint32_t j = 0; j < hidden; j++)
+            ret_y[(size_t)(i / top_k) * hidden + j] += choices[i].weight * out[(size_t)(all - 1 - i) * hidden + j];
+    free(in);
     return 0;
 }
 
 static void run(struct fixture *f, const struct forward_token *tokens, uint32_t n)
 {
     struct err err = {0};
-    ck_assert_msg(forward_run(&f->model, tokens, n, local_moe, &f->model, &err) == 0, "%s", err.text);
+    ck_assert_msg(forward_run(f->compute, tokens, n, local_moe, f, &err) == 0, "%s", err.text);
+}
+
+static void kv_open(struct fixture *f, uint32_t positions, struct decoder_kv *ret_kv)
+{
+    struct err err = {0};
+    ck_assert_msg(f->compute->kv_init(f->compute, positions, ret_kv, &err) == 0, "%s", err.text);
 }
 
 static void prefill(struct fixture *f, uint32_t prompt, struct decoder_kv *kv, float *logits)
@@ -141,19 +242,18 @@ static const char *const dirs[] = {"tests/data/qwen3-moe-tiny", "tests/data/mixt
 START_TEST(logits_match)
 {
     struct fixture f;
-    fixture_open(&f, dirs[_i / 2], _i % 2 ? DECODER_LAYOUT_TRANSPOSED : DECODER_LAYOUT_ROWS);
+    fixture_open(&f, dirs[_i / 2], _i % 2 ? DECODER_LAYOUT_TRANSPOSED : DECODER_LAYOUT_ROWS, false);
     uint32_t vocab = f.model.config.vocab;
     float *logits = malloc((size_t)PROMPT_TOKENS * vocab * sizeof *logits), worst = 0;
-    struct err err = {0};
     for (uint32_t p = 0; p < PROMPTS; p++) {
         struct decoder_kv kv;
-        ck_assert_int_eq(decoder_kv_init(&f.model.config, PROMPT_TOKENS, &kv, &err), 0);
+        kv_open(&f, PROMPT_TOKENS, &kv);
         prefill(&f, p, &kv, logits);
         for (size_t i = 0; i < (size_t)PROMPT_TOKENS * vocab; i++) {
             float d = fabsf(logits[i] - f.logits[(size_t)p * PROMPT_TOKENS * vocab + i]);
             worst = d > worst || isnan(d) ? d : worst;
         }
-        decoder_kv_done(&kv);
+        f.compute->kv_done(f.compute, &kv);
     }
     ck_assert_msg(worst < TOLERANCE, "logits of %s differ by %g", dirs[_i / 2], (double)worst);
     free(logits);
@@ -164,14 +264,13 @@ END_TEST
 START_TEST(greedy_tokens_equal)
 {
     struct fixture f;
-    fixture_open(&f, dirs[_i / 2], _i % 2 ? DECODER_LAYOUT_TRANSPOSED : DECODER_LAYOUT_ROWS);
+    fixture_open(&f, dirs[_i / 2], _i % 2 ? DECODER_LAYOUT_TRANSPOSED : DECODER_LAYOUT_ROWS, false);
     uint32_t vocab = f.model.config.vocab;
     float *logits = malloc((size_t)PROMPT_TOKENS * vocab * sizeof *logits);
     struct decoder_kv kv[PROMPTS];
     struct forward_token tokens[PROMPTS];
-    struct err err = {0};
     for (uint32_t p = 0; p < PROMPTS; p++) {
-        ck_assert_int_eq(decoder_kv_init(&f.model.config, PROMPT_TOKENS + GREEDY_TOKENS, &kv[p], &err), 0);
+        kv_open(&f, PROMPT_TOKENS + GREEDY_TOKENS, &kv[p]);
         prefill(&f, p, &kv[p], logits);
         tokens[p] = (struct forward_token){decoder_argmax(logits + (size_t)(PROMPT_TOKENS - 1) * vocab, vocab),
                                            PROMPT_TOKENS, &kv[p], logits + (size_t)p * vocab};
@@ -190,34 +289,54 @@ START_TEST(greedy_tokens_equal)
         }
     }
     for (uint32_t p = 0; p < PROMPTS; p++)
-        decoder_kv_done(&kv[p]);
+        f.compute->kv_done(f.compute, &kv[p]);
     free(logits);
     fixture_close(&f);
 }
 END_TEST
 
-/* One token at a time, or the prompt at once, or again after a failed step: the same bits. */
-START_TEST(batch_does_not_matter)
+/* One token at a time, or the prompt at once, or again after a failed step, and the experts in other slots: the same bits. */
+START_TEST(batch_and_place_do_not_matter)
 {
-    struct fixture f;
-    fixture_open(&f, dirs[_i], DECODER_LAYOUT_ROWS);
+    struct fixture f, g;
+    fixture_open(&f, dirs[_i / 2], _i % 2 ? DECODER_LAYOUT_TRANSPOSED : DECODER_LAYOUT_ROWS, false);
+    fixture_open(&g, dirs[_i / 2], _i % 2 ? DECODER_LAYOUT_TRANSPOSED : DECODER_LAYOUT_ROWS, true);
     size_t vocab = f.model.config.vocab, bytes = PROMPT_TOKENS * vocab * sizeof(float);
     float *whole = malloc(bytes), *single = malloc(bytes);
     struct decoder_kv kv, kv1;
-    struct err err = {0};
-    ck_assert_int_eq(decoder_kv_init(&f.model.config, PROMPT_TOKENS, &kv, &err), 0);
-    ck_assert_int_eq(decoder_kv_init(&f.model.config, PROMPT_TOKENS + 3, &kv1, &err), 0);
+    kv_open(&f, PROMPT_TOKENS, &kv);
+    kv_open(&g, PROMPT_TOKENS + 3, &kv1);
     prefill(&f, 1, &kv, whole);
     for (uint32_t i = 0; i < PROMPT_TOKENS; i++) {
         struct forward_token t = {f.input[PROMPT_TOKENS + i], i, &kv1, single + i * vocab};
-        run(&f, &t, 1);
-        run(&f, &t, 1);
+        run(&g, &t, 1);
+        run(&g, &t, 1);
     }
     ck_assert_int_eq(memcmp(whole, single, bytes), 0);
-    decoder_kv_done(&kv);
-    decoder_kv_done(&kv1);
+    f.compute->kv_done(f.compute, &kv);
+    g.compute->kv_done(g.compute, &kv1);
     free(whole);
     free(single);
+    fixture_close(&g);
+    fixture_close(&f);
+}
+END_TEST
+
+/* A token for an expert that the slot does not hold is noticed; a slot that routes to nothing is in its grace. */
+START_TEST(a_slot_with_another_expert_is_noticed)
+{
+    struct fixture f;
+    struct err err = {.text = ""};
+    fixture_open(&f, dirs[0], DECODER_LAYOUT_ROWS, false);
+    const struct compute_maps maps = {&f.maps, 0, 1};
+    uint32_t hidden = f.model.config.hidden;
+    float *h = calloc(2 * hidden, sizeof *h);
+    struct item item = {slot_of(&f, 3, f.model.config.experts), 3};
+    ck_assert_msg(f.compute->experts(f.compute, 1, &maps, &item, h, 1, h + hidden, &err) == 0, "%s", err.text);
+    item.expert = 4;
+    ck_assert_int_eq(f.compute->experts(f.compute, 1, &maps, &item, h, 1, h + hidden, &err), ERR_CORRUPT);
+    ck_assert_ptr_nonnull(strstr(err.text, "a token for expert 4"));
+    free(h);
     fixture_close(&f);
 }
 END_TEST
@@ -243,16 +362,56 @@ START_TEST(config_variants)
 }
 END_TEST
 
+static void use_gpu(void)
+{
+    on_gpu = true;
+}
+
+static void use_host(void)
+{
+    on_gpu = false;
+}
+
+/* In a process of its own: a context does not survive the forks of the tests. */
+static bool gpu_there(void)
+{
+#ifdef HAVE_CUDA
+    int status = 1;
+    struct gpu first;
+    size_t n = 0;
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(gpu_list(&first, 1, &n, NULL) < 0 || n == 0 ? 1 : 0);
+    waitpid(pid, &status, 0);
+    return status == 0 && kernels_image();
+#else
+    return false;
+#endif
+}
+
+static void add(Suite *s, const char *name, SFun setup)
+{
+    TCase *t = tcase_create(name);
+    tcase_add_checked_fixture(t, setup, NULL);
+    tcase_set_timeout(t, 120);
+    tcase_add_loop_test(t, logits_match, 0, 4);
+    tcase_add_loop_test(t, greedy_tokens_equal, 0, 4);
+    tcase_add_loop_test(t, batch_and_place_do_not_matter, 0, 4);
+    tcase_add_test(t, a_slot_with_another_expert_is_noticed);
+    suite_add_tcase(s, t);
+}
+
 int main(void)
 {
     Suite *s = suite_create("reference_model");
-    TCase *t = tcase_create("model");
-    tcase_set_timeout(t, 120);
+    TCase *t = tcase_create("config");
     tcase_add_test(t, config_variants);
-    tcase_add_loop_test(t, logits_match, 0, 4);
-    tcase_add_loop_test(t, greedy_tokens_equal, 0, 4);
-    tcase_add_loop_test(t, batch_does_not_matter, 0, 2);
     suite_add_tcase(s, t);
+    add(s, "host", use_host);
+    if (gpu_there())
+        add(s, "GPU", use_gpu);
+    else
+        puts("the kernels are not tested: there is no GPU, or no cuda.h or nvcc in this build");
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_NORMAL);
     int failed = srunner_ntests_failed(r);

@@ -56,6 +56,13 @@ START_TEST(a_good_file_is_read)
     ck_assert_uint_eq(t->bytes, 24);
     for (uint8_t i = 0; i < 24; i++)
         ck_assert_uint_eq(t->data[i], i + 4);
+    uint8_t some[10] = {0};
+    ck_assert_int_eq(safetensors_read(t, 14, some, 10, &err), 0);
+    ck_assert_mem_eq(some, t->data + 14, 10);
+    ck_assert_int_eq(truncate(path, 8 + (off_t)strlen(header) + 20), 0);
+    ck_assert_int_eq(safetensors_read(t, 14, some, 10, &err), ERR_IO);
+    ck_assert_msg(strstr(err.text, path) && strstr(err.text, "\"b\"") && strstr(err.text, "became shorter"), "%s",
+                  err.text);
     ck_assert_ptr_null(safetensors_find(file, "c"));
     ck_assert_ptr_null(safetensors_find(file, "__metadata__"));
     safetensors_close(file);

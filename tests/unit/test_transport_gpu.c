@@ -24,6 +24,7 @@
 #include "common/address.h"
 #include "common/clock.h"
 #include "common/digest.h"
+#include "tests/unit/transport_standin.h"
 
 #define PARTIES_MAX 8
 #define ID_MAX      256
@@ -51,6 +52,16 @@ static struct transport *cuda_peer_open(const char *device, const char *address,
     return transport_cuda_peer_open(device, err);
 }
 
+/* Falls back to single copies where the driver has no batches. */
+static struct transport *batched_open(const char *device, const char *address, struct err *err)
+{
+    (void)address;
+    struct transport *t = transport_cuda_peer_open(device, err);
+    if (t)
+        (void)transport_cuda_peer_tune(t, &(struct peer_tuning){.streams = 2, .batched = true});
+    return t;
+}
+
 static int n_backends, n_gpus;
 static bool gpus_shared; /* by the parties of the present test */
 
@@ -62,8 +73,31 @@ static struct transport *nccl_open(const char *device, const char *address, stru
                                                                               : transport_nccl_open(&options, err);
 }
 
+/* In a world of two hosts, on which the parties sit by turns; one transport a process. */
+static uint32_t party_self;
+static struct transport *standin_open(const char *device, const char *address, struct err *err)
+{
+    static struct standins standins;
+    char actual[ADDRESS_TEXT_MAX];
+    int fd;
+    (void)device;
+    return address_listen(address, 0600, &fd, actual, err) < 0 ? NULL
+                                                               : standins_open(&standins, party_self % 2, fd, err);
+}
+
+static struct transport *auto_open(const char *device, const char *address, struct err *err)
+{
+    char actual[ADDRESS_TEXT_MAX];
+    int fd;
+    return address_listen(address, 0600, &fd, actual, err) < 0 ? NULL : transport_gpu_auto_open(device, fd, err);
+}
+
+/* The first ones without a GPU, then cuda_peer, then nccl; the last two are only tested for what is special in them. */
 static const struct backend backends[] = {
-    {"host", false, host_open}, {"cuda_peer", true, cuda_peer_open}, {"nccl", true, nccl_open}};
+    {"host", false, host_open}, {"auto over sockets", false, standin_open},   {"cuda_peer", true, cuda_peer_open},
+    {"nccl", true, nccl_open},  {"cuda_peer in batches", true, batched_open}, {"auto", true, auto_open},
+};
+enum { WITHOUT_GPU = 2, WITHOUT_NCCL = 3, WITH_NCCL = 4, BATCHED = 4, AUTO = 5 };
 
 /* How many GPUs a child sees: the driver must not be used before the forks. */
 static int gpus_count(void)
@@ -97,7 +131,7 @@ static bool nccl_there(void)
             fflush(NULL);
             _exit(0);
         }
-        struct transport *t = transport_nccl_open(&(struct transport_nccl_options){-1, "", false}, &err);
+        struct transport *t = transport_nccl_open(&(struct transport_nccl_options){.listen_fd = -1, .gpu = ""}, &err);
         printf("%s%s\n", t ? "" : "NCCL is not tested: ", t ? transport_nccl_version(t) : err.text);
         fflush(NULL);
         _exit(t != NULL);
@@ -163,8 +197,10 @@ static void party_progress(void *user, uint64_t bytes)
 
 static struct transport_call party_call(struct party *p)
 {
-    return (struct transport_call){.deadline_ns = clock_now_ns() + p->timeout_ms * MS, .cancel_fd = p->cancel_fd,
-                                   .progress = party_progress, .user = p};
+    return (struct transport_call){.deadline_ns = clock_now_ns() + p->timeout_ms * MS,
+                                   .cancel_fd = p->cancel_fd,
+                                   .progress = party_progress,
+                                   .user = p};
 }
 
 static int group_create(struct party *p)
@@ -211,6 +247,7 @@ static void party_open(struct party *p)
         snprintf(memory, sizeof memory, "cuda:%s", device);
     p->memory = memory_open(memory, &p->err);
     must(p, p->memory != NULL, "%s", p->err.text);
+    party_self = p->self;
     p->transport = p->backend->open(device, p->members[p->self].data_address, &p->err);
     must(p, p->transport != NULL, "%s", p->err.text);
     p->cancel_fd = eventfd(0, EFD_CLOEXEC);
@@ -319,7 +356,8 @@ static void region_write(struct party *p, const uint8_t *data, size_t bytes)
 
 #define SLOTS 12
 
-/* A random round: read from the lower half of slots, written to the upper half; odd sizes, two extents, local copies. */
+/* A random round: read from the lower half of slots, written to the upper half; odd sizes, two extents, local copies.
+ */
 static size_t round_make(struct party *p, uint64_t *state, size_t slot_bytes, struct transfer *items, uint32_t *from,
                          uint32_t *to)
 {
@@ -396,6 +434,13 @@ START_TEST(moves_arrive)
     for (uint32_t n = 1; n <= 5; n += 2)
         troupe(_i, n, play_small_rounds);
     troupe(_i, 3, play_large_rounds);
+}
+END_TEST
+
+START_TEST(moves_in_batches_arrive)
+{
+    troupe(BATCHED, 3, play_small_rounds);
+    troupe(BATCHED, 3, play_large_rounds);
 }
 END_TEST
 
@@ -647,22 +692,26 @@ static void play_broadcasts(struct party *p)
             uint8_t have[PARTIES_MAX];
             uint64_t received = 77;
             for (uint32_t i = 0; i < p->n; i++)
-                have[i] = mask >> i & 1;
-            fill(data, most, have[p->self] ? 7000 + mask : p->self);
+                have[i] = mask >> i & 1 ? TRANSPORT_HAS : TRANSPORT_WANTS;
+            uint32_t absent = mask / 2 % p->n;
+            if (mask % 3 == 0 && mask != 1u << absent)
+                have[absent] = TRANSPORT_ABSENT;
+            fill(data, most, have[p->self] == TRANSPORT_HAS ? 7000 + mask : p->self);
             region_write(p, data, most);
             /* with gaps, in another order than they lie in memory */
-            const struct extent extents[] = {{&p->region, b + 20, bytes - b}, {&p->region, 0, a},
-                                             {&p->region, a + 10, b - a}};
+            const struct extent extents[] = {
+                {&p->region, b + 20, bytes - b}, {&p->region, 0, a}, {&p->region, a + 10, b - a}};
             uint8_t *sent = malloc(most);
             fill(sent, most, 7000 + mask);
-            for (int e = 0; e < 3; e++)
+            for (int e = 0; e < 3 && have[p->self] != TRANSPORT_ABSENT; e++)
                 memcpy(data + extents[e].offset, sent + extents[e].offset, extents[e].len);
             free(sent);
             together(p); /* nobody writes while another still reads */
             struct transport_call call = party_call(p);
             must(p, p->transport->broadcast(p->group, extents, 3, have, &call, &received, &p->err) == 0, "%s",
                  p->err.text);
-            must(p, received == (have[p->self] ? 0 : bytes), "%llu of %zu", (unsigned long long)received, bytes);
+            must(p, received == (have[p->self] == TRANSPORT_WANTS ? bytes : 0), "%llu of %zu",
+                 (unsigned long long)received, bytes);
             must(p, region_holds(p, data, 0, most), "%zu bytes, mask %x", bytes, mask);
             together(p);
         }
@@ -680,16 +729,25 @@ START_TEST(broadcasts_reach_everybody)
 }
 END_TEST
 
+START_TEST(gpus_of_one_host_need_no_nccl)
+{
+    troupe(AUTO, 3, play_small_rounds);
+    troupe(AUTO, 3, play_broadcasts);
+}
+END_TEST
+
 int main(void)
 {
     n_gpus = gpus_count();
-    n_backends = n_gpus == 0 ? 1 : nccl_there() ? 3 : 2;
+    n_backends = n_gpus == 0 ? WITHOUT_GPU : nccl_there() ? WITH_NCCL : WITHOUT_NCCL;
     for (int i = 0; i < n_backends; i++)
         printf("tested: %s\n", backends[i].name);
     Suite *s = suite_create("transport between processes");
     TCase *t = tcase_create("contract");
     tcase_set_timeout(t, 120);
     tcase_add_loop_test(t, moves_arrive, 0, n_backends);
+    if (n_gpus > 0)
+        tcase_add_test(t, moves_in_batches_arrive), tcase_add_test(t, gpus_of_one_host_need_no_nccl);
     tcase_add_loop_test(t, progress_is_reported_on_both_sides, 0, n_backends);
     tcase_add_loop_test(t, different_plans_are_noticed, 0, n_backends);
     tcase_add_loop_test(t, a_party_that_does_not_come_is_named, 0, n_backends);

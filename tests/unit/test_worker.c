@@ -470,6 +470,64 @@ static void setup_impatient(void)
     }
 }
 
+/* A memory backend that loses its device with its first allocation. */
+struct lossy {
+    struct memory_backend base;
+    bool lost;
+};
+
+static int lossy_alloc(struct memory_backend *self, const char *label, size_t bytes, struct memory_region *ret_region,
+                       struct err *err)
+{
+    (void)label, (void)bytes, (void)ret_region;
+    ((struct lossy *)self)->lost = true;
+    return err_set(err, ERR_IO, "cannot clear memory: illegal address");
+}
+
+static void lossy_release(struct memory_backend *self, struct memory_region *region)
+{
+    (void)self, (void)region;
+}
+
+static int lossy_health(struct memory_backend *self, struct err *err)
+{
+    return ((struct lossy *)self)->lost ? err_set(err, ERR_IO, "this process cannot use the GPU any more") : 0;
+}
+
+static void lossy_close(struct memory_backend *self)
+{
+    (void)self;
+}
+
+/* The work that failed is answered first, so that the operation ends with the reason; then, once, that all is lost. */
+START_TEST(a_lost_device_is_told_once_and_after_the_failure)
+{
+    struct lossy lossy = {.base = {.name = "lossy", .alloc = lossy_alloc, .release = lossy_release, .health = lossy_health, .close = lossy_close}};
+    struct expert_map *map = map_of_two(2, 8);
+    struct model *model = cold_start(map);
+    struct worker_config config = {.memory = &lossy.base};
+    struct worker *w;
+    struct err err = {0};
+    ck_assert_int_eq(worker_start(&config, &w, &err), 0);
+    for (int k = 0; k < 2; k++) {
+        struct work work = work_new(WORK_ALLOCATE, 0);
+        uint64_t id = work.id;
+        work.model = model_ref(model);
+        worker_submit(w, &work);
+        struct worker_result r = result_wait(w, id);
+        ck_assert(r.code == ERR_IO && !r.fatal && strstr(r.text, "illegal address"));
+        if (k == 0) {
+            r = result_wait(w, 0);
+            ck_assert_msg(r.fatal && strstr(r.text, "any more"), "%s", r.text);
+        }
+    }
+    ck_assert(!worker_next_result(w, &(struct worker_result){0}));
+    worker_stop(w);
+    model_unref(model);
+    expert_map_unref(map);
+}
+END_TEST
+
 START_TEST(stopping_ends_everything)
 {
     /* In the middle of a group that never comes, with work queued and results unread. */
@@ -589,6 +647,7 @@ int main(void)
     tcase_add_test(t, broken_dense_weights_are_noticed);
     tcase_add_test(t, what_cannot_be_done_says_so);
     tcase_add_test(t, a_cancel_stops_the_present_and_the_queued);
+    tcase_add_test(t, a_lost_device_is_told_once_and_after_the_failure);
     tcase_add_test(t, stopping_ends_everything);
     tcase_add_test(t, an_engine_seals_its_own_layout);
     tcase_add_test(t, an_engine_that_dies_before_sealing_leaves_nothing);
