@@ -233,6 +233,11 @@ check-unit: check-deps ## unit tests alone
 sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/eep-sim
 	$(BUILD)/tests/eep-sim --seeds $(SIM_SEEDS)
+PLANS ?= 4000
+.PHONY: plans
+plans:     ## more random plans, each walked round by round: make plans PLANS=4000
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/test_planner_figures
+	EEP_PLANS=$(PLANS) $(BUILD)/tests/test_planner_figures
 SOAK_SECONDS ?= 1800
 .PHONY: soak
 soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800

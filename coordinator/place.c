@@ -162,18 +162,27 @@ void place_rewind(struct place *p, size_t n_log)
     }
 }
 
-uint32_t place_hottest(const struct place *p)
-{
-    uint32_t hottest = 0;
-    for (uint32_t r = 1; r < p->ranks; r++)
-        if (p->load[r] > p->load[hottest])
-            hottest = r;
-    return hottest;
-}
-
 double place_max(const struct place *p)
 {
-    return p->load[place_hottest(p)];
+    double max[4] = {0}; /* four chains: the comparisons of one would wait for one another */
+    uint32_t r = 0;
+    for (; r + 4 <= p->ranks; r += 4)
+        for (uint32_t i = 0; i < 4; i++)
+            max[i] = p->load[r + i] > max[i] ? p->load[r + i] : max[i];
+    for (; r < p->ranks; r++)
+        max[0] = p->load[r] > max[0] ? p->load[r] : max[0];
+    max[0] = max[1] > max[0] ? max[1] : max[0];
+    max[2] = max[3] > max[2] ? max[3] : max[2];
+    return max[2] > max[0] ? max[2] : max[0];
+}
+
+uint32_t place_hottest(const struct place *p)
+{
+    double max = place_max(p);
+    uint32_t r = 0;
+    while (r + 1 < p->ranks && p->load[r] < max)
+        r++;
+    return r;
 }
 
 double place_balance(const struct place *p)

@@ -46,6 +46,7 @@ struct place {
     struct place_step *log;      /* for place_rewind */
     size_t n_log, cap_log;
     bool rigid;    /* what is held and unique stays where it is */
+    bool wide;     /* polishing looks at more ranks */
     bool swap;     /* polishing may replace arrivals */
     uint64_t work; /* candidates looked at: a measure of time that is the same everywhere */
     bool broken;   /* out of memory: the log is incomplete */

@@ -5,10 +5,12 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
-#define EPSILON  1e-9 /* of the mean: what does not count as an improvement */
-#define HOT_MAX  4
-#define COLD_MAX 8
+#define EPSILON     1e-9 /* of the mean: what does not count as an improvement */
+#define HOT_MAX     4
+#define COLD_MAX    8
+#define POLISH_COLD 64
 
 enum change_kind {
     CHANGE_NONE = 0,
@@ -67,6 +69,27 @@ static void change_apply(struct place *p, const struct change *c)
 }
 
 /* ---- polish ---- */
+
+/* The n ranks with the highest (sign 1) or lowest (sign -1) load; open: of those where something may arrive. */
+static uint32_t extremes(const struct place *p, double sign, bool open, uint32_t n, uint32_t *ret_ranks)
+{
+    uint32_t found = 0;
+    for (uint32_t r = 0; r < p->ranks; r++) {
+        uint32_t i = found;
+        if (open && place_closed(p, r))
+            continue;
+        while (i > 0 && sign * p->load[r] > sign * p->load[ret_ranks[i - 1]])
+            i--;
+        if (i >= n)
+            continue;
+        if (found < n)
+            found++;
+        for (uint32_t k = found - 1; k > i; k--)
+            ret_ranks[k] = ret_ranks[k - 1];
+        ret_ranks[i] = r;
+    }
+    return found;
+}
 
 /* The highest load among the ranks of e, without one of them, if all of them change by delta. */
 static double others_max(const struct place *p, uint32_t e, uint32_t without, double delta)
@@ -150,27 +173,41 @@ static void polish_here(struct place *p, uint32_t hottest, uint32_t z, struct ch
     }
 }
 
+/* x to where it is held already. */
+static void polish_held(struct place *p, uint32_t hottest, uint32_t x, struct change *best)
+{
+    const uint8_t *tier = p->tier + (size_t)x * p->ranks, *end = tier + p->ranks;
+    for (const uint8_t *at = tier; at < end && (at = memchr(at, TIER_HELD, (size_t)(end - at))) != NULL; at++)
+        if (!place_on(p, (uint32_t)(at - tier), x))
+            polish_pair(p, hottest, (uint32_t)(at - tier), x, best);
+}
+
 static bool polish_step(struct place *p, uint32_t hottest)
 {
     struct change best = {.value = p->load[hottest] - EPSILON * p->mean};
     const uint16_t *item = p->item + (size_t)hottest * p->slots;
+    uint32_t cold[POLISH_COLD], n_cold = 0;
     for (uint32_t i = 0; i < p->items[hottest]; i++) {
         uint32_t x = item[i];
-        const uint8_t *tier = p->tier + (size_t)x * p->ranks;
-        bool arrived = tier[hottest] != TIER_HELD;
+        bool arrived = place_tier(p, hottest, x) != TIER_HELD;
         if (p->count[x] > 1) {
             double after = fmax(p->load[hottest] - p->share[x], others_max(p, x, hottest, p->less[x]));
             change_offer(&best, (struct change){CHANGE_MUTE, hottest, 0, x, 0, after});
         }
         if (p->count[x] > 1 && p->swap)
             polish_here(p, hottest, x, &best);
-        for (uint32_t to = 0; to < p->ranks; to++) {
-            if (place_on(p, to, x))
+        polish_held(p, hottest, x, &best);
+        if (!arrived && !p->swap)
+            continue;
+        if (n_cold == 0)
+            n_cold = extremes(p, -1, false, p->wide ? POLISH_COLD : POLISH_COLD / 5, cold);
+        for (uint32_t k = 0; k < n_cold && p->load[cold[k]] < best.value; k++) {
+            if (place_on(p, cold[k], x))
                 continue;
-            if (tier[to] == TIER_HELD || arrived)
-                polish_pair(p, hottest, to, x, &best);
-            if (p->swap && p->load[to] < p->mean)
-                polish_there(p, hottest, to, x, &best);
+            if (arrived && place_tier(p, cold[k], x) != TIER_HELD)
+                polish_pair(p, hottest, cold[k], x, &best);
+            if (p->swap)
+                polish_there(p, hottest, cold[k], x, &best);
         }
     }
     change_apply(p, &best);
@@ -194,25 +231,6 @@ struct shift {
     uint32_t hot[HOT_MAX], cold[COLD_MAX], n_hot, n_cold;
     struct change best;
 };
-
-/* The n ranks with the highest (sign 1) or lowest (sign -1) load. */
-static uint32_t extremes(const struct place *p, double sign, uint32_t n, uint32_t *ret_ranks)
-{
-    uint32_t found = 0;
-    for (uint32_t r = 0; r < p->ranks; r++) {
-        uint32_t i = found;
-        while (i > 0 && sign * p->load[r] > sign * p->load[ret_ranks[i - 1]])
-            i--;
-        if (i >= n)
-            continue;
-        if (found < n)
-            found++;
-        for (uint32_t k = found - 1; k > i; k--)
-            ret_ranks[k] = ret_ranks[k - 1];
-        ret_ranks[i] = r;
-    }
-    return found;
-}
 
 static void shift_offer(struct shift *s, enum change_kind kind, uint32_t from, uint32_t to, uint32_t x, uint32_t z,
                         double gain, double cost)
@@ -268,8 +286,8 @@ static void shift_pair(struct place *p, struct shift *s, uint32_t from, uint32_t
 static bool shift_step(struct place *p, const struct place_style *style)
 {
     struct shift s = {.style = style};
-    s.n_hot = extremes(p, 1, style->hot, s.hot);
-    s.n_cold = extremes(p, -1, style->cold, s.cold);
+    s.n_hot = extremes(p, 1, false, style->hot, s.hot);
+    s.n_cold = extremes(p, -1, true, style->cold, s.cold);
     s.best.value = -EPSILON * p->mean * p->mean;
     for (uint32_t h = 0; h < s.n_hot; h++) {
         uint32_t from = s.hot[h];
@@ -291,7 +309,7 @@ static bool shift_step(struct place *p, const struct place_style *style)
 /* A further replica of the hottest rank's largest expert, on the coldest rank that can take it. */
 static bool shift_force(struct place *p)
 {
-    uint32_t from = place_hottest(p), cold[COLD_MAX], n = extremes(p, -1, COLD_MAX, cold);
+    uint32_t from = place_hottest(p), cold[COLD_MAX], n = extremes(p, -1, true, COLD_MAX, cold);
     struct change best = {.value = 0};
     const uint16_t *item = p->item + (size_t)from * p->slots;
     for (uint32_t c = 0; c < n && best.kind == CHANGE_NONE; c++) {
@@ -380,6 +398,7 @@ void place_shift(struct place *p, const struct place_style *style, double limit,
     struct marks marks = {0};
     uint32_t forced = 0, idle = 0;
     p->swap = style->swap;
+    p->wide = style->wide;
     marks_add(p, &marks);
     for (uint32_t step = 0; step < 4 * p->ranks * p->slots && idle < 64 && !p->broken; step++, idle++) {
         if (style->polish || forced)

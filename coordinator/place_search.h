@@ -10,6 +10,7 @@ struct place_style {
     double piece;       /* relocates replicas of at most this part of the mean load */
     double leave;       /* prefers what leaves the source with this part of the mean */
     bool polish;        /* polishes between shifts: fewer arrivals for more time */
+    bool wide;          /* polishing looks at more of the cold ranks: slower */
     bool swap;          /* polishing may also replace what arrives: slower */
 };
 

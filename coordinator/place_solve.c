@@ -9,11 +9,12 @@
 static const struct place_style styles[] = {
     {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = true},
     {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = false},
-    {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = true, .swap = true},
-    {.hot = 1, .cold = 8, .piece = 0.6, .leave = 0.9, .polish = true},
-    {.hot = 4, .cold = 8, .piece = 1.0, .leave = 0.9, .polish = true, .swap = true},
+    {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = true, .wide = true},
+    {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = true, .wide = true, .swap = true},
+    {.hot = 1, .cold = 8, .piece = 0.6, .leave = 0.9, .polish = true, .wide = true},
+    {.hot = 4, .cold = 8, .piece = 1.0, .leave = 0.9, .polish = true, .wide = true, .swap = true},
     {.hot = 4, .cold = 8, .piece = 1.0, .leave = 0.9, .polish = false},
-    {.hot = 1, .cold = 1, .piece = 0.8, .leave = 0.95, .polish = true},
+    {.hot = 1, .cold = 1, .piece = 0.8, .leave = 0.95, .polish = true, .wide = true},
 };
 #define STYLES (sizeof styles / sizeof styles[0])
 
@@ -169,18 +170,20 @@ void place_solve(struct place *p, const struct place_goal *goal)
         place_rewind(p, start);
         place_cover(p);
         uint32_t room = UINT32_MAX - p->arrivals, more = goal->arrivals_max < room ? goal->arrivals_max : room;
-        p->swap = false;
+        p->swap = p->wide = false;
         place_polish(p, limit);
         place_shift(p, &styles[i], limit, p->arrivals + more, goal->lambda);
         if (place_max(p) <= limit)
             place_prune(p, limit);
         if (solution_beaten(&best, p, limit, goal->lambda) && !solution_keep(&best, p, start))
             break;
-        if (p->broken || p->work - begun > (best.max <= limit ? 1 : 8) * goal->work)
+        if (p->broken || p->work - begun > (best.max <= limit ? 1 : 32) * goal->work)
             break;
     }
     if (!p->broken)
         solution_restore(&best, p, start);
+    p->swap = true;
+    place_polish(p, p->mean * 1.0005); /* what is free is taken beyond the goal as well */
     free(best.step);
 }
 
@@ -189,7 +192,8 @@ void place_solve(struct place *p, const struct place_goal *goal)
 /* Only what is free: by phi, which can cross what the maximum cannot, and by the maximum. */
 static void place_settle(struct place *p)
 {
-    static const struct place_style by_max = {.hot = 4, .cold = 8, .piece = 1, .polish = true, .swap = true};
+    static const struct place_style by_max = {
+        .hot = 4, .cold = 8, .piece = 1, .polish = true, .wide = true, .swap = true};
     static const struct place_style by_phi = {.hot = 4, .cold = 8, .piece = 1};
     p->swap = false;
     double node = p->cost[TIER_NODE], cross = p->cost[TIER_CROSS], limit = p->mean * 1.0005;
@@ -255,7 +259,8 @@ static bool fill_rest(struct place *p)
 
 void place_fill(struct place *p)
 {
-    static const struct place_style useful = {.hot = 2, .cold = 8, .piece = 0.5, .leave = 0.9, .polish = true};
+    static const struct place_style useful = {
+        .hot = 2, .cold = 8, .piece = 0.5, .leave = 0.9, .polish = true, .wide = true};
     fill_hold(p);
     uint32_t room = fill_room(p);
     if (room) {

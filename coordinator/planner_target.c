@@ -12,8 +12,8 @@
 
 #include "coordinator/planner_work.h"
 
-/* Evaluations of further starts, over all layers: about ten milliseconds. */
-#define WORK_TOTAL 3000000
+/* Candidates looked at by further starts of a layer: some tenths of a millisecond. */
+#define WORK_LAYER 15000
 
 double planner_peak(const struct planner *p, const int32_t *held, const uint8_t *live, const uint8_t *which,
                     double *ret_mean)
@@ -237,6 +237,30 @@ static void layer_copy(const struct planner *p, uint32_t layer, struct expert_ma
 /* How freely a layer is planned: the next one when the moves of one have no order. */
 enum effort { EFFORT_FULL, EFFORT_RIGID, EFFORT_COVER, EFFORTS };
 
+/* Where something may arrive before the commit of a scale-up, on ranks that serve: slots whose expert is routed to on
+ * another one of them as well, or not here.  What a joiner is to take over stays until it serves. */
+static void layer_room(struct planner *p, const int32_t *held, const uint8_t *live, bool joiners_only)
+{
+    uint16_t replicas[p->logical];
+    memset(replicas, 0, sizeof replicas);
+    for (size_t i = 0; i < (size_t)p->parties * p->slots; i++)
+        if (live[i])
+            replicas[held[i]]++;
+    for (uint32_t r = 0; r < p->n_final; r++) {
+        size_t at = (size_t)p->party_of[r] * p->slots;
+        if (planner_joins(p->in, p->party_of[r]))
+            continue;
+        p->place.room[r] = 0;
+        for (size_t i = at; i < at + p->slots && !joiners_only; i++) {
+            if (live[i] && replicas[held[i]] < 2)
+                continue;
+            p->place.room[r]++;
+            if (live[i])
+                replicas[held[i]]--;
+        }
+    }
+}
+
 static void layer_commit(struct planner *p, uint32_t layer, enum effort effort, double peak_now)
 {
     const struct expert_map *now = p->in->now;
@@ -247,14 +271,12 @@ static void layer_commit(struct planner *p, uint32_t layer, enum effort effort, 
     struct place_goal goal = {.balance = p->options.target_balance,
                               .lambda = p->options.lambda,
                               .arrivals_max = effort == EFFORT_COVER ? 0 : UINT32_MAX,
-                              .work = WORK_TOTAL / p->layers,
+                              .work = WORK_LAYER,
                               .peak_max = p->n_leaving ? INFINITY : peak_now};
     p->place.crowd = 0.5;
     p->place.rigid = effort == EFFORT_RIGID;
-    if (p->n_joining && !p->n_leaving && (p->options.joiners_only || effort != EFFORT_FULL)) {
-        for (uint32_t r = 0; r < p->n_final; r++)
-            if (!planner_joins(p->in, p->party_of[r]))
-                p->place.room[r] = 0;
+    if (p->n_joining && !p->n_leaving) {
+        layer_room(p, held, live, p->options.joiners_only || effort != EFFORT_FULL);
         p->place.crowd = PLACE_NEVER;
     }
     place_solve(&p->place, &goal);
