@@ -238,6 +238,10 @@ PLANS ?= 4000
 plans:     ## more random plans, each walked round by round: make plans PLANS=4000
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/test_planner_figures
 	EEP_PLANS=$(PLANS) $(BUILD)/tests/test_planner_figures
+.PHONY: plot
+plot:      ## docs/placement.png: balance against arrivals (needs gnuplot)
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_planner
+	tests/placement/plot.sh $(BUILD)/tests/bench_planner docs/placement.png
 SOAK_SECONDS ?= 1800
 .PHONY: soak
 soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800
