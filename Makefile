@@ -267,6 +267,15 @@ fuzz:      ## libFuzzer (clang) on each target: make fuzz FUZZ_SECONDS=60
 	@$(MAKE) --no-print-directory -s -j2 BUILD=$(BUILD)-fuzz CC=clang SANITIZE=fuzzer-no-link,address,undefined $(FUZZ:%=$(BUILD)-fuzz/tests/fuzz_%)
 	@for t in $(FUZZ); do mkdir -p $(BUILD)-fuzz/found/$$t && $(BUILD)-fuzz/tests/fuzz_$$t -max_total_time=$(FUZZ_SECONDS) \
 	  -rss_limit_mb=1024 -malloc_limit_mb=256 -print_final_stats=1 $(BUILD)-fuzz/found/$$t tests/fuzz/corpus/$$t || exit 1; done
+PLANS ?= 4000
+.PHONY: plans
+plans:     ## more random plans, each walked round by round: make plans PLANS=4000
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/test_planner_figures
+	EEP_PLANS=$(PLANS) $(BUILD)/tests/test_planner_figures
+.PHONY: plot
+plot:      ## docs/placement.png: balance against arrivals (needs gnuplot)
+	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_planner
+	tests/placement/plot.sh $(BUILD)/tests/bench_planner docs/placement.png
 SOAK_SECONDS ?= 1800
 .PHONY: soak
 soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800

@@ -399,5 +399,6 @@ void plan_unref(struct plan *plan)
     expert_map_unref(plan->target);
     free(plan->moves);
     free(plan->retires);
+    free(plan->wakes);
     free(plan);
 }

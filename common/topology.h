@@ -117,18 +117,19 @@ struct move {
     uint32_t src, src_slot; /* party and slot; src == dst is a local copy */
     uint32_t dst, dst_slot;
     uint32_t round;         /* index into the plan's rounds */
+    uint32_t dormant;       /* 1: not routed to when its round is done.  Known to the planner's side only, not on the wire */
 };
 
-/* A slot that stops being routed to at the start of a round because the round overwrites it or the target
- * leaves it dormant. */
+/* A slot that stops (a retire) or starts (a wake) being routed to in the map that is announced at the start of a round.
+ * Round rounds_before begins with the commit, and the round after the last one is the end. */
 struct retire {
     uint32_t layer, party, slot;
     uint32_t round;
 };
 
 /* A plan: the target over parties, and how to get there without losing a live replica.
- * Rounds 0 .. rounds_before-1 run before the commit, the others after it.  In a scale-up round 0 fills joiners
- * that do not serve yet (no retire, no activation before the commit); in a scale-down all rounds run before. */
+ * Rounds 0 .. rounds_before-1 run before the commit, the others after it.  When somebody joins, round 0 fills only
+ * joiners, which do not serve yet: no retire, no wake, no activation before the commit. */
 struct plan {
     atomic_uint refs;
     uint32_t parties;
@@ -139,6 +140,12 @@ struct plan {
     uint32_t rounds_before, rounds_after;
     /* reported, in arrivals (one expert of one layer arriving at a rank); see design: bounds */
     uint64_t bound_hard, bound_fill, arrivals_before, arrivals_after;
+    /* Not on the wire: agents move bytes, only the coordinator routes. */
+    uint32_t n_wakes;
+    struct retire *wakes;       /* sorted by round */
+    uint64_t bound_balance;
+    /* mean over layers of the mean load of a rank over the highest */
+    double balance_before, balance_at_commit, balance_after, balance_ceiling;
 };
 struct plan *plan_new(uint32_t parties, uint32_t n_moves, uint32_t n_retires);
 struct plan *plan_ref(struct plan *plan);

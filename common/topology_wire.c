@@ -370,7 +370,7 @@ static int plan_moves_from_pb(const Pb__Plan *pb, struct plan *plan, struct err 
     for (uint32_t i = 0; i < plan->n_moves; i++) {
         const uint8_t *in = pb->moves.data + (size_t)i * MOVE_WORDS * 4;
         struct move m = {get_u32(in),      get_u32(in + 4),  get_u32(in + 8), get_u32(in + 12),
-                         get_u32(in + 16), get_u32(in + 20), get_u32(in + 24)};
+                         get_u32(in + 16), get_u32(in + 20), get_u32(in + 24), 0};
         if (m.layer >= t->layers || m.expert >= t->logical || m.src >= plan->parties || m.dst >= plan->parties ||
             m.src_slot >= t->slots || m.dst_slot >= t->slots || m.round >= rounds ||
             (i > 0 && m.round < plan->moves[i - 1].round))
@@ -382,7 +382,7 @@ static int plan_moves_from_pb(const Pb__Plan *pb, struct plan *plan, struct err 
     for (uint32_t i = 0; i < plan->n_retires; i++) {
         const uint8_t *in = pb->retires.data + (size_t)i * RETIRE_WORDS * 4;
         struct retire r = {get_u32(in), get_u32(in + 4), get_u32(in + 8), get_u32(in + 12)};
-        if (r.layer >= t->layers || r.party >= plan->parties || r.slot >= t->slots || r.round >= rounds ||
+        if (r.layer >= t->layers || r.party >= plan->parties || r.slot >= t->slots || r.round > rounds ||
             (i > 0 && r.round < plan->retires[i - 1].round))
             return err_set(err, ERR_PROTOCOL, "retire %u of a plan is outside its shape: layer %u, %u/%u, round %u", i,
                            r.layer, r.party, r.slot, r.round);

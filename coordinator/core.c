@@ -24,6 +24,7 @@ void coordinator_config_default(struct coordinator_config *ret_config)
         .drain_ms = 30000,
         .slots = 0,
         .min_ranks = 2,
+        .commit_balance = 0.98,
     };
 }
 

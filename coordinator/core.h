@@ -30,6 +30,7 @@ struct coordinator_config {
     uint32_t drain_ms;         /* 30000 */
     uint32_t slots;            /* slots_per_rank; 0 = ceil(experts / min_ranks) */
     uint32_t min_ranks;        /* 2 */
+    double commit_balance;     /* balance wanted at a commit: plan_options.target_balance; 0.98 */
 };
 void coordinator_config_default(struct coordinator_config *ret_config);
 

@@ -176,7 +176,12 @@ int setup_plan(struct coordinator *c, struct err *err)
         node[i] = r->parties[i].node;
     }
     *in = (struct plan_input){.now = now, .leaving = leaving, .joining = joining, .node = node};
-    int rc = plan_make(in, &c->op.plan, err);
+    struct plan_options options;
+    plan_options_default(&options);
+    options.target_balance = c->config.commit_balance;
+    options.joiners_only = true;                   /* before the commit only WEIGHTS moves anything in a scale-up */
+    options.fill = r->kind != OP_SCALE_DOWN;       /* which ends with its commit */
+    int rc = plan_make(in, &options, &c->op.plan, err);
     if (rc == 0)
         rc = plan_validate(in, c->op.plan, err);
     if (rc < 0)

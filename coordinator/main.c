@@ -29,7 +29,7 @@ struct options {
 };
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
-       KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY,
+       KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
        KEY_FOREGROUND, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
@@ -85,6 +85,14 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_INSECURE: o->insecure = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_FOREGROUND: return 0;
+    case KEY_COMMIT_BALANCE: {
+        char *end;
+        double balance = strtod(arg, &end);
+        if (*end || end == arg || !(balance > 0 && balance <= 1))
+            argp_error(state, "--commit-balance is '%s': it must be a number above 0 and at most 1", arg);
+        o->core.commit_balance = balance;
+        return 0;
+    }
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
             argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
@@ -126,6 +134,9 @@ static void parse_options(int argc, char **argv, struct options *o)
         {"tcpstore-grace-ms", KEY_TCPSTORE_GRACE, "MS", 0,
          "a namespace without connections is emptied after this (1000)", 0},
         {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 0},
+        {"commit-balance", KEY_COMMIT_BALANCE, "B", 0,
+         "a change of ranks commits when the mean load of a rank over the highest would be B; what is still empty is "
+         "filled afterwards (0.98)", 0},
         {"foreground", KEY_FOREGROUND, 0, 0, "stay in the foreground (always so)", 0},
         OPTIONS_HELP(-1),
     };

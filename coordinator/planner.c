@@ -1,5 +1,6 @@
 /* The planner's outside: plan_make and the maps of a plan, the cold start, and promotion after a death.  Pure.
- * The target is built in planner_target.c, the rounds in planner_rounds.c, and checked in planner_validate.c. */
+ * The target is built in planner_target.c, its order in planner_steps.c, the rounds in planner_rounds.c, and all of it
+ * is checked in planner_validate.c. */
 #include "coordinator/planner.h"
 
 #include <assert.h>
@@ -38,19 +39,27 @@ static int planner_check_map(const struct plan_input *in, struct err *err)
     return 0;
 }
 
-static int planner_init(struct planner *p, const struct plan_input *in, struct err *err)
+void plan_options_default(struct plan_options *ret_options)
 {
-    const struct expert_map *now = in->now;
-    *p = (struct planner){
-        .in = in, .layers = now->layers, .logical = now->logical, .parties = now->ranks, .slots = now->slots};
-    if (!now->layers || !now->logical || !now->ranks || !now->slots || now->slots > UINT16_MAX)
-        return err_set(err, ERR_INVALID, "cannot plan %u layers of %u experts on %u parties of %u slots", now->layers,
-                       now->logical, now->ranks, now->slots);
-    p->final = calloc(p->parties, 1);
-    p->origin = calloc((size_t)p->layers * p->parties * p->slots, 1);
-    p->target = expert_map_new(p->layers, p->logical, p->parties, p->slots);
-    if (!p->final || !p->origin || !p->target)
-        return err_set(err, ERR_NOMEM, "no memory to plan %u layers of %u parties", p->layers, p->parties);
+    *ret_options = (struct plan_options){.target_balance = 0.98, .cross_cost = 4, .dip = 0.02, .fill = true};
+}
+
+static int planner_check_options(const struct plan_options *o, struct err *err)
+{
+    if (!(o->target_balance > 0 && o->target_balance <= 1))
+        return err_set(err, ERR_INVALID, "the target balance is %g: it must be above 0 and at most 1",
+                       o->target_balance);
+    if (!(o->lambda >= 0 && o->lambda < 1))
+        return err_set(err, ERR_INVALID, "lambda is %g: it must be at least 0 and below 1", o->lambda);
+    if (!(o->cross_cost >= 1 && o->cross_cost <= 1000))
+        return err_set(err, ERR_INVALID, "an arrival from another node costs %g: it must be 1 to 1000", o->cross_cost);
+    if (!(o->dip > 0 && o->dip <= 1))
+        return err_set(err, ERR_INVALID, "the dip is %g: it must be above 0 and at most 1", o->dip);
+    return 0;
+}
+
+static int planner_parties(struct planner *p, const struct plan_input *in, struct err *err)
+{
     for (uint32_t party = 0; party < p->parties; party++) {
         bool leaves = planner_leaves(in, party), joins = planner_joins(in, party);
         if (leaves && joins)
@@ -58,7 +67,8 @@ static int planner_init(struct planner *p, const struct plan_input *in, struct e
         p->final[party] = !leaves;
         p->n_leaving += leaves;
         p->n_joining += joins;
-        p->n_final += !leaves;
+        if (!leaves)
+            p->party_of[p->n_final++] = party;
     }
     if (p->n_final == 0)
         return err_set(err, ERR_INVALID, "all %u parties leave: nobody is left to hold the experts", p->parties);
@@ -69,10 +79,38 @@ static int planner_init(struct planner *p, const struct plan_input *in, struct e
     return 0;
 }
 
-int plan_make(const struct plan_input *in, struct plan **ret_plan, struct err *err)
+static int planner_init(struct planner *p, const struct plan_input *in, const struct plan_options *options,
+                        struct err *err)
+{
+    const struct expert_map *now = in->now;
+    *p = (struct planner){
+        .in = in, .layers = now->layers, .logical = now->logical, .parties = now->ranks, .slots = now->slots};
+    plan_options_default(&p->options);
+    if (options)
+        p->options = *options;
+    if (!now->layers || !now->logical || !now->ranks || !now->slots || now->slots > UINT16_MAX ||
+        now->logical > UINT16_MAX || now->ranks > UINT16_MAX)
+        return err_set(err, ERR_INVALID, "cannot plan %u layers of %u experts on %u parties of %u slots", now->layers,
+                       now->logical, now->ranks, now->slots);
+    int rc = planner_check_options(&p->options, err);
+    if (rc < 0)
+        return rc;
+    p->final = calloc(p->parties, 1);
+    p->party_of = calloc(p->parties, sizeof *p->party_of);
+    p->weight = calloc(p->logical, sizeof *p->weight);
+    p->rounds = calloc(p->layers, sizeof *p->rounds);
+    p->commit = expert_map_new(p->layers, p->logical, p->parties, p->slots);
+    p->target = expert_map_new(p->layers, p->logical, p->parties, p->slots);
+    if (!p->final || !p->party_of || !p->weight || !p->rounds || !p->commit || !p->target)
+        return err_set(err, ERR_NOMEM, "no memory to plan %u layers of %u parties", p->layers, p->parties);
+    rc = planner_parties(p, in, err);
+    return rc < 0 ? rc : place_init(&p->place, p->n_final, p->slots, p->logical, p->options.cross_cost, err);
+}
+
+int plan_make(const struct plan_input *in, const struct plan_options *options, struct plan **ret_plan, struct err *err)
 {
     struct planner p;
-    int rc = planner_init(&p, in, err);
+    int rc = planner_init(&p, in, options, err);
     if (rc == 0)
         rc = planner_check_map(in, err);
     if (rc == 0)
@@ -81,9 +119,15 @@ int plan_make(const struct plan_input *in, struct plan **ret_plan, struct err *e
         rc = planner_target(&p, err);
     if (rc == 0)
         rc = planner_rounds(&p, ret_plan, err);
+    place_done(&p.place);
+    expert_map_unref(p.commit);
     expert_map_unref(p.target);
-    free(p.origin);
     free(p.final);
+    free(p.party_of);
+    free(p.weight);
+    free(p.rounds);
+    free(p.steps);
+    free(p.dips);
     return rc;
 }
 
@@ -119,21 +163,30 @@ int plan_initial(uint32_t layers, uint32_t logical, uint32_t ranks, uint32_t slo
 
 /* ---- maps of a plan ---- */
 
-static void map_apply_round(struct expert_map *map, const struct plan *plan, uint32_t round, bool finished)
+/* What stops and starts being routed to at the start of a round. */
+static void map_flip(struct expert_map *map, const struct plan *plan, uint32_t round)
 {
-    for (uint32_t i = 0; i < plan->n_retires; i++) {
-        const struct retire *retire = &plan->retires[i];
-        if (retire->round == round)
-            map->live[expert_map_at(map, retire->layer, retire->party, retire->slot)] = 0;
+    for (uint32_t i = 0; i < plan->n_wakes; i++) {
+        const struct retire *r = &plan->wakes[i];
+        if (r->round == round)
+            map->live[expert_map_at(map, r->layer, r->party, r->slot)] = 1;
     }
+    for (uint32_t i = 0; i < plan->n_retires; i++) {
+        const struct retire *r = &plan->retires[i];
+        if (r->round == round)
+            map->live[expert_map_at(map, r->layer, r->party, r->slot)] = 0;
+    }
+}
+
+static void map_write(struct expert_map *map, const struct plan *plan, uint32_t round, bool finished)
+{
     for (uint32_t i = 0; i < plan->n_moves; i++) {
         const struct move *move = &plan->moves[i];
         if (move->round != round)
             continue;
         size_t at = expert_map_at(map, move->layer, move->dst, move->dst_slot);
         map->held[at] = finished ? (int32_t)move->expert : -1;
-        /* A slot that a later round overwrites is not in the target with this expert: it stays dormant. */
-        map->live[at] = finished && plan->target->held[at] == map->held[at] && plan->target->live[at];
+        map->live[at] = finished && !move->dormant;
     }
 }
 
@@ -142,22 +195,22 @@ struct expert_map *plan_map_after(const struct plan_input *in, const struct plan
     struct expert_map *map = expert_map_copy(in->now);
     if (!map)
         return NULL;
-    /* Promotion: what is held already where the target wants it live.  A slot that a round writes or retires differs
-     * from the target until then, or was live anyway. */
-    size_t cells = (size_t)map->layers * map->ranks * map->slots;
-    for (size_t i = 0; i < cells; i++)
-        if (map->held[i] >= 0 && map->held[i] == plan->target->held[i] && plan->target->live[i])
-            map->live[i] = 1;
-    for (uint32_t round = 0; round < rounds_done; round++)
-        map_apply_round(map, plan, round, true);
+    for (uint32_t round = 0; round < rounds_done; round++) {
+        map_flip(map, plan, round);
+        map_write(map, plan, round, true);
+    }
+    if (rounds_done == plan->rounds_before || rounds_done == plan->rounds_before + plan->rounds_after)
+        map_flip(map, plan, rounds_done);
     return map;
 }
 
 struct expert_map *plan_map_during(const struct plan_input *in, const struct plan *plan, uint32_t round)
 {
     struct expert_map *map = plan_map_after(in, plan, round);
-    if (map)
-        map_apply_round(map, plan, round, false);
+    if (map) {
+        map_flip(map, plan, round);
+        map_write(map, plan, round, false);
+    }
     return map;
 }
 

@@ -1,8 +1,7 @@
-/* Rounds, moves and sources from a target.  Pure.
+/* All layers together: which round of which layer runs when, and who sends.  Pure.
  *
- *   joining             round 0, before the commit: cover and quota; one round after it: fill
- *   leaving only        one round before the commit: cover and fill, with the leavers as sources
- *   neither             one round after (there is no commit): fill
+ * Rounds of layers that dip run beside one another while their dips together stay within the budget, a part of the sum
+ * of the layers' highest loads, which is what a step takes.
  *
  * Sources: the same rank, the same node, another node; within that the holder that sends the least in this round,
  * moves with the fewest holders first, levelled once more when all are assigned. */
@@ -108,13 +107,19 @@ static int pick_compare(const void *va, const void *vb)
     return a->move < b->move ? -1 : a->move > b->move; /* as they were */
 }
 
+/* Who sends less in this round, then in all of them so far. */
+static bool sender_before(const uint32_t *sent, const uint32_t *total, uint32_t a, uint32_t b)
+{
+    return sent[a] < sent[b] || (sent[a] == sent[b] && total[a] < total[b]);
+}
+
 /* Fewest candidates first, each onto the least busy sender; then moves sources as long as that levels them. */
-static void picks_level(struct pick *picks, size_t n, uint32_t *sent)
+static void picks_level(struct pick *picks, size_t n, uint32_t *sent, uint32_t *total)
 {
     qsort(picks, n, sizeof *picks, pick_compare);
     for (size_t i = 0; i < n; i++) {
         for (uint32_t k = 1; k < picks[i].n; k++)
-            if (sent[picks[i].from[k].party] < sent[picks[i].from[picks[i].chosen].party])
+            if (sender_before(sent, total, picks[i].from[k].party, picks[i].from[picks[i].chosen].party))
                 picks[i].chosen = k;
         sent[picks[i].from[picks[i].chosen].party]++;
     }
@@ -136,12 +141,13 @@ static void picks_level(struct pick *picks, size_t n, uint32_t *sent)
     for (size_t i = 0; i < n; i++) {
         picks[i].move->src = picks[i].from[picks[i].chosen].party;
         picks[i].move->src_slot = picks[i].from[picks[i].chosen].slot;
+        total[picks[i].move->src]++;
     }
 }
 
 /* Sources of the moves of one round; `map` holds what is there while it runs. */
 static int round_sources(const struct planner *p, const struct expert_map *map, const uint8_t *excluded,
-                         struct move *moves, size_t n, struct err *err)
+                         struct move *moves, size_t n, uint32_t *total, struct err *err)
 {
     struct holders holders = {NULL, NULL};
     struct pick *picks = calloc(n ? n : 1, sizeof *picks);
@@ -155,7 +161,7 @@ static int round_sources(const struct planner *p, const struct expert_map *map, 
     for (size_t i = 0; i < n && rc == 0; i++)
         rc = pick_init(&picks[i], p, &holders, &moves[i], err);
     if (rc == 0)
-        picks_level(picks, n, sent);
+        picks_level(picks, n, sent, total);
     for (size_t i = 0; i < n; i++)
         free(picks[i].tiered);
 free_all:
@@ -165,84 +171,136 @@ free_all:
     return rc;
 }
 
-static uint32_t move_round(const struct planner *p, uint8_t origin)
-{
-    return p->n_joining && origin == SLOT_FILL ? 1 : 0;
-}
+/* ---- when ---- */
 
-/* Moves and retires in the order round, layer, party, slot. */
-static void plan_collect(const struct planner *p, struct plan *plan)
+struct timetable {
+    uint32_t *round; /* of planner.dips: the plan's round in which this round of a layer runs, from the phase's first */
+    uint32_t n[PLAN_PHASES];
+};
+
+/* Rounds of one phase: in each, every layer whose next round still fits into the dip, at least one. */
+static void phase_schedule(const struct planner *p, enum planner_phase phase, uint32_t *next, struct timetable *t)
 {
-    const struct expert_map *now = p->in->now;
-    uint32_t moves = 0, retires = 0;
-    for (uint32_t round = 0; round < plan->rounds_before + plan->rounds_after; round++) {
-        for (uint32_t layer = 0; layer < p->layers; layer++) {
-            for (uint32_t party = 0; party < p->parties; party++) {
-                for (uint32_t slot = 0; slot < p->slots; slot++) {
-                    size_t at = expert_map_at(now, layer, party, slot);
-                    if (p->origin[at] == SLOT_KEPT || move_round(p, p->origin[at]) != round)
-                        continue;
-                    plan->moves[moves++] = (struct move){.layer = layer,
-                                                         .expert = (uint32_t)p->target->held[at],
-                                                         .dst = party,
-                                                         .dst_slot = slot,
-                                                         .round = round};
-                    if (now->live[at])
-                        plan->retires[retires++] =
-                            (struct retire){.layer = layer, .party = party, .slot = slot, .round = round};
-                }
+    double budget = 0;
+    uint32_t left = 0;
+    for (uint32_t layer = 0; layer < p->layers; layer++) {
+        next[layer] = 0;
+        budget += p->rounds[layer].peak[phase] * p->options.dip;
+        left += p->rounds[layer].n[phase];
+    }
+    for (uint32_t round = 0; left; round++) {
+        double dip = 0;
+        bool any = false;
+        for (int alone = 0; alone < 2 && !any; alone++) { /* a round that dips too much by itself runs alone */
+            for (uint32_t layer = 0; layer < p->layers && !(alone && any); layer++) {
+                const struct layer_rounds *r = &p->rounds[layer];
+                size_t at = r->first[phase] + next[layer];
+                if (next[layer] == r->n[phase] || (!alone && p->dips[at] > 0 && dip + p->dips[at] > budget))
+                    continue;
+                dip += p->dips[at];
+                t->round[at] = round;
+                next[layer]++;
+                left--;
+                any = true;
             }
         }
+        t->n[phase] = round + 1;
     }
+}
+
+/* The plan's round of a step; what ends a layer's phase comes with the map after its last round. */
+static uint32_t step_round(const struct planner *p, const struct timetable *t, const struct step *step)
+{
+    const struct layer_rounds *r = &p->rounds[step->layer];
+    uint32_t base = step->phase == PHASE_AFTER ? t->n[PHASE_BEFORE] : 0;
+    if (step->round < r->n[step->phase])
+        return base + t->round[r->first[step->phase] + step->round];
+    if (step->phase == PHASE_BEFORE)
+        return t->n[PHASE_BEFORE]; /* with the commit */
+    if (r->n[step->phase] == 0)
+        return base;
+    return base + t->round[r->first[step->phase] + step->round - 1] + 1;
+}
+
+static int step_compare(const void *va, const void *vb)
+{
+    const struct step *a = va, *b = vb;
+    if (a->round != b->round)
+        return a->round < b->round ? -1 : 1;
+    if (a->layer != b->layer)
+        return a->layer < b->layer ? -1 : 1;
+    if (a->party != b->party)
+        return a->party < b->party ? -1 : 1;
+    if (a->slot != b->slot)
+        return a->slot < b->slot ? -1 : 1;
+    return (int)a->kind - (int)b->kind;
+}
+
+/* What the commit mutes and the round that begins with it wakes, or the other way round, is one flip: nothing. */
+static size_t steps_cancel(struct step *steps, size_t n)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++) {
+        const struct step *a = &steps[i], *b = a + 1;
+        if (i + 1 < n && a->kind == STEP_RETIRE && b->kind == STEP_WAKE && a->round == b->round &&
+            a->layer == b->layer && a->party == b->party && a->slot == b->slot)
+            i++;
+        else
+            steps[kept++] = *a;
+    }
+    return kept;
 }
 
 /* Chooses the sources round by round: what arrived in a round can be sent on in the next. */
 static int plan_sources(const struct planner *p, struct plan *plan, struct err *err)
 {
-    int rc = 0;
-    uint32_t from = 0;
-    for (uint32_t round = 0; round < plan->rounds_before + plan->rounds_after && rc == 0; round++) {
-        uint32_t to = from;
-        while (to < plan->n_moves && plan->moves[to].round == round)
-            to++;
-        struct expert_map *map = plan_map_during(p->in, plan, round);
-        if (!map)
-            return err_set(err, ERR_NOMEM, "no memory for the map of round %u", round);
-        const uint8_t *gone = round < plan->rounds_before ? NULL : p->in->leaving;
-        rc = round_sources(p, map, gone, plan->moves + from, to - from, err);
-        expert_map_unref(map);
-        from = to;
+    struct expert_map *map = expert_map_copy(p->in->now);
+    uint32_t *total = calloc(p->parties, sizeof *total);
+    int rc = map && total ? 0 : err_set(err, ERR_NOMEM, "no memory to choose sources");
+    for (uint32_t from = 0, to; from < plan->n_moves && rc == 0; from = to) {
+        uint32_t round = plan->moves[from].round;
+        for (to = from; to < plan->n_moves && plan->moves[to].round == round; to++)
+            map->held[expert_map_at(map, plan->moves[to].layer, plan->moves[to].dst, plan->moves[to].dst_slot)] = -1;
+        rc = round_sources(p, map, round < plan->rounds_before ? NULL : p->in->leaving, plan->moves + from, to - from,
+                           total, err);
+        for (uint32_t i = from; i < to; i++) {
+            const struct move *m = &plan->moves[i];
+            map->held[expert_map_at(map, m->layer, m->dst, m->dst_slot)] = (int32_t)m->expert;
+        }
     }
+    expert_map_unref(map);
+    free(total);
     return rc;
 }
 
-int planner_rounds(const struct planner *p, struct plan **ret_plan, struct err *err)
+/* Steps of one kind, sorted by round, into the plan. */
+static void plan_fill_in(const struct step *steps, size_t n, struct plan *plan)
 {
-    size_t cells = (size_t)p->layers * p->parties * p->slots;
-    uint32_t count[2] = {0, 0}, retires = 0;
-    for (size_t i = 0; i < cells; i++) {
-        if (p->origin[i] == SLOT_KEPT)
-            continue;
-        count[move_round(p, p->origin[i])]++;
-        retires += p->in->now->live[i];
+    uint32_t moves = 0, retires = 0, wakes = 0;
+    for (size_t i = 0; i < n; i++) {
+        const struct step *s = &steps[i];
+        if (s->kind == STEP_MOVE)
+            plan->moves[moves++] = (struct move){.layer = s->layer,
+                                                 .expert = s->expert,
+                                                 .dst = s->party,
+                                                 .dst_slot = s->slot,
+                                                 .round = s->round,
+                                                 .dormant = s->dormant};
+        else
+            (s->kind == STEP_RETIRE ? plan->retires : plan->wakes)[s->kind == STEP_RETIRE ? retires++ : wakes++] =
+                (struct retire){.layer = s->layer, .party = s->party, .slot = s->slot, .round = s->round};
     }
-    struct plan *plan = plan_new(p->parties, count[0] + count[1], retires);
-    if (!plan)
-        return err_set(err, ERR_NOMEM, "no memory for a plan of %u moves", count[0] + count[1]);
-    plan->target = expert_map_ref(p->target);
+}
+
+static void plan_report(const struct planner *p, struct plan *plan)
+{
     plan->bound_hard = p->bound_hard;
     plan->bound_fill = p->bound_fill;
-    plan->rounds_before = p->n_joining || (p->n_leaving && count[0]) ? 1 : 0;
-    if (p->n_joining)
-        plan->rounds_after = count[1] ? 1 : 0;
-    else if (!p->n_leaving)
-        plan->rounds_after = count[0] ? 1 : 0;
-    plan_collect(p, plan);
-    int rc = plan_sources(p, plan, err);
-    if (rc < 0) {
-        plan_unref(plan);
-        return rc;
-    }
+    plan->bound_balance = p->bound_balance;
+    plan->balance_before = p->balance_before / p->layers;
+    plan->balance_at_commit = p->balance_at_commit / p->layers;
+    plan->balance_after = p->balance_after / p->layers;
+    plan->balance_ceiling = p->balance_ceiling / p->layers;
     for (uint32_t i = 0; i < plan->n_moves; i++) {
         bool arrives = plan->moves[i].src != plan->moves[i].dst;
         if (plan->moves[i].round < plan->rounds_before)
@@ -250,6 +308,52 @@ int planner_rounds(const struct planner *p, struct plan **ret_plan, struct err *
         else
             plan->arrivals_after += arrives;
     }
+}
+
+static int rounds_plan(const struct planner *p, const struct timetable *t, struct plan **ret_plan, struct err *err)
+{
+    uint32_t count[3] = {0, 0, 0};
+    for (size_t i = 0; i < p->n_steps; i++)
+        p->steps[i].round = step_round(p, t, &p->steps[i]);
+    if (p->n_steps)
+        qsort(p->steps, p->n_steps, sizeof *p->steps, step_compare);
+    size_t n = steps_cancel(p->steps, p->n_steps);
+    for (size_t i = 0; i < n; i++)
+        count[p->steps[i].kind]++;
+    struct plan *plan = plan_new(p->parties, count[STEP_MOVE], count[STEP_RETIRE]);
+    if (plan)
+        plan->wakes = calloc(count[STEP_WAKE] + 1, sizeof *plan->wakes);
+    if (!plan || !plan->wakes) {
+        plan_unref(plan);
+        return err_set(err, ERR_NOMEM, "no memory for a plan of %u moves", count[STEP_MOVE]);
+    }
+    plan->n_wakes = count[STEP_WAKE];
+    plan->target = expert_map_ref(p->target);
+    plan->rounds_before = t->n[PHASE_BEFORE];
+    plan->rounds_after = t->n[PHASE_AFTER];
+    plan_fill_in(p->steps, n, plan);
+    int rc = plan_sources(p, plan, err);
+    if (rc < 0) {
+        plan_unref(plan);
+        return rc;
+    }
+    plan_report(p, plan);
     *ret_plan = plan;
     return 0;
+}
+
+int planner_rounds(const struct planner *p, struct plan **ret_plan, struct err *err)
+{
+    struct timetable t = {.round = calloc(p->n_dips + 1, sizeof *t.round)};
+    uint32_t *next = calloc(p->layers, sizeof *next);
+    int rc = t.round && next ? 0 : err_set(err, ERR_NOMEM, "no memory for the rounds of %u layers", p->layers);
+    for (int phase = PHASE_BEFORE; phase < PLAN_PHASES && rc == 0; phase++)
+        phase_schedule(p, (enum planner_phase)phase, next, &t);
+    if (rc == 0 && p->n_joining && t.n[PHASE_BEFORE] == 0)
+        t.n[PHASE_BEFORE] = 1; /* joiners are asked to receive, be it nothing */
+    if (rc == 0)
+        rc = rounds_plan(p, &t, ret_plan, err);
+    free(t.round);
+    free(next);
+    return rc;
 }

@@ -1,339 +1,350 @@
-/* The target map, per layer: keep, cover, quota, fill.  Pure.
+/* The target map, layer by layer: the sets of place_solve and place_fill, put into slots.  Pure.
  *
- * keep    survivors hold on to all that they have.
- * cover   an expert that no survivor holds goes into an empty slot, else over a redundant replica: dormant ones
- *         first, then those of an expert that lies twice on the same rank, then where it costs the least balance.
- *         A kept copy is overwritten only while another kept copy of its expert remains, hence everything that is
- *         overwritten can be retired at once and one round is enough: no cycles, no staging.  There is always room:
- *         the slots that are empty or redundant are final slots - distinct kept experts >= experts lost.
- * quota   each joiner gets ceil(experts / ranks) experts before the commit.
- * fill    what is still empty gets replicas, the expert with the most load per replica first.
+ * What a rank holds and keeps stays in its slot.  What arrives takes an empty slot, else that of a second copy on the
+ * same rank, else one that the rank no longer routes to: first what is held elsewhere the most.  The rest stays
+ * dormant.
  *
- * An expert never gets a second slot on one rank. */
+ * A layer that cannot be made better, or whose moves have no order, keeps what it has, save for what must be covered.
+ */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "coordinator/planner_work.h"
 
-/* One layer while it is being planned.  A replica of e carries weight[e] / copies[e]. */
-struct layer_work {
-    struct planner *p;
-    uint32_t layer;
-    int32_t *held;      /* [parties * slots]: the target's row of this layer */
-    uint8_t *origin;    /* the same shape */
-    uint16_t *on;       /* [parties][logical]: slots of a final party that hold the expert */
-    uint32_t *copies;   /* [logical]: over final parties */
-    double *weight;     /* [logical] */
-    double *heat;       /* [logical]: sum over its copies of the load of their ranks */
-    double *load;       /* [parties] */
-    uint32_t *empty;    /* [parties] */
-    uint32_t *budget;   /* [parties]: scratch of layer_spread */
-    uint8_t *exhausted; /* [logical]: scratch of layer_spread */
-};
+/* Candidates looked at by further starts of a layer: some tenths of a millisecond. */
+#define WORK_LAYER 15000
 
-static int layer_work_init(struct layer_work *w, struct planner *p, struct err *err)
+double planner_peak(const struct planner *p, const int32_t *held, const uint8_t *live, const uint8_t *which,
+                    double *ret_mean)
 {
-    size_t parties = p->parties, logical = p->logical;
-    memset(w, 0, sizeof *w);
-    w->p = p;
-    w->on = calloc(parties * logical, sizeof *w->on);
-    w->copies = calloc(logical, sizeof *w->copies);
-    w->weight = calloc(logical, sizeof *w->weight);
-    w->heat = calloc(logical, sizeof *w->heat);
-    w->load = calloc(parties, sizeof *w->load);
-    w->empty = calloc(parties, sizeof *w->empty);
-    w->budget = calloc(parties, sizeof *w->budget);
-    w->exhausted = calloc(logical, 1);
-    if (!w->on || !w->copies || !w->weight || !w->heat || !w->load || !w->empty || !w->budget || !w->exhausted)
-        return err_set(err, ERR_NOMEM, "no memory to plan %u parties of %u experts", p->parties, p->logical);
-    return 0;
-}
-
-static void layer_work_done(struct layer_work *w)
-{
-    free(w->on);
-    free(w->copies);
-    free(w->weight);
-    free(w->heat);
-    free(w->load);
-    free(w->empty);
-    free(w->budget);
-    free(w->exhausted);
-}
-
-static uint16_t *layer_on(const struct layer_work *w, uint32_t party, uint32_t expert)
-{
-    return &w->on[(size_t)party * w->p->logical + expert];
-}
-
-static void layer_load_add(struct layer_work *w, uint32_t party, double delta)
-{
-    const int32_t *held = w->held + (size_t)party * w->p->slots;
-    w->load[party] += delta;
-    for (uint32_t slot = 0; slot < w->p->slots; slot++)
-        if (held[slot] >= 0)
-            w->heat[held[slot]] += delta;
-}
-
-/* The share of every copy of the expert changes as its number of copies goes from `before` to `after`. */
-static void layer_share_change(struct layer_work *w, uint32_t expert, uint32_t before, uint32_t after)
-{
-    if (before == 0 || after == 0)
-        return;
-    double delta = w->weight[expert] / after - w->weight[expert] / before;
-    for (uint32_t party = 0; party < w->p->parties; party++) {
-        uint16_t here = *layer_on(w, party, expert);
-        if (here)
-            layer_load_add(w, party, delta * here);
-    }
-}
-
-static void layer_place(struct layer_work *w, uint32_t party, uint32_t expert, enum slot_origin origin)
-{
-    uint32_t slot = 0;
-    while (w->held[(size_t)party * w->p->slots + slot] >= 0)
-        slot++;
-    layer_share_change(w, expert, w->copies[expert], w->copies[expert] + 1);
-    w->held[(size_t)party * w->p->slots + slot] = (int32_t)expert;
-    w->origin[(size_t)party * w->p->slots + slot] = (uint8_t)origin;
-    ++*layer_on(w, party, expert);
-    w->copies[expert]++;
-    w->empty[party]--;
-    w->heat[expert] += w->load[party];
-    layer_load_add(w, party, w->weight[expert] / w->copies[expert]);
-}
-
-static void layer_remove(struct layer_work *w, uint32_t party, uint32_t slot)
-{
-    int32_t *held = &w->held[(size_t)party * w->p->slots + slot];
-    uint32_t expert = (uint32_t)*held;
-    layer_load_add(w, party, -w->weight[expert] / w->copies[expert]);
-    w->heat[expert] -= w->load[party];
-    *held = -1;
-    --*layer_on(w, party, expert);
-    w->copies[expert]--;
-    w->empty[party]++;
-    layer_share_change(w, expert, w->copies[expert] + 1, w->copies[expert]);
-}
-
-/* Loads of the layer; all ones when nothing is known, so that idle layers are spread evenly. */
-static void layer_weights(struct layer_work *w)
-{
-    const double *load = w->p->in->load;
-    double sum = 0;
-    for (uint32_t e = 0; load && e < w->p->logical; e++)
-        sum += load[(size_t)w->layer * w->p->logical + e];
-    for (uint32_t e = 0; e < w->p->logical; e++)
-        w->weight[e] = sum > 0 ? load[(size_t)w->layer * w->p->logical + e] : 1;
-}
-
-/* Final parties keep what they hold; the rows of leavers are empty in the target. */
-static void layer_keep(struct layer_work *w)
-{
-    struct planner *p = w->p;
-    const struct expert_map *now = p->in->now;
-    memset(w->on, 0, (size_t)p->parties * p->logical * sizeof *w->on);
-    memset(w->copies, 0, p->logical * sizeof *w->copies);
-    memset(w->heat, 0, p->logical * sizeof *w->heat);
-    memset(w->load, 0, p->parties * sizeof *w->load);
-    memset(w->empty, 0, p->parties * sizeof *w->empty);
+    uint32_t count[p->logical]; /* at most UINT16_MAX: 256 KiB */
+    memset(count, 0, sizeof count);
+    size_t cells = (size_t)p->parties * p->slots;
+    for (size_t i = 0; i < cells; i++)
+        count[live[i] && which[i / p->slots] ? (uint32_t)held[i] : 0] += live[i] && which[i / p->slots];
+    double peak = 0, total = 0;
+    uint32_t ranks = 0;
     for (uint32_t party = 0; party < p->parties; party++) {
-        for (uint32_t slot = 0; slot < p->slots && p->final[party]; slot++) {
-            int32_t e = now->held[expert_map_at(now, w->layer, party, slot)];
-            w->held[(size_t)party * p->slots + slot] = e;
-            if (e < 0) {
-                w->empty[party]++;
-                continue;
-            }
-            ++*layer_on(w, party, (uint32_t)e);
-            w->copies[e]++;
+        double load = 0;
+        if (!which[party])
+            continue;
+        ranks++;
+        for (size_t i = (size_t)party * p->slots; i < (size_t)(party + 1) * p->slots; i++)
+            if (live[i])
+                load += p->weight[held[i]] / count[held[i]];
+        total += load;
+        peak = fmax(peak, load);
+    }
+    if (ret_mean)
+        *ret_mean = total / ranks;
+    return peak;
+}
+
+static double balance_of(double mean, double peak)
+{
+    return peak > 0 ? mean / peak : 1;
+}
+
+/* Loads of the layer; all ones when nothing is known, so that idle layers are spread evenly.  Is anything known? */
+static bool layer_weights(struct planner *p, uint32_t layer)
+{
+    const double *load = p->in->load ? p->in->load + (size_t)layer * p->logical : NULL;
+    double sum = 0;
+    for (uint32_t e = 0; load && e < p->logical; e++)
+        sum += load[e];
+    for (uint32_t e = 0; e < p->logical; e++)
+        p->weight[e] = sum > 0 ? load[e] : 1;
+    return sum > 0;
+}
+
+static int32_t *row_of(const struct planner *p, int32_t *cells, uint32_t layer)
+{
+    return cells + (size_t)layer * p->parties * p->slots;
+}
+
+static uint8_t *live_of(const struct planner *p, uint8_t *cells, uint32_t layer)
+{
+    return cells + (size_t)layer * p->parties * p->slots;
+}
+
+/* What each final rank holds of the layer, and what is near: `gone` parties are no source any more. */
+static void layer_tiers(struct planner *p, const int32_t *held, const uint8_t *gone)
+{
+    struct place *place = &p->place;
+    const uint32_t *node = p->in->node;
+    if (!node)
+        memset(place->tier, TIER_NODE, (size_t)p->logical * p->n_final);
+    for (uint32_t party = 0; node && party < p->parties; party++) {
+        for (uint32_t slot = 0; slot < p->slots && !(gone && gone[party]); slot++) {
+            int32_t e = held[(size_t)party * p->slots + slot];
+            for (uint32_t r = 0; e >= 0 && r < p->n_final; r++)
+                if (node[p->party_of[r]] == node[party])
+                    place->tier[(size_t)e * p->n_final + r] = TIER_NODE;
         }
     }
-    for (uint32_t party = 0; party < p->parties; party++) {
-        const int32_t *held = w->held + (size_t)party * p->slots;
-        for (uint32_t slot = 0; slot < p->slots; slot++)
-            if (held[slot] >= 0)
-                w->load[party] += w->weight[held[slot]] / w->copies[held[slot]];
-        for (uint32_t slot = 0; slot < p->slots; slot++)
-            if (held[slot] >= 0)
-                w->heat[held[slot]] += w->load[party];
+    for (uint32_t r = 0; r < p->n_final; r++) {
+        const int32_t *at = held + (size_t)p->party_of[r] * p->slots;
+        for (uint32_t slot = 0; slot < p->slots; slot++) {
+            if (at[slot] >= 0)
+                place->tier[(size_t)at[slot] * p->n_final + r] = TIER_HELD;
+            else
+                place->room[r]++;
+        }
     }
 }
 
-static void layer_bounds(const struct layer_work *w)
+/* The state from which a layer is solved: what survivors route to. */
+static void layer_start(struct planner *p, const int32_t *held, const uint8_t *live, const uint8_t *gone)
 {
-    struct planner *p = w->p;
+    place_reset(&p->place, p->weight);
+    layer_tiers(p, held, gone);
+    for (uint32_t r = 0; r < p->n_final; r++) {
+        size_t at = (size_t)p->party_of[r] * p->slots;
+        for (uint32_t slot = 0; slot < p->slots; slot++)
+            if (live[at + slot] && !place_on(&p->place, r, (uint32_t)held[at + slot]))
+                place_add(&p->place, r, (uint32_t)held[at + slot]);
+    }
+}
+
+static void layer_bounds(struct planner *p)
+{
+    const struct place *place = &p->place;
     uint64_t hard = 0, fill = 0;
-    for (uint32_t e = 0; e < p->logical; e++)
-        hard += w->copies[e] == 0;
-    for (uint32_t party = 0; party < p->parties; party++) {
-        if (!p->final[party])
-            continue;
+    for (uint32_t e = 0; e < p->logical; e++) {
+        const uint8_t *tier = place->tier + (size_t)e * p->n_final;
+        hard += memchr(tier, TIER_HELD, p->n_final) == NULL;
+    }
+    for (uint32_t r = 0; r < p->n_final; r++) {
         uint32_t missing = 0; /* experts that are not on this rank */
-        for (uint32_t e = 0; e < p->logical; e++)
-            missing += *layer_on(w, party, e) == 0;
-        fill += missing < w->empty[party] ? missing : w->empty[party];
+        for (uint32_t e = 0; e < p->logical && missing < (uint32_t)place->room[r]; e++)
+            missing += place_tier(place, r, e) != TIER_HELD;
+        fill += missing < (uint32_t)place->room[r] ? missing : (uint32_t)place->room[r];
     }
     p->bound_hard += hard;
     p->bound_fill += hard > fill ? hard : fill;
+    if (p->n_joining)
+        p->bound_balance += place_bound_balance(place, p->n_final - p->n_joining, p->options.target_balance);
+    else
+        p->bound_balance += hard;
+    p->balance_ceiling += place_ceiling(place);
 }
 
-/* Of the parties with room (budget), one without the expert: the least loaded, then the emptiest.  -1: none. */
-static int64_t layer_best_party(const struct layer_work *w, const uint32_t *room, uint32_t expert)
-{
-    int64_t best = -1;
-    for (uint32_t party = 0; party < w->p->parties; party++) {
-        if (room[party] == 0 || !w->p->final[party] || *layer_on(w, party, expert))
-            continue;
-        if (best < 0 || w->load[party] < w->load[best] ||
-            (!(w->load[party] > w->load[best]) && w->empty[party] > w->empty[best]))
-            best = party;
-    }
-    return best;
-}
+/* ---- into slots ---- */
 
-struct victim {
-    uint32_t party, slot;
-    bool found, live, twice;
-    double left, share; /* load of its rank without it; share of the remaining copies */
+struct slotting {
+    int32_t *held; /* the rank's slots, as they are and will be */
+    uint8_t *live;
+    uint8_t *taken;          /* [slots]: keeps what it has */
+    const uint32_t *holders; /* [logical] */
 };
 
-static bool victim_better(const struct victim *a, const struct victim *b)
+static uint32_t slot_for_arrival(const struct planner *p, const struct slotting *s, uint32_t rank)
 {
-    if (!b->found || a->live != b->live)
-        return !b->found || !a->live;
-    if (a->twice != b->twice)
-        return a->twice;
-    if (a->left < b->left || a->left > b->left)
-        return a->left < b->left;
-    return a->share < b->share;
-}
-
-/* The redundant kept replica that is missed the least. */
-static struct victim layer_victim(const struct layer_work *w)
-{
-    struct planner *p = w->p;
-    struct victim best = {.found = false};
-    for (uint32_t party = 0; party < p->parties; party++) {
-        for (uint32_t slot = 0; slot < p->slots && p->final[party]; slot++) {
-            size_t at = (size_t)party * p->slots + slot;
-            int32_t e = w->held[at];
-            if (e < 0 || w->origin[at] != SLOT_KEPT || w->copies[e] < 2)
-                continue;
-            struct victim v = {.party = party,
-                               .slot = slot,
-                               .found = true,
-                               .live = p->in->now->live[expert_map_at(p->in->now, w->layer, party, slot)],
-                               .twice = *layer_on(w, party, (uint32_t)e) > 1,
-                               .left = w->load[party] - w->weight[e] / w->copies[e],
-                               .share = w->weight[e] / (w->copies[e] - 1)};
-            if (victim_better(&v, &best))
-                best = v;
+    uint32_t best = p->slots, best_rate = 0;
+    for (uint32_t slot = 0; slot < p->slots; slot++) {
+        if (s->taken[slot])
+            continue;
+        int32_t e = s->held[slot];
+        uint32_t rate = e < 0 ? UINT32_MAX : place_on(&p->place, rank, (uint32_t)e) ? UINT32_MAX - 1 : s->holders[e];
+        if (rate > best_rate || best == p->slots) {
+            best = slot;
+            best_rate = rate;
         }
     }
     return best;
 }
 
-/* Experts without a copy on the final parties, heaviest first. */
-static int layer_cover(struct layer_work *w, struct err *err)
+/* Turns the sets into slots, from what is held in `held` (changed in place). */
+static void layer_slots(struct planner *p, int32_t *held, uint8_t *live, const uint8_t *was_live)
 {
-    struct planner *p = w->p;
-    for (;;) {
-        int64_t lost = -1;
-        for (uint32_t e = 0; e < p->logical; e++)
-            if (w->copies[e] == 0 && (lost < 0 || w->weight[e] > w->weight[lost]))
-                lost = e;
-        if (lost < 0)
-            return 0;
-        int64_t party = layer_best_party(w, w->empty, (uint32_t)lost);
-        if (party < 0) {
-            struct victim v = layer_victim(w);
-            if (!v.found) /* plan_make has compared capacity and experts */
-                return err_set(err, ERR_LIMIT, "no slot is left for expert %d of layer %u", (int)lost, w->layer);
-            layer_remove(w, v.party, v.slot);
-            party = v.party;
+    const struct place *place = &p->place;
+    uint32_t holders[p->logical];
+    uint8_t taken[p->slots], placed[p->logical];
+    memset(holders, 0, sizeof holders);
+    for (size_t i = 0; i < (size_t)p->parties * p->slots; i++)
+        if (held[i] >= 0 && p->final[i / p->slots])
+            holders[held[i]]++;
+    for (uint32_t r = 0; r < p->n_final; r++) {
+        size_t at = (size_t)p->party_of[r] * p->slots;
+        struct slotting s = {.held = held + at, .live = live + at, .taken = taken, .holders = holders};
+        memset(taken, 0, sizeof taken);
+        memset(placed, 0, sizeof placed);
+        memset(s.live, 0, p->slots);
+        for (int walk = 0; walk < 2; walk++) { /* of two copies the one that is routed to stays */
+            for (uint32_t slot = 0; slot < p->slots; slot++) {
+                int32_t e = s.held[slot];
+                if (e < 0 || placed[e] || !place_on(place, r, (uint32_t)e) || (walk == 0 && !was_live[at + slot]))
+                    continue;
+                placed[e] = taken[slot] = s.live[slot] = 1;
+            }
         }
-        layer_place(w, (uint32_t)party, (uint32_t)lost, SLOT_COVER);
+        for (uint32_t i = 0; i < place->items[r]; i++) {
+            uint32_t e = place->item[(size_t)r * p->slots + i];
+            if (placed[e])
+                continue;
+            uint32_t slot = slot_for_arrival(p, &s, r);
+            s.held[slot] = (int32_t)e;
+            taken[slot] = s.live[slot] = 1;
+        }
     }
 }
 
-/* Is one more replica of a worth more than one of b?  Most load per replica, then fewest replicas, then the one whose
- * ranks are the busiest. */
-static bool layer_hotter(const struct layer_work *w, uint32_t a, uint32_t b)
+/* What the fill brings without routing to it lies in slots that are still empty. */
+static void layer_dormant(struct planner *p, int32_t *held)
 {
-    double share_a = w->weight[a] / w->copies[a], share_b = w->weight[b] / w->copies[b];
-    if (share_a < share_b || share_a > share_b)
-        return share_a > share_b;
-    if (w->copies[a] != w->copies[b])
-        return w->copies[a] < w->copies[b];
-    return w->heat[a] / w->copies[a] > w->heat[b] / w->copies[b];
-}
-
-/* Spends w->budget[party] slots on replicas.  An expert that lies on all parties with budget stays exhausted:
- * budgets only shrink. */
-static void layer_spread(struct layer_work *w, enum slot_origin origin)
-{
-    memset(w->exhausted, 0, w->p->logical);
-    for (;;) {
-        int64_t hottest = -1;
-        for (uint32_t e = 0; e < w->p->logical; e++)
-            if (!w->exhausted[e] && (hottest < 0 || layer_hotter(w, e, (uint32_t)hottest)))
-                hottest = e;
-        if (hottest < 0)
-            return;
-        int64_t party = layer_best_party(w, w->budget, (uint32_t)hottest);
-        if (party < 0) {
-            w->exhausted[hottest] = 1;
-            continue;
+    uint8_t here[p->logical];
+    for (uint32_t r = 0; r < p->n_final; r++) {
+        int32_t *slot = held + (size_t)p->party_of[r] * p->slots, *end = slot + p->slots;
+        memset(here, 0, sizeof here);
+        for (const int32_t *at = slot; at < end; at++)
+            if (*at >= 0)
+                here[*at] = 1;
+        for (uint32_t e = 0; e < p->logical; e++) {
+            if (here[e] || place_tier(&p->place, r, e) != TIER_HELD)
+                continue;
+            while (slot < end && *slot >= 0)
+                slot++;
+            if (slot == end)
+                break;
+            *slot = (int32_t)e;
         }
-        layer_place(w, (uint32_t)party, (uint32_t)hottest, origin);
-        w->budget[party]--;
     }
 }
 
-static void layer_quota(struct layer_work *w)
+/* ---- one layer ---- */
+
+static void layer_leavers(const struct planner *p, uint32_t layer, struct expert_map *map)
 {
-    struct planner *p = w->p;
-    uint32_t quota = (p->logical + p->n_final - 1) / p->n_final;
-    if (quota > p->slots)
-        quota = p->slots;
+    const struct expert_map *now = p->in->now;
     for (uint32_t party = 0; party < p->parties; party++) {
-        uint32_t used = p->slots - w->empty[party];
-        w->budget[party] = planner_joins(p->in, party) && quota > used ? quota - used : 0;
+        if (p->final[party])
+            continue;
+        for (uint32_t slot = 0; slot < p->slots; slot++) {
+            map->held[expert_map_at(now, layer, party, slot)] = -1;
+            map->live[expert_map_at(now, layer, party, slot)] = 0;
+        }
     }
-    layer_spread(w, SLOT_QUOTA);
 }
 
-static void layer_fill(struct layer_work *w)
+static void layer_copy(const struct planner *p, uint32_t layer, struct expert_map *to, const struct expert_map *from)
 {
-    memcpy(w->budget, w->empty, w->p->parties * sizeof *w->budget);
-    layer_spread(w, SLOT_FILL);
+    size_t row = (size_t)p->parties * p->slots, at = (size_t)layer * row;
+    memcpy(to->held + at, from->held + at, row * sizeof *to->held);
+    memcpy(to->live + at, from->live + at, row);
+}
+
+/* How freely a layer is planned: the next one when the moves of one have no order. */
+enum effort { EFFORT_FULL, EFFORT_RIGID, EFFORT_COVER, EFFORTS };
+
+/* Where something may arrive before the commit of a scale-up, on ranks that serve: slots whose expert is routed to on
+ * another one of them as well, or not here.  What a joiner is to take over stays until it serves. */
+static void layer_room(struct planner *p, const int32_t *held, const uint8_t *live, bool joiners_only)
+{
+    uint16_t replicas[p->logical];
+    memset(replicas, 0, sizeof replicas);
+    for (size_t i = 0; i < (size_t)p->parties * p->slots; i++)
+        if (live[i])
+            replicas[held[i]]++;
+    for (uint32_t r = 0; r < p->n_final; r++) {
+        size_t at = (size_t)p->party_of[r] * p->slots;
+        if (planner_joins(p->in, p->party_of[r]))
+            continue;
+        p->place.room[r] = 0;
+        for (size_t i = at; i < at + p->slots && !joiners_only; i++) {
+            if (live[i] && replicas[held[i]] < 2)
+                continue;
+            p->place.room[r]++;
+            if (live[i])
+                replicas[held[i]]--;
+        }
+    }
+}
+
+static void layer_commit(struct planner *p, uint32_t layer, enum effort effort, double peak_now)
+{
+    const struct expert_map *now = p->in->now;
+    int32_t *held = row_of(p, p->commit->held, layer);
+    uint8_t *live = live_of(p, p->commit->live, layer);
+    layer_copy(p, layer, p->commit, now);
+    layer_start(p, held, live, NULL);
+    struct place_goal goal = {.balance = p->options.target_balance,
+                              .lambda = p->options.lambda,
+                              .arrivals_max = effort == EFFORT_COVER ? 0 : UINT32_MAX,
+                              .work = WORK_LAYER,
+                              .peak_max = p->n_leaving ? INFINITY : peak_now};
+    p->place.crowd = 0.5;
+    p->place.rigid = effort == EFFORT_RIGID;
+    if (p->n_joining && !p->n_leaving) {
+        layer_room(p, held, live, p->options.joiners_only || effort != EFFORT_FULL);
+        p->place.crowd = PLACE_NEVER;
+    }
+    place_solve(&p->place, &goal);
+    layer_slots(p, held, live, live_of(p, now->live, layer));
+    layer_leavers(p, layer, p->commit);
+}
+
+static void layer_target(struct planner *p, uint32_t layer, enum effort effort)
+{
+    int32_t *held = row_of(p, p->target->held, layer);
+    uint8_t *live = live_of(p, p->target->live, layer);
+    layer_copy(p, layer, p->target, p->commit);
+    layer_start(p, held, live, p->in->leaving);
+    /* Once balanced, only empty slots are filled: to overwrite more would take rounds that dip. */
+    bool balanced = place_balance(&p->place) >= p->options.target_balance * (1 - 1e-9);
+    p->place.crowd = effort == EFFORT_COVER || balanced ? PLACE_NEVER : 1;
+    if (!p->options.fill)
+        return;
+    place_fill(&p->place);
+    layer_slots(p, held, live, live_of(p, p->commit->live, layer));
+    layer_dormant(p, held);
+}
+
+/* A layer that nothing improves stays exactly as it is. */
+static void layer_stay(struct planner *p, uint32_t layer)
+{
+    layer_copy(p, layer, p->commit, p->in->now);
+    layer_copy(p, layer, p->target, p->in->now);
+}
+
+static int layer_plan(struct planner *p, uint32_t layer, struct err *err)
+{
+    const struct expert_map *now = p->in->now;
+    uint8_t serving[p->parties];
+    for (uint32_t party = 0; party < p->parties; party++)
+        serving[party] = !planner_joins(p->in, party);
+    bool loaded = layer_weights(p, layer);
+    double mean, peak_now = planner_peak(p, row_of(p, now->held, layer), live_of(p, now->live, layer), serving, &mean);
+    p->balance_before += balance_of(mean, peak_now);
+    layer_start(p, row_of(p, now->held, layer), live_of(p, now->live, layer), NULL);
+    layer_bounds(p);
+    int rc = ERR_CONFLICT;
+    double peak = 0;
+    /* bytes are not spent on the balance of a layer that is idle, save on what joiners must get */
+    for (int effort = loaded || p->n_joining ? EFFORT_FULL : EFFORT_COVER; effort < EFFORTS && rc == ERR_CONFLICT;
+         effort++) {
+        layer_commit(p, layer, (enum effort)effort, peak_now);
+        layer_target(p, layer, (enum effort)effort);
+        peak = planner_peak(p, row_of(p, p->target->held, layer), live_of(p, p->target->live, layer), p->final, NULL);
+        if (p->n_leaving == 0 && peak > peak_now * (1 + 1e-9))
+            layer_stay(p, layer);
+        rc = planner_steps(p, layer, err);
+    }
+    if (rc < 0)
+        return rc;
+    peak = planner_peak(p, row_of(p, p->commit->held, layer), live_of(p, p->commit->live, layer), p->final, &mean);
+    p->balance_at_commit += balance_of(mean, peak);
+    peak = planner_peak(p, row_of(p, p->target->held, layer), live_of(p, p->target->live, layer), p->final, &mean);
+    p->balance_after += balance_of(mean, peak);
+    return 0;
 }
 
 int planner_target(struct planner *p, struct err *err)
 {
-    struct layer_work w;
-    int rc = layer_work_init(&w, p, err);
-    for (uint32_t layer = 0; layer < p->layers && rc == 0; layer++) {
-        size_t row = (size_t)layer * p->parties * p->slots;
-        w.layer = layer;
-        w.held = p->target->held + row;
-        w.origin = p->origin + row;
-        layer_weights(&w);
-        layer_keep(&w);
-        layer_bounds(&w);
-        rc = layer_cover(&w, err);
-        if (rc < 0)
-            break;
-        if (p->n_joining)
-            layer_quota(&w);
-        layer_fill(&w);
-    }
-    layer_work_done(&w);
-    if (rc < 0)
-        return rc;
-    size_t cells = (size_t)p->layers * p->parties * p->slots;
-    for (size_t i = 0; i < cells; i++)
-        p->target->live[i] = p->target->held[i] >= 0;
-    return 0;
+    int rc = 0;
+    for (uint32_t layer = 0; layer < p->layers && rc == 0; layer++)
+        rc = layer_plan(p, layer, err);
+    if (rc == 0 && p->place.broken)
+        rc = err_set(err, ERR_NOMEM, "no memory to plan %u layers", p->layers);
+    return rc;
 }

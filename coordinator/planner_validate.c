@@ -5,11 +5,13 @@
  *   target    invariants of a map; leavers route nothing; every expert live on the ranks after the commit; no expert
  *             twice on a rank unless it is so now
  *   retire    the slot is live then, and its expert stays live elsewhere on a serving rank
+ *   wake      the slot holds something and is not live
  *   move      the source holds the expert and is not written in the same round; leavers send only before the commit;
  *             the slot written belongs to a rank that stays, is not live, and is written once a round; an expert
  *             arrives at a rank once
  *   commit    every expert is live on the ranks that stay and join
- *   end       what lies in the slots of the final ranks, and what is live, is the target; the counts are right */
+ *   end       what lies in the slots of the final ranks, and what is live, is the target; the counts are right
+ *   load      while nobody leaves, no layer's highest load is above that of now */
 #include <stdlib.h>
 #include <string.h>
 
@@ -24,7 +26,6 @@ struct walk {
     int32_t *held;      /* [cells] */
     uint8_t *live;      /* [cells] routed to; on a joiner: will be, from the commit on */
     uint32_t *written;  /* [cells] round + 1 in which it was last written */
-    uint32_t *last;     /* [cells] round + 1 of the last move that writes it */
     uint8_t *arrived;   /* [layers][parties][logical] */
     uint32_t *replicas; /* [layers][logical] live on serving ranks */
 };
@@ -59,12 +60,16 @@ static uint32_t *walk_replicas(const struct walk *w, size_t cell)
     return &w->replicas[cell / w->slots / w->parties * w->logical + (size_t)w->held[cell]];
 }
 
-static int walk_count(struct walk *w, const char *when, struct err *err)
+static void walk_count(struct walk *w)
 {
     memset(w->replicas, 0, (size_t)w->layers * w->logical * sizeof *w->replicas);
     for (size_t i = 0; i < w->cells; i++)
         if (w->live[i] && walk_serves(w, cell_party(w, i)))
             ++*walk_replicas(w, i);
+}
+
+static int walk_covered(const struct walk *w, const char *when, struct err *err)
+{
     for (size_t i = 0; i < (size_t)w->layers * w->logical; i++)
         if (w->replicas[i] == 0)
             return err_set(err, ERR_INVALID, "expert %zu of layer %zu has no live replica %s", i % w->logical,
@@ -91,10 +96,19 @@ static int check_shape(const struct plan_input *in, const struct plan *plan, str
     at = 0;
     for (uint32_t i = 0; i < plan->n_retires; i++) {
         const struct retire *r = &plan->retires[i];
-        if (r->layer >= now->layers || r->party >= now->ranks || r->slot >= now->slots || r->round >= rounds)
+        if (r->layer >= now->layers || r->party >= now->ranks || r->slot >= now->slots || r->round > rounds)
             return err_set(err, ERR_INVALID, "retire %u is out of range", i);
         if (r->round < at)
             return err_set(err, ERR_INVALID, "retire %u of round %u comes after one of round %u", i, r->round, at);
+        at = r->round;
+    }
+    at = 0;
+    for (uint32_t i = 0; i < plan->n_wakes; i++) {
+        const struct retire *r = &plan->wakes[i];
+        if (r->layer >= now->layers || r->party >= now->ranks || r->slot >= now->slots || r->round > rounds)
+            return err_set(err, ERR_INVALID, "wake %u is out of range", i);
+        if (r->round < at)
+            return err_set(err, ERR_INVALID, "wake %u of round %u comes after one of round %u", i, r->round, at);
         at = r->round;
     }
     return 0;
@@ -141,6 +155,17 @@ static int check_target(const struct walk *w, struct err *err)
         if (target->live[i] && walk_leaves(w, cell_party(w, i)))
             return err_set(err, ERR_INVALID, "the target routes to party %u, which leaves", cell_party(w, i));
     return check_duplicates(w, err);
+}
+
+static int walk_wake(struct walk *w, const struct retire *r, struct err *err)
+{
+    size_t cell = walk_cell(w, r->layer, r->party, r->slot);
+    if (!walk_serves(w, r->party) || w->live[cell] || w->held[cell] < 0)
+        return err_set(err, ERR_INVALID, "round %u wakes layer %u party %u slot %u, which is not dormant", r->round,
+                       r->layer, r->party, r->slot);
+    w->live[cell] = 1;
+    ++*walk_replicas(w, cell);
+    return 0;
 }
 
 static int walk_retire(struct walk *w, const struct retire *r, struct err *err)
@@ -194,15 +219,24 @@ static int walk_read(const struct walk *w, const struct move *m, struct err *err
     return 0;
 }
 
-static int walk_round(struct walk *w, uint32_t round, struct err *err)
+/* What the map announced at the start of a round changes: wakes first, since all of it is one flip. */
+static int walk_flip(struct walk *w, uint32_t round, struct err *err)
 {
     const struct plan *plan = w->plan;
-    int rc = walk_count(w, "at the start of a round", err);
-    if (rc < 0)
-        return err_wrap(err, "round %u", round);
+    int rc = 0;
+    for (uint32_t i = 0; i < plan->n_wakes && rc == 0; i++)
+        if (plan->wakes[i].round == round)
+            rc = walk_wake(w, &plan->wakes[i], err);
     for (uint32_t i = 0; i < plan->n_retires && rc == 0; i++)
         if (plan->retires[i].round == round)
             rc = walk_retire(w, &plan->retires[i], err);
+    return rc;
+}
+
+static int walk_round(struct walk *w, uint32_t round, struct err *err)
+{
+    const struct plan *plan = w->plan;
+    int rc = 0;
     for (uint32_t i = 0; i < plan->n_moves && rc == 0; i++)
         if (plan->moves[i].round == round)
             rc = walk_write(w, &plan->moves[i], err);
@@ -215,9 +249,19 @@ static int walk_round(struct walk *w, uint32_t round, struct err *err)
             continue;
         size_t cell = walk_cell(w, m->layer, m->dst, m->dst_slot);
         w->held[cell] = (int32_t)m->expert;
-        w->live[cell] = w->last[cell] == round + 1 && plan->target->live[cell];
+        w->live[cell] = !m->dormant;
     }
     return rc;
+}
+
+/* The map announced at the start of `round`, which the commit brings if it is the first one after it. */
+static int walk_map(struct walk *w, uint32_t round, struct err *err)
+{
+    walk_count(w);
+    int rc = walk_flip(w, round, err);
+    if (rc == 0)
+        rc = walk_covered(w, w->committed ? "after the commit" : "before the commit", err);
+    return rc < 0 ? err_wrap(err, "round %u", round) : 0;
 }
 
 static int check_end(struct walk *w, struct err *err)
@@ -250,7 +294,7 @@ static int check_end(struct walk *w, struct err *err)
     return 0;
 }
 
-/* Where the walk begins: the present map, with the dormant copies that the target routes to promoted. */
+/* Where the walk begins: the present map. */
 static int walk_init(struct walk *w, struct err *err)
 {
     const struct expert_map *now = w->in->now;
@@ -258,20 +302,12 @@ static int walk_init(struct walk *w, struct err *err)
     w->held = malloc(w->cells * sizeof *w->held);
     w->live = malloc(w->cells);
     w->written = calloc(w->cells, sizeof *w->written);
-    w->last = calloc(w->cells, sizeof *w->last);
     w->arrived = calloc(experts * w->parties, 1);
     w->replicas = calloc(experts, sizeof *w->replicas);
-    if (!w->held || !w->live || !w->written || !w->last || !w->arrived || !w->replicas)
+    if (!w->held || !w->live || !w->written || !w->arrived || !w->replicas)
         return err_set(err, ERR_NOMEM, "no memory to check a plan");
     memcpy(w->held, now->held, w->cells * sizeof *w->held);
     memcpy(w->live, now->live, w->cells);
-    for (uint32_t i = 0; i < w->plan->n_moves; i++) {
-        const struct move *m = &w->plan->moves[i];
-        w->last[walk_cell(w, m->layer, m->dst, m->dst_slot)] = m->round + 1;
-    }
-    for (size_t i = 0; i < w->cells; i++)
-        if (!w->last[i] && w->held[i] >= 0 && w->held[i] == w->plan->target->held[i] && w->plan->target->live[i])
-            w->live[i] = 1;
     return 0;
 }
 
@@ -280,9 +316,53 @@ static void walk_done(struct walk *w)
     free(w->held);
     free(w->live);
     free(w->written);
-    free(w->last);
     free(w->arrived);
     free(w->replicas);
+}
+
+static bool has_leavers(const struct walk *w)
+{
+    for (uint32_t party = 0; party < w->parties; party++)
+        if (walk_leaves(w, party))
+            return true;
+    return false;
+}
+
+/* The highest load on a rank in a layer, as a map routes it; share is scratch. */
+static double layer_peak(const struct walk *w, const struct expert_map *map, uint32_t layer, double *share)
+{
+    const double *load = w->in->load ? w->in->load + (size_t)layer * w->logical : NULL;
+    size_t first = walk_cell(w, layer, 0, 0), n = (size_t)w->parties * w->slots;
+    double total = 0, peak = 0, sum = 0;
+    memset(share, 0, w->logical * sizeof *share);
+    for (uint32_t e = 0; load && e < w->logical; e++)
+        total += load[e];
+    for (size_t i = first; i < first + n; i++)
+        if (map->live[i])
+            share[map->held[i]] += 1;
+    for (uint32_t e = 0; e < w->logical; e++)
+        share[e] = (total > 0 ? load[e] : 1) / share[e];
+    for (size_t i = first; i < first + n; i++) {
+        sum = (i - first) % w->slots ? sum : 0;
+        sum += map->live[i] ? share[map->held[i]] : 0;
+        peak = sum > peak ? sum : peak;
+    }
+    return peak;
+}
+
+static int check_peaks(const struct walk *w, struct err *err)
+{
+    double *share = calloc(w->logical, sizeof *share);
+    if (!share)
+        return err_set(err, ERR_NOMEM, "no memory to check a plan");
+    int rc = 0;
+    for (uint32_t layer = 0; layer < w->layers && rc == 0; layer++) {
+        double was = layer_peak(w, w->in->now, layer, share), is = layer_peak(w, w->plan->target, layer, share);
+        if (is > was * (1 + 1e-6))
+            rc = err_set(err, ERR_INVALID, "the highest load of layer %u goes from %g up to %g", layer, was, is);
+    }
+    free(share);
+    return rc;
 }
 
 int plan_validate(const struct plan_input *in, const struct plan *plan, struct err *err)
@@ -300,17 +380,22 @@ int plan_validate(const struct plan_input *in, const struct plan *plan, struct e
     rc = check_target(&w, err);
     if (rc == 0)
         rc = walk_init(&w, err);
-    for (uint32_t round = 0; round < plan->rounds_before && rc == 0; round++)
-        rc = walk_round(&w, round, err);
-    if (rc == 0)
-        rc = walk_count(&w, "before the commit", err);
-    w.committed = true;
-    if (rc == 0)
-        rc = walk_count(&w, "after the commit", err);
-    for (uint32_t i = 0; i < plan->rounds_after && rc == 0; i++)
-        rc = walk_round(&w, plan->rounds_before + i, err);
+    uint32_t rounds = plan->rounds_before + plan->rounds_after;
+    for (uint32_t round = 0; round <= rounds && rc == 0; round++) {
+        if (round == plan->rounds_before) { /* what the last round before the commit brought must not be all there is */
+            walk_count(&w);
+            rc = walk_covered(&w, "before the commit", err);
+            w.committed = true;
+        }
+        if (rc == 0)
+            rc = walk_map(&w, round, err);
+        if (rc == 0 && round < rounds)
+            rc = walk_round(&w, round, err);
+    }
     if (rc == 0)
         rc = check_end(&w, err);
+    if (rc == 0 && !has_leavers(&w))
+        rc = check_peaks(&w, err);
     walk_done(&w);
     return rc;
 }

@@ -1,32 +1,62 @@
-/* Inside the planner: the shape of a problem, and the steps of plan_make.  Not for others; see planner.h. */
+/* Inside the planner: the shape of a problem, and the steps of plan_make.  Not for others; see planner.h.
+ *
+ *   planner_target   per layer: the sets at the commit and at the end, put into slots
+ *   planner_steps    per layer: the order of writes, in rounds of that layer's own
+ *   planner_rounds   all layers together: rounds within the dip, sources, the plan */
 #ifndef EEP_COORDINATOR_PLANNER_WORK_H
 #define EEP_COORDINATOR_PLANNER_WORK_H
 
+#include "coordinator/place_solve.h"
 #include "coordinator/planner.h"
 
-/* Why a slot of the target holds what it holds. */
-enum slot_origin {
-    SLOT_KEPT = 0, /* as it is now */
-    SLOT_COVER,    /* an expert that no survivor had */
-    SLOT_QUOTA,    /* a joiner's share, before the commit */
-    SLOT_FILL,     /* a replica into a slot that would stay empty */
+enum planner_phase { PHASE_BEFORE = 0, PHASE_AFTER, PLAN_PHASES };
+enum step_kind { STEP_RETIRE = 0, STEP_WAKE, STEP_MOVE };
+
+/* One thing that happens to a slot.  round: of the layer, in its phase; the number of rounds of the layer = at the end
+ * of the phase. */
+struct step {
+    enum step_kind kind;
+    enum planner_phase phase;
+    uint32_t layer, party, slot, round;
+    uint32_t expert, dormant; /* STEP_MOVE */
+};
+
+struct layer_rounds {
+    uint32_t n[PLAN_PHASES];
+    size_t first[PLAN_PHASES]; /* into planner.dips */
+    double peak[PLAN_PHASES];  /* highest load at the beginning of the phase */
 };
 
 struct planner {
     const struct plan_input *in;
+    struct plan_options options;
     uint32_t layers, logical, parties, slots;
     uint32_t n_joining, n_leaving, n_final; /* n_final: parties of the view after the commit */
     uint8_t *final;                         /* [parties] */
-    struct expert_map *target;
-    uint8_t *origin; /* [layers][parties * slots], enum slot_origin */
-    uint64_t bound_hard, bound_fill;
+    uint32_t *party_of;                     /* [n_final]: of a final rank */
+    struct expert_map *commit, *target;
+    double *weight; /* [logical] of the layer at hand: all 1 without load */
+    struct place place;
+    struct step *steps;
+    size_t n_steps, cap_steps;
+    double *dips;
+    size_t n_dips, cap_dips;
+    struct layer_rounds *rounds; /* [layers] */
+    uint64_t bound_hard, bound_fill, bound_balance;
+    double balance_before, balance_at_commit, balance_after, balance_ceiling; /* sums over layers */
 };
 
-/* Builds p->target and p->origin, layer by layer, and the bounds. */
 int planner_target(struct planner *p, struct err *err) MUST_CHECK;
 
-/* Turns target and origin into rounds of retires and moves, with sources. */
+/* Appends the steps of one layer from the present map by way of commit to target.  ERR_CONFLICT when there is no order:
+ * unique experts that wait for one another's slots, and nothing to borrow. */
+int planner_steps(struct planner *p, uint32_t layer, struct err *err) MUST_CHECK;
+
 int planner_rounds(const struct planner *p, struct plan **ret_plan, struct err *err) MUST_CHECK;
+
+/* The highest load on a rank of the parties in `which`, and their mean, as the layer's slots are routed to. */
+double planner_peak(const struct planner *p, const int32_t *held, const uint8_t *live, const uint8_t *which,
+                    double *ret_mean);
 
 static inline bool planner_leaves(const struct plan_input *in, uint32_t party)
 {

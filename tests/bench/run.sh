@@ -26,6 +26,7 @@ run() {
     shift
     "$@" || { echo "FAILED: $*" >&2; failed=1; }
 }
+run "placement" "$tests/bench_planner"
 run "transfer" "$tests/bench_transfer"
 run "scaling, default lead" "$tests/bench_scale" --cycles "$cycles"
 run "scaling, --lead-ms 60" "$tests/bench_scale" --cycles "$cycles" --lead-ms 60

@@ -67,6 +67,10 @@ START_TEST(wrong_options_of_the_daemons)
     REFUSED("eep-agent --id a --engine-socket /nonexistent/a.sock", 1, "choose another path");
     REFUSED("eep-agent --id a --checkpoint /nonexistent", 1, "No such file");
     REFUSED("eep-agent --id a --checkpoint /etc", 1, "has neither");
+    REFUSED("eepctl plan", 2, "--input FILE is required");
+    REFUSED("eepctl plan --policy best --input x", 2, "it is eplb or elastic");
+    REFUSED("eepctl plan --input /nonexistent/x.json", 2, "/nonexistent/x.json");
+    REFUSED("eepctl plan --input Makefile", 2, "line 1");
     REFUSED("eepctl -c nonsense status", 2, "host:port");
     REFUSED("eepctl -c 127.0.0.1:1 status", 3, "cannot be reached");
     REFUSED("eepctl -c unix:/nonexistent status", 3, "cannot be reached");

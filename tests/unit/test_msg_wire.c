@@ -74,8 +74,8 @@ static struct plan *plan_make_some(uint32_t parties)
 {
     struct plan *plan = plan_new(parties, 2, 1);
     plan->target = map_make(parties);
-    plan->moves[0] = (struct move){2, 4, 0, 3, 1, 2, 0};
-    plan->moves[1] = (struct move){1, 3, 1, 1, 0, 0, 2};
+    plan->moves[0] = (struct move){2, 4, 0, 3, 1, 2, 0, 0};
+    plan->moves[1] = (struct move){1, 3, 1, 1, 0, 0, 2, 0};
     plan->retires[0] = (struct retire){2, 1, 3, 1};
     plan->rounds_before = 1;
     plan->rounds_after = 2;

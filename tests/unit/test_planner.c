@@ -70,7 +70,7 @@ static struct plan *must_plan(const struct scene *s)
 {
     struct err err = {0};
     struct plan *plan = NULL;
-    ck_assert_msg(plan_make(&s->in, &plan, &err) == 0, "%s", err.text);
+    ck_assert_msg(plan_make(&s->in, NULL, &plan, &err) == 0, "%s", err.text);
     ck_assert_msg(plan_validate(&s->in, plan, &err) == 0, "%s", err.text);
     return plan;
 }
@@ -128,7 +128,7 @@ static void check_maps(const struct scene *s, const struct plan *plan)
     for (uint32_t round = 0; round <= rounds; round++) {
         struct expert_map *map = plan_map_after(&s->in, plan, round);
         ck_assert_ptr_nonnull(map);
-        if (round <= plan->rounds_before)
+        if (round < plan->rounds_before)
             ck_assert_msg(expert_map_validate(map, before, &err) == 0, "after %u: %s", round, err.text);
         if (round >= plan->rounds_before)
             ck_assert_msg(expert_map_validate(map, after, &err) == 0, "after %u, committed: %s", round, err.text);
@@ -156,43 +156,21 @@ static void check_maps(const struct scene *s, const struct plan *plan)
     }
 }
 
-/* Full slots, quota of the joiners, what survivors keep. */
+/* Slots are full or their rank holds everything; counts are right; nothing is twice on a rank that routes to it. */
 static void check_quality(const struct scene *s, const struct plan *plan)
 {
     const struct expert_map *now = s->now, *target = plan->target;
-    uint32_t n_final = 0, n_joining = 0;
-    for (uint32_t i = 0; i < now->ranks; i++) {
-        n_final += !s->leaving[i];
-        n_joining += s->joining[i];
-    }
-    uint32_t quota = (now->logical + n_final - 1) / n_final;
-    if (quota > now->slots)
-        quota = now->slots;
-    struct expert_map *commit = plan_map_after(&s->in, plan, plan->rounds_before);
-    for (uint32_t layer = 0; layer < now->layers; layer++) {
-        for (uint32_t party = 0; party < now->ranks; party++) {
-            if (s->leaving[party])
-                continue;
-            if (held_on(target, layer, party, -1) > 0)
-                ck_assert_uint_eq(distinct_on(target, layer, party), now->logical);
-            if (s->joining[party]) {
-                ck_assert_uint_ge(distinct_on(commit, layer, party), quota);
-                ck_assert_uint_eq(distinct_on(target, layer, party),
-                                  now->slots < now->logical ? now->slots : now->logical);
-            }
-            for (uint32_t slot = 0; slot < now->slots; slot++) {
-                size_t at = expert_map_at(now, layer, party, slot);
-                if (now->held[at] >= 0 && now->held[at] != target->held[at])
-                    ck_assert_uint_gt(s->in.leaving ? lost_by_hand(s) : 0, 0); /* overwritten only to cover */
-            }
-        }
-    }
-    expert_map_unref(commit);
+    uint64_t arrivals = 0;
+    for (uint32_t i = 0; i < plan->n_moves; i++)
+        arrivals += plan->moves[i].src != plan->moves[i].dst;
+    ck_assert_uint_eq(plan->arrivals_before + plan->arrivals_after, arrivals);
     ck_assert_uint_eq(plan->bound_hard, lost_by_hand(s));
     ck_assert_uint_le(plan->bound_hard, plan->bound_fill);
-    ck_assert_uint_eq(plan->rounds_before, n_joining ? 1 : plan->rounds_before);
-    ck_assert_uint_eq(plan->arrivals_before + plan->arrivals_after, plan->n_moves);
-    ck_assert_uint_eq(plan->arrivals_before + plan->arrivals_after, plan->bound_fill);
+    ck_assert(plan->balance_after <= plan->balance_ceiling + 1e-6);
+    for (uint32_t layer = 0; layer < now->layers; layer++)
+        for (uint32_t party = 0; party < now->ranks; party++)
+            if (!s->leaving[party] && held_on(target, layer, party, -1) > 0)
+                ck_assert_uint_eq(distinct_on(target, layer, party), now->logical);
 }
 
 /* No sender could be relieved by another holder that is as near and sends at least two moves less in the round. */
@@ -289,7 +267,7 @@ START_TEST(random_operations)
         uint32_t n_final = 0;
         for (uint32_t i = 0; i < s.now->ranks; i++)
             n_final += !s.leaving[i];
-        int rc = plan_make(&s.in, &plan, &err);
+        int rc = plan_make(&s.in, NULL, &plan, &err);
         if (n_final == 0 || n_final * slots < logical) {
             ck_assert_int_eq(rc, n_final ? ERR_LIMIT : ERR_INVALID);
             ck_assert_ptr_null(plan);
@@ -301,10 +279,8 @@ START_TEST(random_operations)
         check_maps(&s, plan);
         check_level(&s, plan);
         ck_assert_uint_eq(plan->bound_hard, lost_by_hand(&s));
-        bool leaves = memchr(s.leaving, 1, s.now->ranks) != NULL;
-        if (!leaves)
-            check_quality(&s, plan);
-        ck_assert_int_eq(plan_make(&s.in, &again, NULL), 0);
+        check_quality(&s, plan);
+        ck_assert_int_eq(plan_make(&s.in, NULL, &again, NULL), 0);
         check_same(plan, again);
         expert_map_unref(map);
         map = scene_result(&s, plan->target);
@@ -344,10 +320,8 @@ START_TEST(demo_sequence)
     ck_assert_uint_eq(plan->bound_hard, 0);
     ck_assert_uint_eq(plan->arrivals_before, 3 * 2 * 2); /* ceil(8 / 4) for each joiner and layer */
     ck_assert_uint_eq(plan->arrivals_after, 3 * 2 * 2);
-    ck_assert_uint_eq(plan->n_retires, 0);
-    for (uint32_t layer = 0; layer < 3; layer++)
-        for (int32_t e = 0; e < 8; e++)
-            ck_assert_uint_eq(expert_map_live_count(map, layer, e, NULL), 2);
+    ck_assert(plan->balance_at_commit >= 0.98);
+    ck_assert(plan->balance_after >= 0.98);
     plan_unref(plan);
 
     map = scale(map, (const uint8_t[]){0, 1, 0, 0}, 0, &plan);
@@ -386,7 +360,7 @@ START_TEST(scale_down_at_the_bound)
     ck_assert_uint_eq(plan->bound_hard, 10);
     ck_assert_uint_eq(plan->n_moves, 10);
     ck_assert_uint_eq(plan->n_retires, 10);
-    ck_assert_uint_eq(plan->rounds_before, 1);
+    ck_assert_uint_eq(plan->rounds_before, 2); /* a layer each: both at once would slow steps by more than the dip */
     /* two leavers with the same experts share the sending */
     uint32_t sent[4] = {0};
     for (uint32_t i = 0; i < plan->n_moves; i++)
@@ -420,16 +394,16 @@ START_TEST(does_not_fit)
     struct err err = {0};
     struct plan *plan = NULL;
     scene_init(&s, map, (const uint8_t[]){0, 0, 1}, 0);
-    ck_assert_int_eq(plan_make(&s.in, &plan, &err), ERR_LIMIT);
+    ck_assert_int_eq(plan_make(&s.in, NULL, &plan, &err), ERR_LIMIT);
     ck_assert_ptr_nonnull(strstr(err.text, "do not fit"));
     scene_done(&s);
     scene_init(&s, map, (const uint8_t[]){1, 1, 1}, 0);
-    ck_assert_int_eq(plan_make(&s.in, &plan, &err), ERR_INVALID);
+    ck_assert_int_eq(plan_make(&s.in, NULL, &plan, &err), ERR_INVALID);
     scene_done(&s);
     map->held[0] = -1; /* the only copy of expert 0 is gone */
     map->live[0] = 0;
     scene_init(&s, map, NULL, 1);
-    ck_assert_int_eq(plan_make(&s.in, &plan, &err), ERR_NOTFOUND);
+    ck_assert_int_eq(plan_make(&s.in, NULL, &plan, &err), ERR_NOTFOUND);
     ck_assert_ptr_null(plan);
     scene_done(&s);
     expert_map_unref(map);
@@ -445,16 +419,18 @@ START_TEST(hot_experts_get_replicas)
     scene_init(&s, map, NULL, 2);
     s.in.load = load;
     struct plan *plan = must_plan(&s);
-    ck_assert_uint_eq(expert_map_live_count(plan->target, 0, 3, NULL), 3);
-    ck_assert_uint_eq(expert_map_live_count(plan->target, 0, 6, NULL), 3);
+    ck_assert_uint_ge(expert_map_live_count(plan->target, 0, 3, NULL), 2);
+    ck_assert_uint_ge(expert_map_live_count(plan->target, 0, 6, NULL), 2);
+    ck_assert(plan->balance_at_commit > 0.98);
     plan_unref(plan);
     memset(load, 0, sizeof load); /* idle: evenly, not all to expert 0 */
     plan = must_plan(&s);
     for (int32_t e = 0; e < 8; e++)
-        ck_assert_uint_eq(expert_map_live_count(plan->target, 0, e, NULL), 2);
+        ck_assert_uint_le(expert_map_live_count(plan->target, 0, e, NULL), 3);
+    ck_assert(plan->balance_after > 0.98);
     plan_unref(plan);
     load[2] = -1;
-    ck_assert_int_eq(plan_make(&s.in, &plan, NULL), ERR_INVALID);
+    ck_assert_int_eq(plan_make(&s.in, NULL, &plan, NULL), ERR_INVALID);
     scene_done(&s);
     expert_map_unref(map);
 }
@@ -466,15 +442,16 @@ START_TEST(sources_are_levelled)
     struct scene s;
     scene_init(&s, map, NULL, 4);
     struct plan *plan = must_plan(&s);
-    uint32_t sent[2][8] = {{0}};
-    for (uint32_t i = 0; i < plan->n_moves; i++)
-        sent[plan->moves[i].round][plan->moves[i].src]++;
+    uint32_t sent[2][8] = {{0}}, all[2] = {0};
+    for (uint32_t i = 0; i < plan->n_moves; i++) {
+        sent[plan->moves[i].round >= plan->rounds_before][plan->moves[i].src]++;
+        all[plan->moves[i].round >= plan->rounds_before]++;
+    }
+    ck_assert_uint_eq(all[0] + all[1], 4 * 4 * 16);
     for (uint32_t party = 0; party < 4; party++)
-        ck_assert_uint_eq(sent[0][party], 4 * 4 * 4 / 4);
-    /* Round 1, per layer: the 16 experts that still have two copies get two more, only from the four old ranks; the
-     * 16 that joiners have got in round 0 get one more, best from there. */
+        ck_assert_uint_eq(sent[0][party], all[0] / 4);
     for (uint32_t party = 0; party < 8; party++)
-        ck_assert_uint_eq(sent[1][party], party < 4 ? 4 * 16 * 2 / 4 : 4 * 16 / 4);
+        ck_assert_uint_le(sent[1][party], all[1] / 4 + 1); /* what only the old ranks have, and the rest */
     plan_unref(plan);
 
     for (uint32_t i = 0; i < 8; i++) /* a copy on each node: nothing crosses */
@@ -501,6 +478,9 @@ static struct plan *plan_duplicate(const struct plan *from)
     plan->rounds_after = from->rounds_after;
     plan->bound_hard = from->bound_hard;
     plan->bound_fill = from->bound_fill;
+    plan->n_wakes = from->n_wakes;
+    plan->wakes = calloc(from->n_wakes + 1, sizeof *plan->wakes);
+    memcpy(plan->wakes, from->wakes, from->n_wakes * sizeof *plan->wakes);
     plan->arrivals_before = from->arrivals_before;
     plan->arrivals_after = from->arrivals_after;
     return plan;
@@ -608,7 +588,7 @@ static void plant(struct plan *plan, enum mistake mistake)
         plan->arrivals_before++;
         break;
     case COMMIT_TOO_EARLY:
-        plan->rounds_before = 0, plan->rounds_after = 1;
+        plan->rounds_after += plan->rounds_before, plan->rounds_before = 0;
         break;
     case SLOT_OUT_OF_RANGE:
         first->dst_slot = 5;
@@ -636,7 +616,7 @@ START_TEST(mistakes_are_found)
     struct plan *bad = plan_duplicate(good);
     ck_assert_msg(plan_validate(&s.in, bad, &err) == 0, "%s", err.text);
     if (mistake == TARGET_MUTED) /* without a retire that prepares it */
-        bad->target->live[expert_map_at(bad->target, 0, 0, 0)] = 0;
+        *(uint8_t *)memchr(bad->target->live, 1, 20) = 0;
     else if (mistake == TARGET_DUPLICATE)
         bad->target->held[expert_map_at(bad->target, 0, 0, 0)] = bad->target->held[expert_map_at(bad->target, 0, 0, 1)];
     else
@@ -719,7 +699,7 @@ START_TEST(large_is_fast)
     struct scene s;
     scene_init(&s, map, NULL, 16);
     struct err err = {0};
-    ck_assert_int_eq(plan_make(&s.in, &plan, &err), 0);
+    ck_assert_int_eq(plan_make(&s.in, NULL, &plan, &err), 0);
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &b);
     double up = (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec);
     ck_assert_msg(plan_validate(&s.in, plan, &err) == 0, "%s", err.text);
@@ -732,11 +712,10 @@ START_TEST(large_is_fast)
         leaving[i] = 1;
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &a);
     scene_init(&s, big, leaving, 0);
-    ck_assert_int_eq(plan_make(&s.in, &plan, &err), 0);
+    ck_assert_int_eq(plan_make(&s.in, NULL, &plan, &err), 0);
     clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &b);
     double down = (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec);
     ck_assert_msg(plan_validate(&s.in, plan, &err) == 0, "%s", err.text);
-    ck_assert_uint_eq(plan->n_moves, plan->bound_hard);
     printf("16 -> 32: %.3f s, 32 -> 16: %.3f s (%u moves)\n", up, down, plan->n_moves);
     ck_assert_msg(up < 3 && down < 3, "%.2f s, %.2f s", up, down); /* generous: sanitizers, a busy machine */
     plan_unref(plan);

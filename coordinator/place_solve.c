@@ -1,0 +1,278 @@
+/* Bounds, several starts, and the fill.  Pure. */
+#include "coordinator/place_solve.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The first is for everybody, the others while there is work left or the goal is not reached. */
+static const struct place_style styles[] = {
+    {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = true},
+    {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = false},
+    {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = true, .wide = true},
+    {.hot = 2, .cold = 4, .piece = 0.5, .leave = 0.9, .polish = true, .wide = true, .swap = true},
+    {.hot = 1, .cold = 8, .piece = 0.6, .leave = 0.9, .polish = true, .wide = true},
+    {.hot = 4, .cold = 8, .piece = 1.0, .leave = 0.9, .polish = true, .wide = true, .swap = true},
+    {.hot = 4, .cold = 8, .piece = 1.0, .leave = 0.9, .polish = false},
+    {.hot = 1, .cold = 1, .piece = 0.8, .leave = 0.95, .polish = true, .wide = true},
+};
+#define STYLES (sizeof styles / sizeof styles[0])
+
+/* ---- bounds ---- */
+
+static int compare_descending(const void *va, const void *vb)
+{
+    double a = *(const double *)va, b = *(const double *)vb;
+    return a > b ? -1 : a < b;
+}
+
+/* Without a spare slot: the load of the rank that has the heaviest expert, at best. */
+static double heaviest_with_coldest(const struct place *p)
+{
+    double *sorted = malloc(p->experts * sizeof *sorted);
+    if (!sorted)
+        return 0;
+    memcpy(sorted, p->weight, p->experts * sizeof *sorted);
+    qsort(sorted, p->experts, sizeof *sorted, compare_descending);
+    double sum = sorted[0];
+    for (uint32_t i = 1; i < p->slots; i++)
+        sum += sorted[p->experts - i];
+    free(sorted);
+    return sum;
+}
+
+double place_ceiling(const struct place *p)
+{
+    uint64_t spare = (uint64_t)p->ranks * p->slots;
+    if (p->total <= 0 || spare < p->experts)
+        return 1;
+    spare -= p->experts;
+    /* Only an expert with more than the mean matters; the spare slots go where a replica is the largest. */
+    double worst = p->mean;
+    uint16_t *count = NULL;
+    for (uint32_t e = 0; e < p->experts && !count; e++)
+        if (p->weight[e] > p->mean)
+            count = calloc(p->experts, sizeof *count);
+    for (; count;) {
+        uint32_t top = 0;
+        double share = 0;
+        for (uint32_t e = 0; e < p->experts; e++) {
+            if (p->weight[e] <= p->mean || p->weight[e] / (count[e] + 1) <= share)
+                continue;
+            share = p->weight[e] / (count[e] + 1);
+            top = e;
+        }
+        worst = fmax(p->mean, share);
+        if (share <= p->mean || spare == 0 || count[top] + 1u == p->ranks)
+            break;
+        spare--;
+        count[top]++;
+    }
+    free(count);
+    if ((uint64_t)p->ranks * p->slots == p->experts)
+        worst = fmax(worst, heaviest_with_coldest(p));
+    return p->mean / worst;
+}
+
+uint32_t place_bound_balance(const struct place *p, uint32_t survivors, double balance)
+{
+    double limit = p->mean / balance, excess = p->total - survivors * limit;
+    if (excess <= 0 || p->total <= 0)
+        return 0;
+    double *sorted = malloc(p->experts * sizeof *sorted);
+    if (!sorted)
+        return 0;
+    memcpy(sorted, p->weight, p->experts * sizeof *sorted);
+    qsort(sorted, p->experts, sizeof *sorted, compare_descending);
+    uint32_t pieces = 0;
+    for (uint32_t e = 0; e < p->experts && excess > 1e-12 * p->total; e++) {
+        for (double left = sorted[e]; left > 0 && excess > 1e-12 * p->total; left -= limit, pieces++)
+            excess -= fmin(left, limit);
+    }
+    free(sorted);
+    return pieces;
+}
+
+/* ---- starts ---- */
+
+struct solution {
+    struct place_step *step; /* from the common start */
+    size_t n, cap;
+    uint32_t arrivals;
+    double max;
+    bool set;
+};
+
+static bool solution_keep(struct solution *s, struct place *p, size_t start)
+{
+    size_t n = p->n_log - start;
+    if (n > s->cap) {
+        struct place_step *step = realloc(s->step, n * sizeof *step);
+        if (!step) {
+            p->broken = true;
+            return false;
+        }
+        s->step = step;
+        s->cap = n;
+    }
+    if (n)
+        memcpy(s->step, p->log + start, n * sizeof *s->step);
+    s->n = n;
+    s->arrivals = p->arrivals;
+    s->max = place_max(p);
+    s->set = true;
+    return true;
+}
+
+static void solution_restore(const struct solution *s, struct place *p, size_t start)
+{
+    place_rewind(p, start);
+    for (size_t i = 0; i < s->n; i++) {
+        if (s->step[i].added)
+            place_add(p, s->step[i].rank, s->step[i].expert);
+        else
+            place_remove(p, s->step[i].rank, s->step[i].expert);
+    }
+}
+
+/* What an arrival buys is worth lambda; beyond the limit balance is worth nothing. */
+static double worth(const struct place *p, double max, uint32_t arrivals, double limit, double lambda)
+{
+    return (max > 0 ? p->mean / fmax(max, limit) : 1) - lambda * arrivals;
+}
+
+/* Within the limit with fewer arrivals, then the lower maximum; with lambda, what is worth more. */
+static bool solution_beaten(const struct solution *s, const struct place *p, double limit, double lambda)
+{
+    double max = place_max(p);
+    if (s->set && lambda > 0)
+        return worth(p, max, p->arrivals, limit, lambda) > worth(p, s->max, s->arrivals, limit, lambda);
+    if (!s->set || (max <= limit) != (s->max <= limit))
+        return !s->set || max <= limit;
+    if (max <= limit && p->arrivals != s->arrivals)
+        return p->arrivals < s->arrivals;
+    return max < s->max * (1 - 1e-9);
+}
+
+static double goal_limit(const struct place *p, const struct place_goal *goal)
+{
+    double limit = fmax(p->mean / goal->balance, p->mean / place_ceiling(p) * 1.005);
+    return fmin(limit, fmax(goal->peak_max, p->mean * 1.0001));
+}
+
+void place_solve(struct place *p, const struct place_goal *goal)
+{
+    double limit = goal_limit(p, goal);
+    uint64_t begun = p->work;
+    size_t start = p->n_log;
+    struct solution best = {0};
+    for (size_t i = 0; i < STYLES; i++) {
+        place_rewind(p, start);
+        place_cover(p);
+        uint32_t room = UINT32_MAX - p->arrivals, more = goal->arrivals_max < room ? goal->arrivals_max : room;
+        p->swap = p->wide = false;
+        place_polish(p, limit);
+        place_shift(p, &styles[i], limit, p->arrivals + more, goal->lambda);
+        if (place_max(p) <= limit)
+            place_prune(p, limit);
+        if (solution_beaten(&best, p, limit, goal->lambda) && !solution_keep(&best, p, start))
+            break;
+        if (p->broken || p->work - begun > (best.max <= limit ? 1 : 32) * goal->work)
+            break;
+    }
+    if (!p->broken)
+        solution_restore(&best, p, start);
+    p->swap = true;
+    place_polish(p, p->mean * 1.0005); /* what is free is taken beyond the goal as well */
+    free(best.step);
+}
+
+/* ---- fill ---- */
+
+/* Only what is free: by phi, which can cross what the maximum cannot, and by the maximum. */
+static void place_settle(struct place *p)
+{
+    static const struct place_style by_max = {
+        .hot = 4, .cold = 8, .piece = 1, .polish = true, .wide = true, .swap = true};
+    static const struct place_style by_phi = {.hot = 4, .cold = 8, .piece = 1};
+    p->swap = false;
+    double node = p->cost[TIER_NODE], cross = p->cost[TIER_CROSS], limit = p->mean * 1.0005;
+    p->cost[TIER_NODE] = p->cost[TIER_CROSS] = PLACE_NEVER;
+    place_shift(p, &by_max, limit, UINT32_MAX, 0);
+    place_shift(p, &by_phi, limit, UINT32_MAX, 0);
+    place_shift(p, &by_max, limit, UINT32_MAX, 0);
+    p->cost[TIER_NODE] = node;
+    p->cost[TIER_CROSS] = cross;
+}
+
+/* What has arrived is held from now on. */
+static void fill_hold(struct place *p)
+{
+    for (uint32_t r = 0; r < p->ranks; r++)
+        for (uint32_t i = 0; i < p->items[r]; i++)
+            p->tier[(size_t)p->item[(size_t)r * p->slots + i] * p->ranks + r] = TIER_HELD;
+}
+
+static uint32_t fill_room(const struct place *p)
+{
+    int32_t room = 0;
+    for (uint32_t r = 0; r < p->ranks; r++)
+        room += p->room[r] > 0 ? p->room[r] : 0;
+    return (uint32_t)room;
+}
+
+/* Each time onto the coldest rank with an empty slot, what the fewest ranks hold, of that the largest replica: a second
+ * copy of everything is what a death and a later scale-down need. */
+static bool fill_rest(struct place *p)
+{
+    uint16_t *holders = calloc(p->experts, sizeof *holders);
+    if (!holders)
+        return false;
+    for (uint32_t e = 0; e < p->experts; e++)
+        for (uint32_t r = 0; r < p->ranks; r++)
+            holders[e] = (uint16_t)(holders[e] + (place_tier(p, r, e) == TIER_HELD));
+    for (;;) {
+        uint32_t to = p->ranks, best = p->experts;
+        for (uint32_t r = 0; r < p->ranks; r++)
+            if (p->room[r] > 0 && !place_full(p, r) && (to == p->ranks || p->load[r] < p->load[to]))
+                to = r;
+        if (to == p->ranks)
+            break;
+        for (uint32_t e = 0; e < p->experts; e++) {
+            if (place_tier(p, to, e) == TIER_HELD || place_on(p, to, e))
+                continue;
+            if (best == p->experts || holders[e] < holders[best] ||
+                (holders[e] == holders[best] && p->share[e] > p->share[best]))
+                best = e;
+        }
+        if (best == p->experts) {
+            p->room[to] = 0; /* it holds them all */
+            continue;
+        }
+        place_add(p, to, best);
+        holders[best]++;
+    }
+    free(holders);
+    fill_hold(p);
+    return true;
+}
+
+void place_fill(struct place *p)
+{
+    static const struct place_style useful = {
+        .hot = 2, .cold = 8, .piece = 0.5, .leave = 0.9, .polish = true, .wide = true};
+    fill_hold(p);
+    uint32_t room = fill_room(p);
+    if (room) {
+        place_shift(p, &useful, p->mean * 1.001, p->arrivals + room, 0);
+        fill_hold(p);
+    }
+    double before = place_max(p);
+    size_t start = p->n_log;
+    p->broken |= !fill_rest(p);
+    place_settle(p);
+    if (place_max(p) > before) { /* the rest stays dormant */
+        place_rewind(p, start);
+        place_settle(p);
+    }
+}
