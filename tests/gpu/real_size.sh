@@ -48,6 +48,7 @@ gpus=1
 [ "$memory" != cuda ] || gpus=$("$build/eep-agent" --list-gpus | wc -l)
 [ "$gpus" -gt 0 ] || fail "no GPU here"
 start coordinator "$build/eep-coordinator" --listen "$EEP_COORDINATOR" --state "$dir/state"
+for ((i = 0; i < 100; i++)); do "$build/eepctl" status >"$dir/out" 2>&1 && break || sleep 0.1; done
 for ((i = 0; i < most; i++)); do
     where=(--memory "$memory")
     [ "$memory" != cuda ] || where=(--memory "cuda:$((i % gpus))" --transport "$transport")
