@@ -141,6 +141,14 @@ static CUresult failure_due(const char *function)
     return CUDA_SUCCESS;
 }
 
+CUresult fakecuda_sticky(void)
+{
+    fake_lock();
+    CUresult code = fake.sticky;
+    fake_unlock();
+    return code;
+}
+
 CUresult fake_late(void)
 {
     CUresult code = late;

@@ -77,6 +77,9 @@ CUresult fake_late(void);
 CUcontext fake_current(void);
 bool fake_device_valid(CUdevice device);
 bool fake_is_sticky(CUresult result);
+/* Exported, for a test that has the library by dlopen: the error that has broken the contexts of this process, or
+ * CUDA_SUCCESS.  Asking is no call of the driver that could fail. */
+CUresult fakecuda_sticky(void);
 /* In a stream's thread: while it runs a function of the user's, which may not call the driver. */
 void fake_callback(bool runs);
 /* A mistake that the real driver would let pass. */
