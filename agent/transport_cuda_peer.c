@@ -743,7 +743,7 @@ struct transport *transport_cuda_peer_open(const char *device, struct err *err)
         free(t);
         return NULL;
     }
-    t->tuning = (struct peer_tuning){.streams = 4};
+    t->tuning = (struct peer_tuning){.streams = 4, .batched = cuda_copies_batched(&t->device->driver)};
     t->base = (struct transport){
         .name = "cuda_peer",
         .group_id = peer_group_id,
