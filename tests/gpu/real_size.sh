@@ -4,9 +4,10 @@
 #   tests/gpu/real_size.sh BUILD [TRANSPORT]     (the folder of a build, or bin of an unpacked bundle with tests)
 #
 # Environment: MODEL (arguments of eep-make-checkpoint: --model qwen3-30b-a3b --layers 16), CHECKPOINT (a folder that is
-# there, instead), STEPS ("2 4 3 2 4"), MEMORY (cuda).  TRANSPORT: auto, cuda_peer or nccl.  Agent i uses GPU i modulo their
-# number.  The engines attach and step, but get no requests: nobody knows the right tokens of random weights.  Prints what
-# each operation took, moved, and its bounds; what loading and each round of moves reached; GPU memory in use.
+# there, instead), STEPS ("2 4 3 2 4"; each rank has the slots that the fewest ranks need), MEMORY (cuda).  TRANSPORT: auto,
+# cuda_peer or nccl.  Agent i uses GPU i modulo their number.  The engines attach and step, but get no requests: nobody
+# knows the right tokens of random weights.  Prints what each operation took, moved, and its bounds; what loading and each
+# round of moves reached; GPU memory in use.
 set -u
 
 build=$(cd "${1:?usage: real_size.sh BUILD [TRANSPORT]}" && pwd)
@@ -44,16 +45,17 @@ if [ -z "$checkpoint" ]; then
     "$build/tests/eep-make-checkpoint" ${MODEL:---model qwen3-30b-a3b --layers 16} "$checkpoint" | tail -n 1 || exit 1
 fi
 most=$(printf '%s\n' $steps | sort -n | tail -n 1)
+least=$(printf '%s\n' $steps | sort -n | head -n 1)
 gpus=1
 [ "$memory" != cuda ] || gpus=$("$build/eep-agent" --list-gpus | wc -l)
 [ "$gpus" -gt 0 ] || fail "no GPU here"
-start coordinator "$build/eep-coordinator" --listen "$EEP_COORDINATOR" --state "$dir/state"
+start coordinator "$build/eep-coordinator" --listen "$EEP_COORDINATOR" --state "$dir/state" --min-ranks "$least"
 for ((i = 0; i < 100; i++)); do "$build/eepctl" status >"$dir/out" 2>&1 && break || sleep 0.1; done
 for ((i = 0; i < most; i++)); do
     where=(--memory "$memory")
     [ "$memory" != cuda ] || where=(--memory "cuda:$((i % gpus))" --transport "$transport")
     [ "$memory" != cuda ] || [ "$most" -le "$gpus" ] || where+=(--shared-gpu)
-    [ "$i" -ge 2 ] || where+=(--checkpoint "$checkpoint")
+    [ "$i" -ge "${steps%% *}" ] || where+=(--checkpoint "$checkpoint")
     start "agent-$i" "$build/eep-agent" --id "gpu$i" --coordinator "$EEP_COORDINATOR" --engine-socket "$dir/e$i.sock" "${where[@]}"
     start "engine-$i" "$build/tests/eep-engine" --socket "$dir/e$i.sock" --step-ms 10
 done
