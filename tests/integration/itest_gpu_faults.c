@@ -143,7 +143,7 @@ START_TEST(a_lost_gpu_ends_its_agent_and_nothing_else)
     start(&c, "cuda_peer");
     itest_feed(&c, "6");
     cluster_signal(&c.agent[VICTIM], SIGKILL);
-    setenv("FAKECUDA_FAIL", "cuMemcpyDtoDAsync:3:700:late", 1);
+    setenv("FAKECUDA_FAIL", "cuMemcpyBatchAsync:1:700:late,cuMemcpyDtoDAsync:1:700:late", 1);
     ck_assert_int_eq(cluster_agent_start(&c, VICTIM), 0);
     unsetenv("FAKECUDA_FAIL");
     cluster_signal(&c.engine[VICTIM], SIGKILL);
