@@ -177,6 +177,9 @@ $(GPU_BENCH): $(BUILD)/tests/bench_%: $(BUILD)/tests/gpu/bench_%.o $(BUILD)/test
 $(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c) $(BUILD)/libcommon.a
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ -lpthread
+$(BUILD)/tests/eep-idle-engine: $(call obj,tests/gpu/idle_engine.c) $(BUILD)/libeep.a $(BUILD)/libcommon.a
+	@mkdir -p $(@D)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 .PHONY: fakecuda
 fakecuda: $(FAKECUDA)
 $(BUILD)/fakecuda/libcuda.so.1: $(call obj,$(FAKECUDA_SRC)) $(BUILD)/libcommon.a tests/fakecuda/export.map
@@ -209,7 +212,8 @@ $(BUILD)/tests/fuzz_%: tests/fuzz/fuzz_%.c $(TEST_LIBS)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -fsanitize=fuzzer -o $@ $< $(TEST_LIBS) $(LIBS)
 
 .PHONY: test-tools
-test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint
+test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint \
+            $(BUILD)/tests/eep-idle-engine
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \

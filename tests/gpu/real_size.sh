@@ -5,7 +5,7 @@
 #
 # Environment: MODEL (arguments of eep-make-checkpoint: --model qwen3-30b-a3b --layers 16), CHECKPOINT (a folder that is
 # there, instead), STEPS ("2 4 3 2 4"; each rank has the slots that the fewest ranks need), MEMORY (cuda).  TRANSPORT: auto,
-# cuda_peer or nccl.  Agent i uses GPU i modulo their number.  The engines attach and step, but get no requests: nobody
+# cuda_peer or nccl.  Agent i uses GPU i modulo their number.  The engines attach and answer, but have no requests: nobody
 # knows the right tokens of random weights.  Prints what each operation took, moved, and its bounds; what loading and each
 # round of moves reached; GPU memory in use.
 set -u
@@ -57,7 +57,7 @@ for ((i = 0; i < most; i++)); do
     [ "$memory" != cuda ] || [ "$most" -le "$gpus" ] || where+=(--shared-gpu)
     [ "$i" -ge "${steps%% *}" ] || where+=(--checkpoint "$checkpoint")
     start "agent-$i" "$build/eep-agent" --id "gpu$i" --coordinator "$EEP_COORDINATOR" --engine-socket "$dir/e$i.sock" "${where[@]}"
-    start "engine-$i" "$build/tests/eep-engine" --socket "$dir/e$i.sock" --step-ms 10
+    start "engine-$i" "$build/tests/eep-idle-engine" "$dir/e$i.sock"
 done
 echo "$gpus GPUs, $most agents, $memory, $transport; GPU memory in use before, MiB: $(gpu_memory)"
 for n in $steps; do
