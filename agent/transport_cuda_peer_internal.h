@@ -1,4 +1,5 @@
-/* What the files of the transport over GPU memory share: transport_cuda_peer.c (the table, groups, plans),
+/* What the files of the transport over GPU memory share: transport_cuda_peer.c (the table, groups),
+ * transport_cuda_peer_moves.c (which bytes go where), transport_cuda_peer_call.c (one call, until nothing is due),
  * transport_cuda_peer_link.c (messages and descriptors between agents), transport_cuda_peer_copy.c (the copies),
  * transport_cuda_peer_reach.c (who can be reached).
  *
@@ -16,8 +17,8 @@
 #include "agent/transport_gpu.h"
 #include "agent/transport_host_internal.h"
 
-#define PEER_STREAMS      8u   /* at most; a copy of a few MiB alone does not fill a GPU */
-#define PEER_BATCHES      24u  /* in flight: a millisecond of the fastest GPU, so that this thread may sleep */
+#define PEER_STREAMS      8u  /* at most; a copy of a few MiB alone does not fill a GPU */
+#define PEER_BATCHES      24u /* in flight: a millisecond of the fastest GPU, so that this thread may sleep */
 #define PEER_BATCH_COPIES 128u
 
 /* ---- messages ---- */
@@ -110,6 +111,26 @@ struct transport_cuda_peer {
     struct cuda_device *device;
     struct peer_tuning tuning;
 };
+
+/* ---- calls ---- */
+
+struct call_job {
+    struct peer_group *g;
+    const struct transport_call *call;
+    /* what an offer's bytes are copied to; NULL in group_create */
+    int (*offered)(struct call_job *job, uint32_t peer, const struct offer_run *runs, struct err *err);
+    const struct extent **to; /* [parties] where the bytes of each go, in the plan's order */
+    const uint8_t *have;      /* a broadcast: who sends; else NULL */
+};
+/* Messages and copies until nothing is due any more. */
+int peer_call_run(struct call_job *job, struct err *err) MUST_CHECK;
+/* Tells the source what has been copied; nothing for copies inside this party's own memory. */
+int peer_tell_taken(struct peer_group *g, uint32_t peer, struct err *err) MUST_CHECK;
+/* As in agent/transport.h. */
+int peer_move(struct transport_group *group, const struct transfer *items, size_t n, const struct transport_call *call,
+              uint64_t *ret_bytes, struct err *err) MUST_CHECK;
+int peer_broadcast(struct transport_group *group, const struct extent *extents, size_t n, const uint8_t *have,
+                   const struct transport_call *call, uint64_t *ret_bytes, struct err *err) MUST_CHECK;
 
 /* Queues a message; body may be NULL.  fd goes with it, and must stay open until the call ends. */
 int peer_note(struct peer_group *g, uint32_t peer, const struct note_head *head, const void *body, int fd,
