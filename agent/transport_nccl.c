@@ -207,7 +207,10 @@ const char *transport_nccl_version(const struct transport *transport)
 
 struct transport_nccl_counts transport_nccl_counts(const struct transport *transport)
 {
-    return ((const struct transport_nccl *)transport)->counts;
+    const struct transport_nccl *nccl = (const struct transport_nccl *)transport;
+    struct transport_nccl_counts counts = nccl->counts;
+    counts.ending = nccl_endings_count(nccl->shared);
+    return counts;
 }
 
 static int nccl_parts(struct transport_nccl *nccl, const struct transport_nccl_options *options, struct err *err)

@@ -24,9 +24,10 @@ struct transport *transport_nccl_open(const struct transport_nccl_options *optio
 /* "NCCL 2.28.9 with shrink": what the transport found. */
 const char *transport_nccl_version(const struct transport *transport);
 
-/* How the communicators of its groups came about. */
+/* How the communicators of its groups came about, and how many are being ended in the background now (one that is kept
+ * is not). */
 struct transport_nccl_counts {
-    unsigned made, reused, shrunk;
+    unsigned made, reused, shrunk, ending;
 };
 struct transport_nccl_counts transport_nccl_counts(const struct transport *transport);
 

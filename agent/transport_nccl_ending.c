@@ -254,6 +254,16 @@ bool nccl_endings_wait(struct nccl_shared *shared, bool failed_only, uint32_t li
     return over;
 }
 
+unsigned nccl_endings_count(struct nccl_shared *shared)
+{
+    unsigned n = 0;
+    pthread_mutex_lock(&shared->lock);
+    for (const struct nccl_ending *e = shared->endings; e; e = e->next)
+        n += !e->kept;
+    pthread_mutex_unlock(&shared->lock);
+    return n;
+}
+
 int nccl_endings_check(struct nccl_shared *shared, struct err *err)
 {
     uint64_t now = clock_now_ns(), oldest = 0;

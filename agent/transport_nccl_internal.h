@@ -140,6 +140,8 @@ struct nccl_kept *nccl_kept_take(struct nccl_shared *shared);
 void nccl_kept_drop(struct nccl_shared *shared, struct nccl_kept *kept);
 /* Waits for all endings (failed_only: of groups that failed); false when some are not over in time. */
 bool nccl_endings_wait(struct nccl_shared *shared, bool failed_only, uint32_t limit_ms);
+/* How many are under way; one that is kept is not. */
+unsigned nccl_endings_count(struct nccl_shared *shared);
 /* 0, or which ending is over its time.  Never blocks. */
 int nccl_endings_check(struct nccl_shared *shared, struct err *err) MUST_CHECK;
 

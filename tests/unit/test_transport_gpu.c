@@ -745,7 +745,9 @@ static void group_of(struct party *p, const uint32_t *who, uint32_t n)
     uint64_t received;
     p->transport->destroy(p->group);
     p->group = NULL;
-    poll(NULL, 0, 150); /* ends are in the background, and what was not all over is not kept */
+    for (int i = 0; i < 1000 && transport_nccl_counts(p->transport).ending > 0; i++)
+        poll(NULL, 0, 10); /* ends are in the background, and what was not all over is not kept */
+    together(p);
     id_share(p);
     for (uint32_t i = 0; i < n; i++) {
         members[i] = p->members[who[i]];
