@@ -34,8 +34,7 @@ if [ $# -gt 0 ]; then
     for program; do
         install -m 755 "$build/tests/$program" "$top/bin/tests"
     done
-    install -m 755 tests/gpu/*.sh "$top/tests/gpu"
-    install -m 644 tests/gpu/*.py "$top/tests/gpu"
+    install -m 755 tests/gpu/*.sh tests/gpu/*.py "$top/tests/gpu"
     install -m 755 tests/bench/*.sh "$top/tests/bench"
     cp -R tests/data "$top/tests"
     copyright check libsubunit-dev
