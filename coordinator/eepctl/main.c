@@ -16,6 +16,7 @@ const struct ctl_command ctl_commands[] = {
     {"history", cmd_history, "operations that have ended"},
     {"verify", cmd_verify, "compare all weights with their digests"},
     {"plan", cmd_plan, "run a placement planner on a file, offline"},
+    {"model", cmd_model, "what is in a checkpoint folder, offline"},
     {"kv", cmd_kv, "the key-value store: get, put, add, cas, del, list, watch, queue, stat"},
     {"barrier", cmd_barrier, "the store's barriers: list, show"},
     {"version", cmd_version, "versions of eepctl and the coordinator"},
