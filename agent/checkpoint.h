@@ -44,6 +44,8 @@ int checkpoint_manifest(const struct checkpoint *c, uint32_t slots, struct manif
  * disk.  Buffers for a GPU (up to 64 MiB of pinned memory) are freed at the end. */
 int checkpoint_load(struct checkpoint *c, struct weights *w, const struct expert_map *map, uint32_t rank,
                     bool (*progress)(void *user, uint64_t bytes), void *user, struct err *err) MUST_CHECK;
+/* Bytes that such a load reads. */
+uint64_t checkpoint_load_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank);
 /* How many threads read, at most 8; 0 (at first): as many as there are processors, from 4 to 8. */
 void checkpoint_readers_set(struct checkpoint *c, unsigned n);
 /* Bytes of tensors that loads have read from the files so far. */

@@ -223,6 +223,18 @@ static int load_digests(struct load *load, uint64_t dense_sum, struct err *err)
 
 /* ---- all of it ---- */
 
+uint64_t checkpoint_load_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank)
+{
+    uint64_t sum = 0;
+    for (size_t i = 0; i < c->n_dense; i++)
+        sum += c->dense[i]->bytes;
+    for (uint32_t layer = 0; layer < map->layers && layer < c->layers; layer++)
+        for (uint32_t slot = 0; slot < map->slots; slot++)
+            for (uint32_t k = 0; k < c->n_tails && map->held[expert_map_at(map, layer, rank, slot)] >= 0; k++)
+                sum += checkpoint_piece(c, layer, 0, k).bytes;
+    return sum;
+}
+
 /* The weights must be those of checkpoint_manifest(), else offsets would mean something else. */
 static int load_check(const struct checkpoint *c, const struct weights *w, const struct expert_map *map, uint32_t rank,
                       struct err *err)

@@ -21,11 +21,13 @@ static int setup_parties(struct coordinator *c, const uint32_t *peers, const uin
     free(r->stays);
     free(c->op.peer);
     free(c->op.progress);
+    free(c->op.expected);
     r->parties = calloc(n + 1, sizeof(*r->parties));
     r->stays = calloc(n + 1, 1);
     c->op.peer = calloc(n + 1, sizeof(*c->op.peer));
     c->op.progress = calloc(n + 1, sizeof(*c->op.progress));
-    if (!r->parties || !r->stays || !c->op.peer || !c->op.progress)
+    c->op.expected = calloc(n + 1, sizeof(*c->op.expected));
+    if (!r->parties || !r->stays || !c->op.peer || !c->op.progress || !c->op.expected)
         return ERR_NOMEM;
     r->n = n;
     r->n_old = n_old;

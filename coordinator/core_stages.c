@@ -199,6 +199,10 @@ void operation_progress(struct coordinator *c, uint32_t peer, const struct msg_p
     if (party < 0 || p->op != c->durable.open.op)
         return;
     c->op.progress[party] = p->bytes;
+    if (p->total) {
+        c->op.bytes_planned += p->total - c->op.expected[party];
+        c->op.expected[party] = p->total;
+    }
     if (c->op.deadline_ns && (c->op.phase == PHASE_WEIGHTS || c->op.phase == PHASE_FILL || c->op.phase == PHASE_ALLOCATE))
         c->op.deadline_ns = c->now_ns + c->config.transfer_ms * MS;
     c->changed = true;
