@@ -109,7 +109,10 @@ int checkpoint_config_read(const char *path, struct checkpoint_config *ret_confi
     if (rc < 0)
         return rc;
     const char *type = json_string_value(json_object_get(json, "model_type"));
-    if (type)
+    bool plain = type != NULL;
+    for (const char *at = type; plain && *at; at++)
+        plain = (unsigned char)*at > 0x20 && *at != 0x7f;
+    if (plain) /* it is shown on terminals */
         snprintf(config.model_type, sizeof config.model_type, "%s", type);
     rc = config_count(json, path, "num_hidden_layers", &config.hidden_layers, err);
     for (size_t i = 0; i < sizeof keys / sizeof keys[0] && rc == 0 && config.experts == 0; i++) {
