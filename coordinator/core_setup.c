@@ -129,7 +129,8 @@ static int setup_up(struct coordinator *c, const struct scale_request *s, struct
         return 0;
     for (uint32_t i = 1; i < s->target; i++)
         if (c->peers[peers[i]].layers != layers || c->peers[peers[i]].logical != logical)
-            return err_set(err, ERR_CONFLICT, "agents %s and %s would load different models (%u x %u and %u x %u)",
+            return err_set(err, ERR_CONFLICT, "agents %s and %s would load different models, %u layers of %u experts and %u of %u; "
+                           "start them with the same --checkpoint",
                            c->peers[peers[0]].member.id, c->peers[peers[i]].member.id, layers, logical,
                            c->peers[peers[i]].layers, c->peers[peers[i]].logical);
     expert_map_unref(c->op.load_map);

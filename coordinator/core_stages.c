@@ -184,7 +184,8 @@ void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg
                 model_unref(c->durable.model);
                 c->durable.model = model_ref(d->model);
             } else if (model_merge(c->durable.model, d->model, &err) < 0) {
-                operation_abort(c, "agent %s has loaded something else: %s", id, err.text);
+                operation_abort(c, "agent %s has loaded something else: %.300s; all need the same --checkpoint", id,
+                                err.text);
                 return;
             }
         }

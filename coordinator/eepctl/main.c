@@ -29,6 +29,43 @@ struct choice {
     int first; /* index of the command in argv */
 };
 
+/* How many single changes make one word of the other; most + 1 for more.  A change is an insertion, an omission, a wrong letter, or two
+ * letters that have changed places. */
+static unsigned distance(const char *a, const char *b, unsigned most)
+{
+    while (*a && *a == *b)
+        a++, b++;
+    if (!*a && !*b)
+        return 0;
+    if (most == 0)
+        return 1;
+    unsigned best = most;
+    const struct {
+        bool can;
+        size_t a, b;
+    } ways[] = {{*a, 1, 0}, {*b, 0, 1}, {*a && *b, 1, 1}, {*a && *b && a[0] == b[1] && a[1] == b[0], 2, 2}};
+    for (size_t i = 0; i < sizeof ways / sizeof ways[0]; i++) {
+        unsigned rest = ways[i].can ? distance(a + ways[i].a, b + ways[i].b, most - 1) : most;
+        best = rest < best ? rest : best;
+    }
+    return best + 1;
+}
+
+static void command_unknown(struct argp_state *state, const char *arg)
+{
+    const char *nearest = NULL;
+    unsigned best = 3; /* of three changes nobody would think of the word */
+    for (const struct ctl_command *c = ctl_commands; c->name; c++) {
+        unsigned d = distance(arg, c->name, 2);
+        if (d < best && d < strlen(arg))
+            best = d, nearest = c->name;
+    }
+    if (nearest)
+        argp_error(state, "unknown command '%s'; did you mean '%s'?", arg, nearest);
+    else
+        argp_error(state, "unknown command '%s'", arg);
+}
+
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct choice *choice = state->input;
@@ -42,7 +79,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
                 choice->command = c;
         }
         if (!choice->command)
-            argp_error(state, "unknown command '%s'", arg);
+            command_unknown(state, arg);
         choice->first = state->next - 1;
         state->next = state->argc; /* the rest belongs to the command */
         return 0;
