@@ -25,7 +25,12 @@ int mdb_file_err(struct err *err, int mdb, const char *file, const char *what)
         code = ERR_CORRUPT;
     else if (mdb == MDB_VERSION_MISMATCH)
         code = ERR_UNSUPPORTED;
-    return err_set(err, code, "%s: %s: %s", file, what, mdb_strerror(mdb));
+    const char *hint = "";
+    if (mdb == ENOSPC || mdb == EDQUOT)
+        hint = "; make room in the state folder, or name another with --state";
+    else if (mdb == EROFS || mdb == EACCES || mdb == EPERM)
+        hint = "; make the state folder writable for this user, or name another with --state";
+    return err_set(err, code, "%s: %s: %s%s", file, what, mdb_strerror(mdb), hint);
 }
 
 int mdb_file_grow(MDB_env *env)

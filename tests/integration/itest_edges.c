@@ -220,12 +220,12 @@ static const struct row disks[] = {
     {"a read-only state folder",
      "sh -c 'exec unshare -rm sh -c \"mount -t tmpfs -o ro none %D/disk && exec %B/eep-coordinator --state %D/disk "
      "--listen 127.0.0.1:0\"'",
-     1, "Read-only file system"},
+     1, "Read-only file system; --state names another"},
     {"a full state folder",
      "sh -c 'exec unshare -rm sh -c \"mount -t tmpfs -o size=16k none %D/disk && exec %B/eep-coordinator --state "
      "%D/disk "
      "--listen 127.0.0.1:0\"'",
-     1, "No space left on device"},
+     1, "No space left on device; make room in the state folder"},
 };
 
 /* ---- peers ---- */
