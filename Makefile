@@ -304,6 +304,13 @@ install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr
 	for unit in $(notdir $(wildcard systemd/*.service)); do \
 	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
 
+# for bash, and for zsh, whose function asks the other
+.PHONY: install-completion
+install: install-completion
+install-completion:
+	install -D -m 644 coordinator/eepctl/completion/eepctl.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/eepctl
+	install -D -m 644 coordinator/eepctl/completion/_eepctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_eepctl
+
 include systemd/bundle/rules.mk
 
 format:    ## lay out the code

@@ -1,4 +1,5 @@
 /* eepctl: the table of commands, and the choice of one. */
+#include "common/options.h"
 #include "coordinator/eepctl/client.h"
 
 #include <locale.h>
@@ -27,6 +28,7 @@ struct choice {
     struct ctl ctl;
     const struct ctl_command *command;
     int first; /* index of the command in argv */
+    bool help; /* of the command, and not its work */
 };
 
 /* How many single changes make one word of the other; most + 1 for more.  A change is an insertion, an omission, a wrong letter, or two
@@ -74,6 +76,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         state->child_inputs[0] = &choice->ctl;
         return 0;
     case ARGP_KEY_ARG:
+        if (strcmp(arg, "help") == 0 && state->next == state->argc)
+            return options_help(OPTIONS_KEY_HELP, state);
+        if (strcmp(arg, "help") == 0) {
+            choice->help = true;
+            arg = state->argv[state->next++];
+        }
         for (const struct ctl_command *c = ctl_commands; c->name; c++) {
             if (strcmp(c->name, arg) == 0)
                 choice->command = c;
@@ -103,7 +111,7 @@ static char *help_filter(int key, const char *text, void *input)
     fputs("Commands:\n", f);
     for (const struct ctl_command *c = ctl_commands; c->name; c++)
         fprintf(f, "  %-10s %s\n", c->name, c->description);
-    fputs("\n`eepctl COMMAND -h` explains a command.\n"
+    fputs("\n`eepctl COMMAND -h`, or `eepctl help COMMAND`, explains a command with examples.\n"
           "\n"
           "Exit status: 0 done, 1 failed, 2 usage, 3 the coordinator cannot be reached, 4 denied, 5 we stopped waiting "
           "while the operation goes on, 6 the operation was rolled back, 7 conflict.\n", f);
@@ -134,7 +142,9 @@ int main(int argc, char **argv)
     char name[64];
     snprintf(name, sizeof name, "eepctl %s", choice.command->name);
     argv[choice.first] = name;
-    int status = choice.command->run(&choice.ctl, argc - choice.first, argv + choice.first);
+    char *help[] = {name, (char *)"-h", NULL};
+    int status = choice.help ? choice.command->run(&choice.ctl, 2, help)
+                             : choice.command->run(&choice.ctl, argc - choice.first, argv + choice.first);
     client_drop(&choice.ctl);
     if (fflush(stdout) != 0 || ferror(stdout)) {
         fprintf(stderr, "eepctl: could not write the output: disk full or closed pipe\n");

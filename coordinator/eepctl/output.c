@@ -20,7 +20,7 @@ static int exit_code(int code)
 
 int ctl_fail(const struct err *err)
 {
-    fprintf(stderr, "eepctl: %s\n", err->text);
+    fprintf(stderr, "%seepctl:%s %s\n", ctl_paint(stderr, PAINT_BAD), ctl_paint(stderr, PAINT_END), err->text);
     return exit_code(err->code);
 }
 
