@@ -138,7 +138,7 @@ $(BUILD)/eep-agent: $(call obj,agent/main.c) $(BUILD)/libagent.a $(BUILD)/libcom
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/eep-keeper: $(call obj,$(wildcard agent/keeper/*.c)) $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
-$(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libcommon.a
+$(BUILD)/eepctl: $(call obj,$(CTL_SRC)) $(BUILD)/libcoordinator.a $(BUILD)/libagent.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 $(BUILD)/libeep.so: $(call obj,$(LIBEEP_SRC)) $(BUILD)/libagent.a $(BUILD)/libcommon.a
 	$(CC) $(LDFLAGS) -shared -Wl,-soname,libeep.so.0 -Wl,--exclude-libs,ALL -o $@ $^ $(call third,-lprotobuf-c) -lpthread -ldl
@@ -175,7 +175,7 @@ GPU_BENCH := $(if $(HAVE_CUDA),$(BUILD)/tests/bench_peer) $(if $(HAVE_NCCL),$(BU
 $(BUILD)/tests/gpu/bench%.o: override CPPFLAGS += $(if $(HAVE_CUDA),-isystem $(CUDA_INC)) $(if $(HAVE_NCCL),-isystem $(NCCL_INC))
 $(GPU_BENCH): $(BUILD)/tests/bench_%: $(BUILD)/tests/gpu/bench_%.o $(BUILD)/tests/gpu/bench.o $(TEST_LIBS)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
-$(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c) $(BUILD)/libcommon.a
+$(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c tests/gpu/checkpoint_tables.c) $(BUILD)/libcommon.a
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ -lpthread
 $(BUILD)/tests/eep-idle-engine: $(call obj,tests/gpu/idle_engine.c) $(BUILD)/libeep.a $(BUILD)/libcommon.a
@@ -304,6 +304,13 @@ install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr
 	install -m 644 docs/*.md $(DESTDIR)$(PREFIX)/share/doc/eep
 	for unit in $(notdir $(wildcard systemd/*.service)); do \
 	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
+
+# for bash, and for zsh, whose function asks the other
+.PHONY: install-completion
+install: install-completion
+install-completion:
+	install -D -m 644 coordinator/eepctl/completion/eepctl.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/eepctl
+	install -D -m 644 coordinator/eepctl/completion/_eepctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_eepctl
 
 include systemd/bundle/rules.mk
 

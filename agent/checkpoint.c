@@ -1,14 +1,11 @@
 /* Opens a checkpoint folder: config.json, and model.safetensors or the shards that model.safetensors.index.json names.
- * Which tensor is what: checkpoint_names.c; layout: checkpoint_layout.c; bytes: checkpoint_load.c.  Worker thread. */
+ * Which tensor is what: checkpoint_experts.c; layout: checkpoint_layout.c; bytes: checkpoint_load.c.  Worker thread. */
 #include "agent/checkpoint.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "agent/checkpoint_internal.h"
@@ -16,7 +13,6 @@
 #define SINGLE_NAME "model.safetensors"
 #define INDEX_NAME  "model.safetensors.index.json"
 #define CONFIG_NAME "config.json"
-#define CONFIG_MAX  (1u << 20)
 #define INDEX_MAX   (256u << 20)
 #define SHARDS_MAX  4096u
 
@@ -26,82 +22,23 @@ static char *path_join(const char *dir, const char *name)
     return asprintf(&path, "%s/%s", dir, name) < 0 ? NULL : path;
 }
 
-/* Reads a whole text file of at most max bytes, and refuses one with a NUL in it. */
-static int text_read(const char *path, size_t max, char **ret_text, struct err *err)
-{
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return err_set(err, errno == ENOENT ? ERR_NOTFOUND : ERR_IO, "%s: cannot open: %s", path, strerror(errno));
-    struct stat st;
-    char *text = NULL;
-    int rc = 0;
-    size_t len = 0;
-    if (fstat(fd, &st) < 0 || !S_ISREG(st.st_mode))
-        rc = err_set(err, ERR_INVALID, "%s: is not a regular file", path);
-    else if ((size_t)st.st_size > max)
-        rc = err_set(err, ERR_LIMIT, "%s: %lld bytes are over the limit of %zu", path, (long long)st.st_size, max);
-    else if (!(text = calloc(1, (size_t)st.st_size + 1)))
-        rc = err_set(err, ERR_NOMEM, "out of memory");
-    while (rc == 0 && len < (size_t)st.st_size) {
-        ssize_t got = read(fd, text + len, (size_t)st.st_size - len);
-        if (got > 0)
-            len += (size_t)got;
-        else if (got == 0 || errno != EINTR)
-            rc = err_set(err, ERR_IO, "%s: cannot read: %s", path, got == 0 ? "it became shorter" : strerror(errno));
-    }
-    if (rc == 0 && strlen(text) != len)
-        rc = err_set(err, ERR_INVALID, "%s: holds a NUL at byte %zu; this is no JSON", path, strlen(text));
-    close(fd);
-    if (rc < 0) {
-        free(text);
-        return rc;
-    }
-    *ret_text = text;
-    return 0;
-}
+/* ---- config.json: its number of experts is compared with what is there ---- */
 
-static int json_read(const char *path, const char *text, json_t **ret_json, struct err *err)
-{
-    json_error_t error;
-    json_t *json = json_loads(text, JSON_REJECT_DUPLICATES, &error);
-    if (!json)
-        return err_set(err, ERR_INVALID, "%s: is no valid JSON in line %d: %s", path, error.line, error.text);
-    if (!json_is_object(json)) {
-        json_decref(json);
-        return err_set(err, ERR_INVALID, "%s: is no JSON object", path);
-    }
-    *ret_json = json;
-    return 0;
-}
-
-/* ---- config.json: kept as it is; only its number of experts is compared ---- */
-
-static int config_check(const struct checkpoint *c, const char *path, const json_t *config, struct err *err)
-{
-    static const char *const keys[] = {"num_local_experts", "num_experts", "n_routed_experts"};
-    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
-        const json_t *value = json_object_get(config, keys[i]);
-        if (json_is_integer(value) && json_integer_value(value) != (json_int_t)c->experts)
-            return err_set(err, ERR_INVALID, "%s: %s is %lld, but the layers have %u experts", path, keys[i],
-                           (long long)json_integer_value(value), c->experts);
-    }
-    return 0;
-}
-
-static int config_read(struct checkpoint *c, struct err *err)
+static int config_open(struct checkpoint *c, struct err *err)
 {
     char *path = path_join(c->dir, CONFIG_NAME);
-    if (!path)
-        return err_set(err, ERR_NOMEM, "out of memory");
-    json_t *json = NULL;
-    int rc = text_read(path, CONFIG_MAX, &c->config, err);
-    if (rc == 0)
-        rc = json_read(path, c->config, &json, err);
-    if (rc == 0)
-        rc = config_check(c, path, json, err);
-    json_decref(json);
+    int rc = path ? checkpoint_config_read(path, &c->config, err) : err_set(err, ERR_NOMEM, "out of memory");
     free(path);
     return rc;
+}
+
+static int config_check(const struct checkpoint *c, struct err *err)
+{
+    const struct checkpoint_config *config = &c->config;
+    if (config->experts > 0 && config->experts != c->experts)
+        return err_set(err, ERR_INVALID, "%s/%s: %s is %u, but the layers have %u experts", c->dir, CONFIG_NAME,
+                       config->experts_key, config->experts, c->experts);
+    return 0;
 }
 
 /* ---- the files ---- */
@@ -201,9 +138,8 @@ static int index_open(struct checkpoint *c, const char *path, struct err *err)
 {
     char *text = NULL;
     json_t *index = NULL, *shards = json_object();
-    int rc = shards ? text_read(path, INDEX_MAX, &text, err) : err_set(err, ERR_NOMEM, "out of memory");
-    if (rc == 0)
-        rc = json_read(path, text, &index, err);
+    int rc =
+        shards ? checkpoint_json_read(path, INDEX_MAX, &text, &index, err) : err_set(err, ERR_NOMEM, "out of memory");
     const json_t *map = json_object_get(index, "weight_map");
     if (rc == 0 && json_object_size(map) == 0)
         rc = err_set(err, ERR_INVALID, "%s: has no weight_map", path);
@@ -247,9 +183,11 @@ int checkpoint_open(const char *dir, struct checkpoint **ret_checkpoint, struct 
     }
     int rc = weights_open(c, err);
     if (rc == 0)
+        rc = config_open(c, err);
+    if (rc == 0)
         rc = checkpoint_classify(c, err);
     if (rc == 0)
-        rc = config_read(c, err);
+        rc = config_check(c, err);
     if (rc < 0) {
         checkpoint_close(c);
         return rc;
@@ -267,8 +205,10 @@ void checkpoint_close(struct checkpoint *c)
     free(c->files);
     free(c->all);
     free(c->dense);
+    free(c->apart);
+    free(c->layer_numbers);
     free(c->pieces);
-    free(c->config);
+    checkpoint_config_done(&c->config);
     free(c->dir);
     free(c);
 }
@@ -281,6 +221,37 @@ uint32_t checkpoint_layers(const struct checkpoint *c)
 uint32_t checkpoint_experts(const struct checkpoint *c)
 {
     return c->experts;
+}
+
+static uint64_t tensors_bytes(const struct safetensors_tensor *const *tensors, size_t n)
+{
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += tensors[i]->bytes;
+    return sum;
+}
+
+void checkpoint_info(const struct checkpoint *c, struct checkpoint_info *ret_info)
+{
+    *ret_info = (struct checkpoint_info){
+        .model_type = c->config.model_type,
+        .hidden_layers = c->config.hidden_layers,
+        .files = c->n_files,
+        .layer_numbers = c->layer_numbers,
+        .dense_tensors = c->n_dense,
+        .dense_bytes = tensors_bytes(c->dense, c->n_dense),
+        .apart_layers = c->apart_layers,
+        .apart_tensors = c->n_apart,
+        .apart_bytes = tensors_bytes(c->apart, c->n_apart),
+        .bytes = tensors_bytes(c->all, c->n_all),
+    };
+    for (uint32_t layer = 0; layer < c->layers; layer++) {
+        uint64_t sum = 0;
+        for (uint32_t k = 0; k < c->n_tails; k++)
+            sum += checkpoint_piece(c, layer, 0, k).bytes;
+        if (sum > ret_info->expert_bytes)
+            ret_info->expert_bytes = sum;
+    }
 }
 
 void checkpoint_readers_set(struct checkpoint *c, unsigned n)

@@ -78,7 +78,7 @@ static int pieces_finish(struct load *load, struct err *err)
     return rc;
 }
 
-/* Where a tensor goes, and what its digest is a part of. */
+/* Where a piece goes, and what its digest is a part of. */
 struct target {
     struct memory_region *region;
     size_t offset;
@@ -87,11 +87,11 @@ struct target {
     uint64_t *sum;
 };
 
-static int load_tensor(struct load *load, const struct safetensors_tensor *t, const struct target *to, struct err *err)
+static int load_piece(struct load *load, const struct piece *piece, const struct target *to, struct err *err)
 {
     struct memory_backend *memory = load->w->memory;
-    for (size_t done = 0; done < t->bytes;) {
-        size_t len = (size_t)t->bytes - done;
+    for (size_t done = 0; done < piece->bytes;) {
+        size_t len = (size_t)piece->bytes - done;
         if (len > MEMORY_STAGE_BYTES)
             len = MEMORY_STAGE_BYTES;
         int rc = readers_full(load->readers) ? piece_finish(load, err) : 0;
@@ -100,12 +100,17 @@ static int load_tensor(struct load *load, const struct safetensors_tensor *t, co
         struct piece_sent *sent = &load->sent[load->put % READINGS];
         rc = memory->stage_take(memory, to->region, to->offset + done, len, &sent->stage, err);
         if (rc < 0)
-            return err_wrap(err, "%s: tensor \"%s\"", load->c->dir, t->name);
+            return err_wrap(err, "%s: tensor \"%s\"", load->c->dir, piece->tensor->name);
         sent->sum = to->sum;
         struct reading reading = {
-            .tensor = t, .from = done, .data = sent->stage.data, .len = len, .in_place = memory->in_place};
+            .tensor = piece->tensor,
+            .from = piece->from + done,
+            .data = sent->stage.data,
+            .len = len,
+            .in_place = memory->in_place,
+        };
         if (load->digests) {
-            reading.digest_len = done + len == t->bytes ? len + to->gap : len;
+            reading.digest_len = done + len == piece->bytes ? len + to->gap : len;
             reading.first_word = to->first_word + done / 8;
         }
         readers_put(load->readers, &reading);
@@ -135,7 +140,8 @@ static int load_dense(struct load *load, uint64_t *ret_sum, struct err *err)
             .first_word = here->offset / 8,
             .sum = ret_sum,
         };
-        int rc = load_tensor(load, t, &to, err);
+        const struct piece piece = {.tensor = t, .bytes = t->bytes};
+        int rc = load_piece(load, &piece, &to, err);
         if (rc < 0)
             return rc;
     }
@@ -146,28 +152,27 @@ static int load_expert(struct load *load, uint32_t layer, uint32_t slot, uint32_
 {
     const struct checkpoint *c = load->c;
     struct model *model = load->w->model;
-    struct extent parts[RECIPES_MAX];
-    if (weights_slot(load->w, layer, slot, parts, RECIPES_MAX) != c->n_recipes)
+    struct extent parts[SLOT_EXTENTS_MAX];
+    if (weights_slot(load->w, layer, slot, parts, SLOT_EXTENTS_MAX) != c->n_parts)
         return err_set(err, ERR_INVALID, "the weights have no slot %u in MoE layer %u", slot, layer);
     size_t at = load->n_slots++;
     load->slots[at] = (struct weights_place){layer, slot};
     load->targets[at] = &model->expert_digest[(size_t)layer * model->logical + expert];
     uint64_t words = 0;
-    for (size_t i = 0; i < c->n_recipes; i++) {
-        const struct recipe *recipe = &checkpoint_recipes[i];
+    for (size_t i = 0; i < c->n_parts; i++) {
         size_t done = 0;
-        for (uint32_t k = 0; k < recipe->n; k++) {
-            const struct safetensors_tensor *t = checkpoint_piece(c, layer, expert, recipe->pieces[k]);
+        for (uint32_t k = 0; k < c->parts[i].n; k++) {
+            const struct piece piece = checkpoint_piece(c, layer, expert, c->parts[i].tails[k]);
             struct target to = {
                 .region = parts[i].region,
                 .offset = parts[i].offset + done,
                 .first_word = words + done / 8,
                 .sum = &load->sums[at],
             };
-            int rc = load_tensor(load, t, &to, err);
+            int rc = load_piece(load, &piece, &to, err);
             if (rc < 0)
                 return rc;
-            done += (size_t)t->bytes;
+            done += (size_t)piece.bytes;
         }
         words += digest_words(parts[i].len);
     }
@@ -194,9 +199,9 @@ static int load_experts(struct load *load, const struct expert_map *map, uint32_
 /* A digest can be taken piece by piece when every piece begins at a word of it. */
 static bool words_whole(const struct checkpoint *c)
 {
-    for (size_t i = 0; i < c->n_recipes; i++)
-        for (uint32_t layer = 0; layer < c->layers && checkpoint_recipes[i].n > 1; layer++)
-            if (checkpoint_piece(c, layer, 0, checkpoint_recipes[i].pieces[0])->bytes % 8 != 0)
+    for (size_t i = 0; i < c->n_parts; i++)
+        for (uint32_t layer = 0; layer < c->layers && c->parts[i].n > 1; layer++)
+            if (checkpoint_piece(c, layer, 0, c->parts[i].tails[0]).bytes % 8 != 0)
                 return false;
     return true;
 }
@@ -217,6 +222,18 @@ static int load_digests(struct load *load, uint64_t dense_sum, struct err *err)
 }
 
 /* ---- all of it ---- */
+
+uint64_t checkpoint_load_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank)
+{
+    uint64_t sum = 0;
+    for (size_t i = 0; i < c->n_dense; i++)
+        sum += c->dense[i]->bytes;
+    for (uint32_t layer = 0; layer < map->layers && layer < c->layers; layer++)
+        for (uint32_t slot = 0; slot < map->slots; slot++)
+            for (uint32_t k = 0; k < c->n_tails && map->held[expert_map_at(map, layer, rank, slot)] >= 0; k++)
+                sum += checkpoint_piece(c, layer, 0, k).bytes;
+    return sum;
+}
 
 /* The weights must be those of checkpoint_manifest(), else offsets would mean something else. */
 static int load_check(const struct checkpoint *c, const struct weights *w, const struct expert_map *map, uint32_t rank,

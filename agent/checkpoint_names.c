@@ -1,40 +1,19 @@
-/* Tells experts from dense weights, by names and shapes alone: no model family is known here.
+/* What the names of tensors say: no model family is known here.
  *
- *   <prefix>.layers.L.<anything>.experts.E.<part>.weight             one piece of expert E
- *   <prefix>.layers.L.<anything>.experts.E.<part>.weight_scale_inv   the scales of its blocks
- *   everything without a component "experts"                 dense
- *   anything else with a component "experts"                 refused: a layout that this loader would get wrong
+ *   <stack>layers.L.<anything>.experts.E.<tail>   a tensor of expert E
+ *   <stack>layers.L.<anything>.experts.<tail>     one of all experts of the layer, its first dimension counts them
+ *   a component that begins with "mtp"            multi-token prediction: not part of the model that is served
+ *   everything else without "experts"             dense; shared experts are that ("shared_experts" is another word)
+ *   anything else with a component "experts"      refused: a layout that this loader would get wrong
  *
- * MoE layers are numbered from 0 in the order of L; layers without experts do not count.  Worker thread. */
+ * And the fuse recipes: of gate and up projections that separate tensors hold, one part is made.  Pure. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "agent/checkpoint_internal.h"
 
-/* What checkpoints call the pieces. */
-static const struct {
-    const char *name;
-    enum piece piece;
-} piece_table[] = {
-    {"gate_proj", PIECE_GATE}, {"w1", PIECE_GATE},        {"up_proj", PIECE_UP},
-    {"w3", PIECE_UP},          {"down_proj", PIECE_DOWN}, {"w2", PIECE_DOWN},
-};
-static const char *const piece_names[PIECES] = {
-    "gate projection",
-    "up projection",
-    "down projection",
-    "weight_scale_inv of the gate projection",
-    "weight_scale_inv of the up projection",
-    "weight_scale_inv of the down projection",
-};
-
-/* A tensor that is a piece of an expert. */
-struct found {
-    const struct safetensors_tensor *tensor;
-    size_t prefix; /* length of the name up to "experts" */
-    uint32_t layer, expert;
-    enum piece piece;
-};
+/* ---- one name ---- */
 
 struct word {
     const char *at;
@@ -75,177 +54,116 @@ static size_t words_split(const char *name, struct word *ret_words)
     return n;
 }
 
-enum name_kind { NAME_DENSE, NAME_EXPERT, NAME_STRANGE };
-
-static enum name_kind name_parse(const struct safetensors_tensor *t, struct found *ret_found)
+struct name name_parse(const struct safetensors_tensor *t)
 {
+    struct name name = {.tensor = t, .kind = NAME_DENSE};
     struct word words[WORDS_MAX];
-    size_t n = words_split(t->name, words), layers = n, experts = n;
+    size_t n = words_split(t->name, words), experts = n;
     for (size_t i = 0; i < n; i++) {
-        if (word_is(words[i], "layers") && layers == n)
-            layers = i;
+        if (i + 1 < n && !name.has_layer && word_is(words[i], "layers") && word_number(words[i + 1], &name.layer)) {
+            name.has_layer = true;
+            name.stack = (size_t)(words[i + 1].at - t->name);
+        }
+        if (words[i].len >= 3 && memcmp(words[i].at, "mtp", 3) == 0)
+            name.kind = NAME_APART;
         if (word_is(words[i], "experts"))
             experts = i;
     }
-    if (experts == n)
-        return NAME_DENSE;
-    struct found f = {.tensor = t};
-    if (layers + 1 >= experts || experts + 4 != n)
-        return NAME_STRANGE;
-    bool scale = word_is(words[experts + 3], "weight_scale_inv");
-    if ((!scale && !word_is(words[experts + 3], "weight")) || !word_number(words[layers + 1], &f.layer) ||
-        !word_number(words[experts + 1], &f.expert))
-        return NAME_STRANGE;
-    f.prefix = (size_t)(words[experts].at - t->name);
-    for (size_t i = 0; i < sizeof piece_table / sizeof piece_table[0]; i++)
-        if (word_is(words[experts + 2], piece_table[i].name)) {
-            f.piece = piece_table[i].piece + (scale ? PIECE_GATE_SCALE - PIECE_GATE : 0);
-            *ret_found = f;
-            return NAME_EXPERT;
-        }
-    return NAME_STRANGE;
+    if (experts == n || name.kind == NAME_APART)
+        return name;
+    name.kind = NAME_STRANGE;
+    if (!name.has_layer || experts + 1 >= n || words[experts].at < t->name + name.stack)
+        return name;
+    name.prefix = (size_t)(words[experts + 1].at - t->name);
+    bool numbered = word_number(words[experts + 1], &name.expert);
+    if (numbered && experts + 2 >= n)
+        return name;
+    name.tail = words[experts + (numbered ? 2 : 1)].at;
+    if (*name.tail != '\0')
+        name.kind = numbered ? NAME_EXPERT : NAME_FUSED;
+    return name;
 }
 
-static int found_compare(const void *a, const void *b)
+/* ---- tails and parts ---- */
+
+/* What checkpoints call the projections. */
+enum role { ROLE_GATE, ROLE_UP, ROLE_DOWN, ROLE_OTHER };
+static const struct {
+    const char *word;
+    enum role role;
+} roles[] = {
+    {"gate_proj", ROLE_GATE}, {"w1", ROLE_GATE},        {"up_proj", ROLE_UP},
+    {"w3", ROLE_UP},          {"down_proj", ROLE_DOWN}, {"w2", ROLE_DOWN},
+};
+
+/* The first word's role, and what comes after it ("" or "weight", "weight_scale_inv", "bias"). */
+static enum role tail_role(const struct tail *tail, const char **ret_suffix)
 {
-    const struct found *x = a, *y = b;
-    if (x->layer != y->layer)
-        return x->layer < y->layer ? -1 : 1;
-    if (x->expert != y->expert)
-        return x->expert < y->expert ? -1 : 1;
-    return x->piece < y->piece ? -1 : x->piece > y->piece;
+    size_t len = strcspn(tail->text, ".");
+    *ret_suffix = tail->text[len] == '.' ? tail->text + len + 1 : tail->text + len;
+    for (size_t i = 0; i < sizeof roles / sizeof roles[0] && !tail->fused; i++)
+        if (len == strlen(roles[i].word) && memcmp(roles[i].word, tail->text, len) == 0)
+            return roles[i].role;
+    return ROLE_OTHER;
 }
 
-/* ---- one layer: found[0 .. n) sorted by expert and piece ---- */
-
-static int layer_complete(const struct checkpoint *c, const struct found *found, size_t n, struct err *err)
+/* Weights first, then the rest by what they are, and of these gate, up, down. */
+static int tail_compare(const void *a, const void *b)
 {
-    for (size_t i = 0; i < n; i++) {
-        const struct found *f = &found[i];
-        if (f->prefix != found->prefix || memcmp(f->tensor->name, found->tensor->name, f->prefix) != 0)
-            return err_set(err, ERR_UNSUPPORTED, "%s: layer %u has two sets of experts, \"%s\" and \"%s\"", c->dir,
-                           f->layer, found->tensor->name, f->tensor->name);
-        if (i > 0 && found_compare(f - 1, f) == 0)
-            return err_set(err, ERR_INVALID, "%s: tensors \"%s\" and \"%s\" are the same part of one expert", c->dir,
-                           f[-1].tensor->name, f->tensor->name);
-        uint32_t expert = (uint32_t)(i / c->n_pieces);
-        enum piece piece = (enum piece)(i % c->n_pieces);
-        if (f->expert != expert || f->piece != piece)
-            return err_set(err, ERR_INVALID, "%s: layer %u: expert %u has no %s", c->dir, f->layer, expert,
-                           piece_names[piece]);
-    }
-    if (n % c->n_pieces != 0)
-        return err_set(err, ERR_INVALID, "%s: layer %u: expert %zu has no %s", c->dir, found->layer, n / c->n_pieces,
-                       piece_names[n % c->n_pieces]);
+    const struct tail *x = a, *y = b;
+    const char *u, *v;
+    enum role p = tail_role(x, &u), q = tail_role(y, &v);
+    bool plain_x = !*u || strcmp(u, "weight") == 0, plain_y = !*v || strcmp(v, "weight") == 0;
+    if (plain_x != plain_y)
+        return plain_x ? -1 : 1;
+    int order = plain_x ? 0 : strcmp(u, v);
+    if (order == 0)
+        order = (int)p - (int)q;
+    return order ? order : strcmp(x->text, y->text);
+}
+
+void checkpoint_tails_sort(struct checkpoint *c)
+{
+    qsort(c->tails, c->n_tails, sizeof c->tails[0], tail_compare);
+}
+
+/* "weight" is not said, "weight_scale_inv" is "_scale_inv", "bias" is "_bias". */
+static int part_name(const struct checkpoint *c, const char *word, size_t len, const char *suffix, struct part *part,
+                     struct err *err)
+{
+    const char *rest = strncmp(suffix, "weight", 6) == 0 && (suffix[6] == '_' || !suffix[6]) ? suffix + 6 : suffix;
+    int n = snprintf(part->name, sizeof part->name, "%.*s%s%s", (int)len, word, *rest && *rest != '_' ? "_" : "", rest);
+    if (n < 0 || (size_t)n >= sizeof part->name)
+        return err_set(err, ERR_LIMIT, "%s: the name of an expert's part \"%.*s.%.64s\" is longer than %zu bytes",
+                       c->dir, (int)len, word, suffix, sizeof part->name - 1);
     return 0;
 }
 
-static bool is_matrix(const struct safetensors_tensor *t, uint64_t rows, uint64_t columns, const char *dtype)
+/* Gate and up become one part, and then the down projection is called w2; all else keeps its name. */
+int checkpoint_parts_make(struct checkpoint *c, struct err *err)
 {
-    return t->dims == 2 && t->shape[0] == rows && t->shape[1] == columns && strcmp(t->dtype, dtype) == 0;
-}
-
-/* Every expert of a layer has the shapes of its first: gate and up [I, H], down [H, I]; scales of gate and up alike,
- * and as many rows of them as divide I, because those of gate and up lie one under the other. */
-static int layer_shapes(const struct checkpoint *c, const struct found *found, size_t n, struct err *err)
-{
-    const struct safetensors_tensor *first = found->tensor;
-    uint64_t inner = first->shape[0], hidden = first->shape[1];
-    if (first->dims != 2 || inner == 0 || hidden == 0)
-        return err_set(err, ERR_UNSUPPORTED, "%s: layer %u: \"%s\" is no matrix", c->dir, found->layer, first->name);
-    for (uint32_t piece = PIECE_GATE_SCALE; piece < c->n_pieces; piece++) {
-        const struct safetensors_tensor *t = found[piece].tensor;
-        if (t->dims != 2 || t->shape[0] == 0 || t->shape[1] == 0 ||
-            (piece != PIECE_DOWN_SCALE && inner % t->shape[0] != 0))
-            return err_set(err, ERR_UNSUPPORTED, "%s: layer %u: \"%s\" is no matrix of scales of whole blocks", c->dir,
-                           found->layer, t->name);
-    }
-    for (size_t i = 0; i < n; i++) {
-        const struct found *f = &found[i];
-        const struct safetensors_tensor *like = first;
-        uint64_t rows = inner, columns = hidden;
-        if (f->piece == PIECE_DOWN)
-            rows = hidden, columns = inner;
-        if (f->piece >= PIECE_GATE_SCALE) {
-            like = found[f->piece == PIECE_DOWN_SCALE ? PIECE_DOWN_SCALE : PIECE_GATE_SCALE].tensor;
-            rows = like->shape[0], columns = like->shape[1];
-        }
-        if (!is_matrix(f->tensor, rows, columns, like->dtype))
-            return err_set(err, ERR_INVALID,
-                           "%s: layer %u: the %s of expert %u (\"%s\") is not [%llu, %llu] %s, as \"%s\" demands",
-                           c->dir, f->layer, piece_names[f->piece], f->expert, f->tensor->name,
-                           (unsigned long long)rows, (unsigned long long)columns, like->dtype, like->name);
-    }
-    return 0;
-}
-
-/* ---- all layers ---- */
-
-static int layers_check(struct checkpoint *c, const struct found *found, size_t n, struct err *err)
-{
-    uint32_t first_layer = n > 0 ? found->layer : 0;
-    for (size_t from = 0; from < n;) {
-        size_t to = from;
-        while (to < n && found[to].layer == found[from].layer)
-            to++;
-        int rc = layer_complete(c, found + from, to - from, err);
-        if (rc == 0)
-            rc = layer_shapes(c, found + from, to - from, err);
+    bool fuses = false;
+    for (uint32_t i = 0; i < c->n_tails; i++) {
+        const char *suffix, *next;
+        enum role role = tail_role(&c->tails[i], &suffix);
+        bool pair = role == ROLE_GATE && i + 1 < c->n_tails && tail_role(&c->tails[i + 1], &next) == ROLE_UP &&
+                    strcmp(suffix, next) == 0;
+        fuses = fuses || pair;
+        if (c->n_parts == SLOT_EXTENTS_MAX)
+            return err_set(err, ERR_UNSUPPORTED, "%s: an expert has more than %d parts, which cannot be moved", c->dir,
+                           SLOT_EXTENTS_MAX);
+        struct part *part = &c->parts[c->n_parts++];
+        const char *word = c->tails[i].text;
+        size_t len = strcspn(word, ".");
+        if (pair)
+            word = "w13", len = 3;
+        else if (role == ROLE_DOWN && fuses)
+            word = "w2", len = 2;
+        *part = (struct part){.tails = {i, i + 1}, .n = pair ? 2 : 1};
+        int rc = part_name(c, word, len, suffix, part, err);
         if (rc < 0)
             return rc;
-        uint32_t experts = (uint32_t)((to - from) / c->n_pieces);
-        if (c->layers == 0)
-            c->experts = experts;
-        if (experts != c->experts)
-            return err_set(err, ERR_INVALID, "%s: layer %u has %u experts, but layer %u has %u", c->dir,
-                           found[from].layer, experts, first_layer, c->experts);
-        c->layers++;
-        from = to;
+        i += pair;
     }
-    if (c->layers == 0)
-        return err_set(err, ERR_UNSUPPORTED,
-                       "%s: no tensor is named ...layers.L....experts.E.<part>.weight; "
-                       "this is no mixture-of-experts checkpoint that this loader knows",
-                       c->dir);
     return 0;
-}
-
-int checkpoint_classify(struct checkpoint *c, struct err *err)
-{
-    struct found *found = calloc(c->n_all + 1, sizeof *found);
-    c->dense = calloc(c->n_all + 1, sizeof *c->dense);
-    c->pieces = calloc(c->n_all + 1, sizeof *c->pieces);
-    size_t n = 0;
-    bool scaled = false;
-    int rc = 0;
-    if (!found || !c->dense || !c->pieces)
-        rc = err_set(err, ERR_NOMEM, "out of memory");
-    for (size_t i = 0; i < c->n_all && rc == 0; i++)
-        switch (name_parse(c->all[i], &found[n])) {
-        case NAME_DENSE:
-            c->dense[c->n_dense++] = c->all[i];
-            break;
-        case NAME_EXPERT:
-            scaled = scaled || found[n].piece >= PIECE_GATE_SCALE;
-            n++;
-            break;
-        case NAME_STRANGE:
-            rc =
-                err_set(err, ERR_UNSUPPORTED,
-                        "%s: tensor \"%s\" belongs to experts, but is not named ...layers.L....experts.E.<part>.weight "
-                        "with a part that this loader knows",
-                        c->dir, c->all[i]->name);
-            break;
-        }
-    c->n_pieces = scaled ? PIECES : PIECE_GATE_SCALE;
-    c->n_recipes = scaled ? RECIPES_MAX : RECIPES_MAX / 2;
-    if (rc == 0 && n > 0)
-        qsort(found, n, sizeof *found, found_compare);
-    if (rc == 0)
-        rc = layers_check(c, found, n, err);
-    /* Complete and sorted: found[] is [layers][experts][n_pieces]. */
-    for (size_t i = 0; i < n && rc == 0; i++)
-        c->pieces[i] = found[i].tensor;
-    free(found);
-    return rc;
 }

@@ -67,7 +67,7 @@ enum agent_event_type {
     AE_PAGE,        /* the answer to an action with want_page */
     AE_BELL,        /* the engine rang: it flipped, applied a map, reached notify_done, became idle or was held */
     AE_WORK_DONE,
-    AE_WORK_PROGRESS, /* value = bytes received so far */
+    AE_WORK_PROGRESS, /* value = bytes received so far; bytes = how many there will be, 0 = not known */
     AE_ENGINE_ATTACHED,
     AE_ENGINE_DETACHED, /* text = why; the engine process ended or said goodbye */
     AE_ENGINE_PREPARED, /* op, attempt; code != 0: it could not */

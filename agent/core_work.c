@@ -177,4 +177,5 @@ void agent_work_progress(struct agent_core *core, const struct agent_event *even
     op->progress_ns = core->now_ns + CORE_PROGRESS_NS;
     m->progress.op = op->op;
     m->progress.bytes = event->value;
+    m->progress.total = event->bytes;
 }

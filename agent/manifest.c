@@ -140,7 +140,7 @@ static int tensor_check(const struct manifest *m, const struct tensor *t, struct
     const struct region *r = &m->regions[t->region];
     uint32_t bits = memchr(t->dtype, '\0', sizeof t->dtype) ? dtype_bits(t->dtype) : 0;
     if (bits == 0)
-        return err_set(err, ERR_INVALID, "manifest: tensor \"%s\" has unknown dtype \"%.8s\"", t->name, t->dtype);
+        return err_set(err, ERR_INVALID, "manifest: tensor \"%s\" has unknown dtype \"%.16s\"", t->name, t->dtype);
     uint64_t bytes, room = r->kind == REGION_EXPERT ? r->slot_bytes : r->bytes;
     if (t->dims > TENSOR_DIMS_MAX || !dtype_bytes(bits, t->dims, t->shape, &bytes))
         return err_set(err, ERR_INVALID, "manifest: the shape of tensor \"%s\" is out of bounds", t->name);

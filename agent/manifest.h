@@ -32,7 +32,7 @@ struct tensor {
     char name[REGION_NAME_MAX * 2];
     uint32_t region;            /* index */
     uint64_t offset;            /* in the region */
-    char dtype[8];              /* as in safetensors: "BF16", "F32", "F8_E4M3" ... */
+    char dtype[16];             /* as in safetensors: "BF16", "F32", "F8_E4M3" ... */
     uint32_t dims;
     uint64_t shape[TENSOR_DIMS_MAX]; /* expert regions: of one slot */
 };

@@ -16,7 +16,7 @@ struct safetensors;
 struct safetensors_tensor {
     const struct safetensors *file;
     const char *name; /* owned by the file */
-    char dtype[8];
+    char dtype[16];
     uint32_t dims;
     uint64_t shape[TENSOR_DIMS_MAX];
     const uint8_t *data; /* in the mapping; not touched by us */

@@ -201,6 +201,7 @@ static void work_ended(struct service *s, const struct worker_result *result)
     if (result->progress) {
         event.type = AE_WORK_PROGRESS;
         event.value = result->bytes;
+        event.bytes = result->value;
     } else if (result->kind == WORK_LOAD && result->id == 0) { /* no work of the core: the engine's seal */
         engine_socket_sealed(s->engine, result->code, result->text);
         event.type = AE_ENGINE_SEALED;

@@ -46,9 +46,10 @@ static void result_push(struct worker *w, const struct worker_result *result)
     bell_ring(w->result_fd);
 }
 
-void worker_progress(struct worker *w, const struct job *job, uint64_t bytes)
+void worker_progress(struct worker *w, const struct job *job, uint64_t bytes, uint64_t total)
 {
-    struct worker_result result = {.id = job->work.id, .kind = job->work.kind, .bytes = bytes, .progress = true};
+    struct worker_result result = {
+        .id = job->work.id, .kind = job->work.kind, .bytes = bytes, .value = total, .progress = true};
     pthread_mutex_lock(&w->lock);
     struct result_node *unread = w->results;
     while (unread && !(unread->result.progress && unread->result.id == job->work.id))

@@ -30,7 +30,7 @@ struct worker_result {
     int code;
     char text[256];
     uint64_t bytes;      /* received / loaded / checked */
-    uint64_t value;      /* VERIFY: slots checked */
+    uint64_t value;      /* VERIFY: slots checked; progress of LOAD: bytes that there will be */
     uint64_t bad;        /* VERIFY */
     struct blob *blob;   /* GROUP_ID; owned by the receiver */
     struct model *model; /* LOAD: manifest and digests */

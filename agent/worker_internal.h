@@ -65,8 +65,8 @@ struct worker {
 void worker_job_run(struct worker *w, struct job *job, struct worker_result *ret_result);
 /* True when the present job is to be given up. */
 bool worker_cancelled(struct worker *w);
-/* Queues a progress result, or raises the one that nobody has read yet. */
-void worker_progress(struct worker *w, const struct job *job, uint64_t bytes);
+/* Queues a progress result, or raises the one that nobody has read yet.  total: bytes that there will be, 0 = not known. */
+void worker_progress(struct worker *w, const struct job *job, uint64_t bytes, uint64_t total);
 void worker_weights_set(struct worker *w, struct weights *weights);
 
 /* Gives the weights the digests that the operation's model knows beyond ours; ERR_CONFLICT for another manifest. */

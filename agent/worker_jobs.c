@@ -58,7 +58,7 @@ static int job_allocate(struct worker *w, const struct job *job, struct err *err
 struct load_state {
     struct worker *w;
     const struct job *job;
-    uint64_t reported, bytes;
+    uint64_t reported, bytes, total;
 };
 
 static bool load_progress(void *user, uint64_t bytes)
@@ -67,7 +67,7 @@ static bool load_progress(void *user, uint64_t bytes)
     state->bytes = bytes;
     if (bytes - state->reported >= PROGRESS_BYTES) {
         state->reported = bytes;
-        worker_progress(state->w, state->job, bytes);
+        worker_progress(state->w, state->job, bytes, state->total);
     }
     return worker_cancelled(state->w);
 }
@@ -79,7 +79,8 @@ static int load_into(struct worker *w, const struct job *job, struct checkpoint 
     int rc = weights_allocate(w->config.memory, model, &weights, err);
     if (rc < 0)
         return rc;
-    struct load_state state = {.w = w, .job = job};
+    struct load_state state = {
+        .w = w, .job = job, .total = checkpoint_load_bytes(c, job->work.map, job->work.self)};
     rc = checkpoint_load(c, weights, job->work.map, job->work.self, load_progress, &state, err);
     if (rc < 0) {
         weights_free(weights);

@@ -32,7 +32,7 @@ static void transfer_progress(void *user, uint64_t bytes)
 {
     struct transfer_state *t = user;
     transfer_renew(t);
-    worker_progress(t->w, t->job, t->before + bytes);
+    worker_progress(t->w, t->job, t->before + bytes, 0);
 }
 
 static void transfer_init(struct transfer_state *t, struct worker *w, const struct job *job)

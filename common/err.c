@@ -5,6 +5,14 @@
 #include <stdio.h>
 #include <string.h>
 
+/* What is quoted came from a file, a peer, or an argument: a sentence stays one line, and moves no terminal's cursor. */
+static void make_plain(char *text)
+{
+    for (; *text; text++)
+        if ((unsigned char)*text < 0x20 || *text == 0x7f)
+            *text = '?';
+}
+
 int err_set(struct err *err, int code, const char *fmt, ...)
 {
     if (err) {
@@ -15,6 +23,7 @@ int err_set(struct err *err, int code, const char *fmt, ...)
         if (vsnprintf(text, sizeof text, fmt, args) < 0)
             text[0] = '\0';
         va_end(args);
+        make_plain(text);
         err->code = code;
         memcpy(err->text, text, sizeof text);
     }
@@ -31,6 +40,7 @@ int err_wrap(struct err *err, const char *fmt, ...)
     if (vsnprintf(text, sizeof text, fmt, args) < 0)
         text[0] = '\0';
     va_end(args);
+    make_plain(text);
 
     size_t len = strlen(text);
     if (len + 2 < sizeof text) {

@@ -33,7 +33,8 @@ struct err {
 
 #define MUST_CHECK __attribute__((warn_unused_result))
 
-/* Sets code and sentence (err may be NULL); returns code, so that `return err_set(...)` reads well. */
+/* Sets code and sentence (err may be NULL); returns code, so that `return err_set(...)` reads well.  Control characters in
+ * it become '?', here and in err_wrap. */
 int err_set(struct err *err, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
 /* Puts "context: " before the sentence that is there; returns err->code (ERR_INVALID for NULL). */

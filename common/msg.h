@@ -142,7 +142,8 @@ struct msg_stage_done {
     struct model *model; /* ALLOCATE in a cold start: manifest and the digests of what was loaded */
 };
 struct msg_progress {
-    uint64_t op, bytes; /* bytes received so far in the running stage */
+    uint64_t op, bytes; /* bytes received or loaded so far in the running stage */
+    uint64_t total;     /* bytes that there will be; 0: the coordinator knows better */
 };
 struct msg_promise {
     uint64_t epoch, incarnation, limit, next, wave;

@@ -116,6 +116,8 @@ static Pb__Progress *progress_to_pb(const struct msg_progress *m)
         return NULL;
     pb->op = m->op;
     pb->bytes = m->bytes;
+    pb->has_total = m->total != 0;
+    pb->total = m->total;
     return pb;
 }
 
@@ -305,7 +307,8 @@ int msg_from_up(const Pb__AgentUp *up, struct msg *ret_msg, struct err *err)
         return stage_done_from_pb(up->stage_done, &ret_msg->stage_done, err);
     case PB__AGENT_UP__BODY_PROGRESS:
         ret_msg->type = MSG_PROGRESS;
-        ret_msg->progress = (struct msg_progress){.op = up->progress->op, .bytes = up->progress->bytes};
+        ret_msg->progress = (struct msg_progress){
+            .op = up->progress->op, .bytes = up->progress->bytes, .total = up->progress->total};
         return 0;
     case PB__AGENT_UP__BODY_PROMISE:
         ret_msg->type = MSG_PROMISE;

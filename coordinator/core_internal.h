@@ -82,6 +82,7 @@ struct operation {
     uint32_t round;             /* next round to run */
     uint64_t accept;            /* request that waits to hear that the operation is accepted; 0 = none */
     uint64_t *progress;         /* [n] bytes of the running stage */
+    uint64_t *expected;         /* [n] how many there will be, where only the agent knows; counted into bytes_planned */
     uint64_t bytes_done, bytes_planned;
     struct expert_map *load_map;/* cold start */
     bool waits_for_agents;      /* PENDING until enough spares are there */

@@ -192,6 +192,12 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
         p->gone = true;
         return;
     }
+    const struct model *model = c->view ? c->durable.model : NULL;
+    if (model && hello->can_load && hello->layers && (hello->layers != model->layers || hello->logical != model->logical))
+        core_log(c, CORE_WARN,
+                 "agent %s: its checkpoint (%u layers of %u experts) is not the model that serves (%u of %u): it can "
+                 "join, but a start of the cluster with it fails; start it with the model's own --checkpoint",
+                 hello->id, hello->layers, hello->logical, model->layers, model->logical);
     core_log(c, CORE_INFO, "agent %s connected, incarnation %016llx, %s", hello->id,
              (unsigned long long)hello->incarnation, members_rank(c, peer) >= 0 ? "a rank of the view" : "spare");
     members_welcome(c, peer);

@@ -84,6 +84,7 @@ void operation_clear(struct coordinator *c)
     struct operation *op = &c->op;
     free(op->peer);
     free(op->progress);
+    free(op->expected);
     blob_unref(op->group_id);
     plan_unref(op->plan);
     expert_map_unref((struct expert_map *)(uintptr_t)op->in.now);

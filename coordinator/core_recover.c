@@ -12,7 +12,8 @@ static void recover_parties(struct coordinator *c)
     struct op_record *r = &c->durable.open;
     c->op.peer = calloc(r->n + 1, sizeof(*c->op.peer));
     c->op.progress = calloc(r->n + 1, sizeof(*c->op.progress));
-    if (!c->op.peer || !c->op.progress)
+    c->op.expected = calloc(r->n + 1, sizeof(*c->op.expected));
+    if (!c->op.peer || !c->op.progress || !c->op.expected)
         abort();
     for (uint32_t i = 0; i < r->n; i++)
         c->op.peer[i] = members_find(c, r->parties[i].id);

@@ -21,11 +21,13 @@ static int setup_parties(struct coordinator *c, const uint32_t *peers, const uin
     free(r->stays);
     free(c->op.peer);
     free(c->op.progress);
+    free(c->op.expected);
     r->parties = calloc(n + 1, sizeof(*r->parties));
     r->stays = calloc(n + 1, 1);
     c->op.peer = calloc(n + 1, sizeof(*c->op.peer));
     c->op.progress = calloc(n + 1, sizeof(*c->op.progress));
-    if (!r->parties || !r->stays || !c->op.peer || !c->op.progress)
+    c->op.expected = calloc(n + 1, sizeof(*c->op.expected));
+    if (!r->parties || !r->stays || !c->op.peer || !c->op.progress || !c->op.expected)
         return ERR_NOMEM;
     r->n = n;
     r->n_old = n_old;
@@ -127,7 +129,8 @@ static int setup_up(struct coordinator *c, const struct scale_request *s, struct
         return 0;
     for (uint32_t i = 1; i < s->target; i++)
         if (c->peers[peers[i]].layers != layers || c->peers[peers[i]].logical != logical)
-            return err_set(err, ERR_CONFLICT, "agents %s and %s would load different models (%u x %u and %u x %u)",
+            return err_set(err, ERR_CONFLICT, "agents %s and %s would load different models, %u layers of %u experts and %u of %u; "
+                           "start them with the same --checkpoint",
                            c->peers[peers[0]].member.id, c->peers[peers[i]].member.id, layers, logical,
                            c->peers[peers[i]].layers, c->peers[peers[i]].logical);
     expert_map_unref(c->op.load_map);

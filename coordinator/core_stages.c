@@ -184,7 +184,8 @@ void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg
                 model_unref(c->durable.model);
                 c->durable.model = model_ref(d->model);
             } else if (model_merge(c->durable.model, d->model, &err) < 0) {
-                operation_abort(c, "agent %s has loaded something else: %s", id, err.text);
+                operation_abort(c, "agent %s has loaded something else: %.300s; all need the same --checkpoint", id,
+                                err.text);
                 return;
             }
         }
@@ -199,6 +200,10 @@ void operation_progress(struct coordinator *c, uint32_t peer, const struct msg_p
     if (party < 0 || p->op != c->durable.open.op)
         return;
     c->op.progress[party] = p->bytes;
+    if (p->total) {
+        c->op.bytes_planned += p->total - c->op.expected[party];
+        c->op.expected[party] = p->total;
+    }
     if (c->op.deadline_ns && (c->op.phase == PHASE_WEIGHTS || c->op.phase == PHASE_FILL || c->op.phase == PHASE_ALLOCATE))
         c->op.deadline_ns = c->now_ns + c->config.transfer_ms * MS;
     c->changed = true;

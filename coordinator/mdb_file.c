@@ -14,6 +14,7 @@
 #define MAP_BYTES_FIRST ((size_t)16 << 20)
 #define MAP_BYTES_MAX ((size_t)64 << 30)
 #define PATH_BYTES 4096
+#define LOCK_BYTES 8192 /* of LMDB, with its 126 readers */
 
 int mdb_file_err(struct err *err, int mdb, const char *file, const char *what)
 {
@@ -24,7 +25,12 @@ int mdb_file_err(struct err *err, int mdb, const char *file, const char *what)
         code = ERR_CORRUPT;
     else if (mdb == MDB_VERSION_MISMATCH)
         code = ERR_UNSUPPORTED;
-    return err_set(err, code, "%s: %s: %s", file, what, mdb_strerror(mdb));
+    const char *hint = "";
+    if (mdb == ENOSPC || mdb == EDQUOT)
+        hint = "; make room in the state folder, or name another with --state";
+    else if (mdb == EROFS || mdb == EACCES || mdb == EPERM)
+        hint = "; make the state folder writable for this user, or name another with --state";
+    return err_set(err, code, "%s: %s: %s%s", file, what, mdb_strerror(mdb), hint);
 }
 
 int mdb_file_grow(MDB_env *env)
@@ -36,11 +42,30 @@ int mdb_file_grow(MDB_env *env)
     return info.me_mapsize >= MAP_BYTES_MAX ? MDB_MAP_FULL : mdb_env_set_mapsize(env, info.me_mapsize * 2);
 }
 
+/* LMDB maps its lock file and writes there: on a full disk that would be a SIGBUS, so its room is taken before.  0 or an
+ * errno. */
+static int lock_reserve(const char *path)
+{
+    char lock[PATH_BYTES + 32];
+    struct stat st;
+    snprintf(lock, sizeof lock, "%s-lock", path);
+    int fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return errno;
+    int rc = fstat(fd, &st) < 0 ? errno : 0;
+    if (rc == 0 && st.st_size < LOCK_BYTES)
+        rc = posix_fallocate(fd, 0, LOCK_BYTES);
+    close(fd);
+    return rc;
+}
+
 static int env_open(const char *path, unsigned flags, MDB_env **ret_env, MDB_dbi *ret_dbi)
 {
     MDB_env *env = NULL;
     MDB_txn *txn = NULL;
-    int rc = mdb_env_create(&env);
+    int rc = flags & MDB_NOLOCK ? 0 : lock_reserve(path);
+    if (rc == 0)
+        rc = mdb_env_create(&env);
     if (rc == 0)
         rc = mdb_env_set_mapsize(env, MAP_BYTES_FIRST);
     if (rc == 0)

@@ -36,6 +36,7 @@ for t in "$@"; do
             run "fuzz corpus: $f" "$BUILD/tests/replay_$f" "tests/fuzz/corpus/$f" 20000
         done
         if [ "${SIM_SEEDS:-0}" -gt 0 ]; then
+            run completion tests/integration/completion.sh "$BUILD"
             run simulation "$BUILD/tests/eep-sim" --seeds "$SIM_SEEDS"
             run planted-mistakes tests/sim/bugs.sh "$BUILD/tests/eep-sim"
             # strace and a leak checker cannot both trace a process

@@ -49,6 +49,7 @@ int cmd_watch(struct ctl *ctl, int argc, char **argv);
 int cmd_history(struct ctl *ctl, int argc, char **argv);
 int cmd_verify(struct ctl *ctl, int argc, char **argv);
 int cmd_plan(struct ctl *ctl, int argc, char **argv);
+int cmd_model(struct ctl *ctl, int argc, char **argv);
 int cmd_kv(struct ctl *ctl, int argc, char **argv);
 int cmd_barrier(struct ctl *ctl, int argc, char **argv);
 int cmd_version(struct ctl *ctl, int argc, char **argv);
@@ -68,6 +69,14 @@ uint32_t ctl_parse_seconds_ms(struct argp_state *state, const char *what, const 
 /* ---- errors (output.c) ---- */
 /* "eepctl: <sentence>" to stderr; returns the exit code that goes with it. */
 int ctl_fail(const struct err *err);
+
+/* ---- showing (show.c) ---- */
+/* Parses --watch and shows once, or again and again; show prints to stdout, or returns an error.  Returns the exit code.
+ * doc: the help text. */
+int ctl_show(struct ctl *ctl, const char *doc, int argc, char **argv, int (*show)(struct ctl *ctl, struct err *err));
+/* An escape sequence to put before a word, and PAINT_END after it; "" when out is no terminal or $NO_COLOR is set. */
+enum ctl_paint { PAINT_END, PAINT_GOOD, PAINT_BUSY, PAINT_BAD };
+const char *ctl_paint(FILE *out, enum ctl_paint paint);
 
 /* ---- output (output.c) ---- */
 void ctl_print_json(json_t *value);                 /* takes the reference */

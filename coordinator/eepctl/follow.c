@@ -57,7 +57,9 @@ static void progress_show(struct follow *f, const Pb__Operation *op)
             op->phase);
     if (op->rounds)
         fprintf(out, ", round %u of %u", op->round, op->rounds);
-    if (f->live) { /* what changes all the time would be a line each elsewhere */
+    if (!f->live && op->bytes_planned) /* what changes all the time would be a line each here */
+        fprintf(out, ", %llu %%", (unsigned long long)(op->bytes_done * 4 / op->bytes_planned * 25));
+    if (f->live) {
         if (op->bytes_planned)
             fprintf(out, ", %s of %s", ctl_bytes(op->bytes_done, done, sizeof done),
                     ctl_bytes(op->bytes_planned, planned, sizeof planned));

@@ -1,4 +1,5 @@
 /* eepctl: the table of commands, and the choice of one. */
+#include "common/options.h"
 #include "coordinator/eepctl/client.h"
 
 #include <locale.h>
@@ -16,6 +17,7 @@ const struct ctl_command ctl_commands[] = {
     {"history", cmd_history, "operations that have ended"},
     {"verify", cmd_verify, "compare all weights with their digests"},
     {"plan", cmd_plan, "run a placement planner on a file, offline"},
+    {"model", cmd_model, "what is in a checkpoint folder, offline"},
     {"kv", cmd_kv, "the key-value store: get, put, add, cas, del, list, watch, queue, stat"},
     {"barrier", cmd_barrier, "the store's barriers: list, show"},
     {"version", cmd_version, "versions of eepctl and the coordinator"},
@@ -26,7 +28,45 @@ struct choice {
     struct ctl ctl;
     const struct ctl_command *command;
     int first; /* index of the command in argv */
+    bool help; /* of the command, and not its work */
 };
+
+/* How many single changes make one word of the other; most + 1 for more.  A change is an insertion, an omission, a wrong letter, or two
+ * letters that have changed places. */
+static unsigned distance(const char *a, const char *b, unsigned most)
+{
+    while (*a && *a == *b)
+        a++, b++;
+    if (!*a && !*b)
+        return 0;
+    if (most == 0)
+        return 1;
+    unsigned best = most;
+    const struct {
+        bool can;
+        size_t a, b;
+    } ways[] = {{*a, 1, 0}, {*b, 0, 1}, {*a && *b, 1, 1}, {*a && *b && a[0] == b[1] && a[1] == b[0], 2, 2}};
+    for (size_t i = 0; i < sizeof ways / sizeof ways[0]; i++) {
+        unsigned rest = ways[i].can ? distance(a + ways[i].a, b + ways[i].b, most - 1) : most;
+        best = rest < best ? rest : best;
+    }
+    return best + 1;
+}
+
+static void command_unknown(struct argp_state *state, const char *arg)
+{
+    const char *nearest = NULL;
+    unsigned best = 3; /* of three changes nobody would think of the word */
+    for (const struct ctl_command *c = ctl_commands; c->name; c++) {
+        unsigned d = distance(arg, c->name, 2);
+        if (d < best && d < strlen(arg))
+            best = d, nearest = c->name;
+    }
+    if (nearest)
+        argp_error(state, "unknown command '%s'; did you mean '%s'?", arg, nearest);
+    else
+        argp_error(state, "unknown command '%s'", arg);
+}
 
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
@@ -36,12 +76,18 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         state->child_inputs[0] = &choice->ctl;
         return 0;
     case ARGP_KEY_ARG:
+        if (strcmp(arg, "help") == 0 && state->next == state->argc)
+            return options_help(OPTIONS_KEY_HELP, state);
+        if (strcmp(arg, "help") == 0) {
+            choice->help = true;
+            arg = state->argv[state->next++];
+        }
         for (const struct ctl_command *c = ctl_commands; c->name; c++) {
             if (strcmp(c->name, arg) == 0)
                 choice->command = c;
         }
         if (!choice->command)
-            argp_error(state, "unknown command '%s'", arg);
+            command_unknown(state, arg);
         choice->first = state->next - 1;
         state->next = state->argc; /* the rest belongs to the command */
         return 0;
@@ -65,7 +111,7 @@ static char *help_filter(int key, const char *text, void *input)
     fputs("Commands:\n", f);
     for (const struct ctl_command *c = ctl_commands; c->name; c++)
         fprintf(f, "  %-10s %s\n", c->name, c->description);
-    fputs("\n`eepctl COMMAND -h` explains a command.\n"
+    fputs("\n`eepctl COMMAND -h`, or `eepctl help COMMAND`, explains a command with examples.\n"
           "\n"
           "Exit status: 0 done, 1 failed, 2 usage, 3 the coordinator cannot be reached, 4 denied, 5 we stopped waiting "
           "while the operation goes on, 6 the operation was rolled back, 7 conflict.\n", f);
@@ -96,7 +142,9 @@ int main(int argc, char **argv)
     char name[64];
     snprintf(name, sizeof name, "eepctl %s", choice.command->name);
     argv[choice.first] = name;
-    int status = choice.command->run(&choice.ctl, argc - choice.first, argv + choice.first);
+    char *help[] = {name, (char *)"-h", NULL};
+    int status = choice.help ? choice.command->run(&choice.ctl, 2, help)
+                             : choice.command->run(&choice.ctl, argc - choice.first, argv + choice.first);
     client_drop(&choice.ctl);
     if (fflush(stdout) != 0 || ferror(stdout)) {
         fprintf(stderr, "eepctl: could not write the output: disk full or closed pipe\n");

@@ -20,7 +20,7 @@ static int exit_code(int code)
 
 int ctl_fail(const struct err *err)
 {
-    fprintf(stderr, "eepctl: %s\n", err->text);
+    fprintf(stderr, "%seepctl:%s %s\n", ctl_paint(stderr, PAINT_BAD), ctl_paint(stderr, PAINT_END), err->text);
     return exit_code(err->code);
 }
 
@@ -239,11 +239,12 @@ void ctl_print_operation(const Pb__Operation *op, FILE *out)
     if (*op->why)
         fprintf(out, ": %s", op->why);
     fputc('\n', out);
-    if (op->kind == PB__OP_KIND__START && op->bytes_done)
-        fprintf(out, "  loaded %s\n", ctl_bytes(op->bytes_done, a, sizeof a));
-    else if (op->bytes_planned)
-        fprintf(out, "  moved %s of %s\n", ctl_bytes(op->bytes_done, a, sizeof a),
+    const char *verb = op->kind == PB__OP_KIND__START ? "loaded" : "moved";
+    if (op->bytes_planned > op->bytes_done || (op->bytes_planned && op->kind != PB__OP_KIND__START))
+        fprintf(out, "  %s %s of %s\n", verb, ctl_bytes(op->bytes_done, a, sizeof a),
                 ctl_bytes(op->bytes_planned, b, sizeof b));
+    else if (op->bytes_done)
+        fprintf(out, "  %s %s\n", verb, ctl_bytes(op->bytes_done, a, sizeof a));
     if (op->outcome != PB__OP_OUTCOME__RUNNING && op->epoch)
         fprintf(out, "  longest pause of an engine: %s\n",
                 op->hold_ns_max ? ctl_duration(op->hold_ns_max, a, sizeof a) : "none was held");

@@ -16,6 +16,22 @@ static const char *state_name(Pb__AgentState state)
     }
 }
 
+static const char *state_paint(Pb__AgentState state)
+{
+    switch (state) {
+    case PB__AGENT_STATE__SERVING: return ctl_paint(stdout, PAINT_GOOD);
+    case PB__AGENT_STATE__JOINING:
+    case PB__AGENT_STATE__LEAVING: return ctl_paint(stdout, PAINT_BUSY);
+    case PB__AGENT_STATE__LOST: return ctl_paint(stdout, PAINT_BAD);
+    default: return "";
+    }
+}
+
+static const char *paint_end(Pb__AgentState state)
+{
+    return *state_paint(state) ? ctl_paint(stdout, PAINT_END) : "";
+}
+
 static const Pb__Agent *agent_find(const Pb__AgentsReply *agents, const char *id)
 {
     for (size_t i = 0; i < agents->n_agents; i++) {
@@ -35,9 +51,11 @@ static void print_members(const Pb__ViewStatus *view, const Pb__AgentsReply *age
         table_cell(&table, "%zu", r);
         table_cell(&table, "%s", m->id);
         if (a && !a->connected && a->state != PB__AGENT_STATE__LOST)
-            table_cell(&table, "%s, away: lost in %.1f s", state_name(a->state), (double)a->lease_left_ms / 1e3);
+            table_cell(&table, "%s%s, away: lost in %.1f s%s", ctl_paint(stdout, PAINT_BAD), state_name(a->state),
+                       (double)a->lease_left_ms / 1e3, ctl_paint(stdout, PAINT_END));
         else
-            table_cell(&table, "%s%s", a ? state_name(a->state) : "unknown", m->draining ? ", draining" : "");
+            table_cell(&table, "%s%s%s%s", a ? state_paint(a->state) : "", a ? state_name(a->state) : "unknown",
+                       m->draining ? ", draining" : "", a ? paint_end(a->state) : "");
         table_cell(&table, "%s", a && a->engine ? "attached" : "none");
         table_cell(&table, "%s", m->endpoint);
         table_cell(&table, "%llu", (unsigned long long)(a ? a->applied_epoch : 0));
@@ -68,23 +86,17 @@ static void print_status(const Pb__StatusReply *s, const Pb__AgentsReply *agents
     }
 }
 
-int cmd_status(struct ctl *ctl, int argc, char **argv)
+static int status_show(struct ctl *ctl, struct err *err)
 {
-    const struct argp argp = {
-        .doc = "Shows the committed view, its members, and the operation that runs or ran last.\v"
-               "Examples:\n"
-               "  eepctl status\n"
-               "  eepctl status -o json | jq .view.epoch\n",
-    };
-    ctl_parse(ctl, &argp, argc, argv, NULL);
-    struct err err;
     Pb__StatusReply *status;
     Pb__AgentsReply *agents;
-    if (client_ask(ctl, CONTROL_STATUS, (ProtobufCMessage **)&status, &err) < 0)
-        return ctl_fail(&err);
-    if (client_ask(ctl, CONTROL_AGENTS, (ProtobufCMessage **)&agents, &err) < 0) {
+    int rc = client_ask(ctl, CONTROL_STATUS, (ProtobufCMessage **)&status, err);
+    if (rc < 0)
+        return rc;
+    rc = client_ask(ctl, CONTROL_AGENTS, (ProtobufCMessage **)&agents, err);
+    if (rc < 0) {
         rpc_unpack_free(&status->base);
-        return ctl_fail(&err);
+        return rc;
     }
     if (ctl->output == CTL_JSON) {
         json_t *members = json_array();
@@ -101,22 +113,26 @@ int cmd_status(struct ctl *ctl, int argc, char **argv)
     }
     rpc_unpack_free(&status->base);
     rpc_unpack_free(&agents->base);
-    return CTL_OK;
+    return 0;
 }
 
-int cmd_agents(struct ctl *ctl, int argc, char **argv)
+int cmd_status(struct ctl *ctl, int argc, char **argv)
 {
-    const struct argp argp = {
-        .doc = "Lists every agent that the coordinator knows, spares included.\v"
-               "Examples:\n"
-               "  eepctl agents\n"
-               "  eepctl agents -o json | jq -r '.agents[] | select(.state == \"spare\").member.id'\n",
-    };
-    ctl_parse(ctl, &argp, argc, argv, NULL);
-    struct err err;
+    return ctl_show(ctl,
+                    "Shows the committed view, its members, and the operation that runs or ran last.\v"
+                    "Examples:\n"
+                    "  eepctl status\n"
+                    "  eepctl status --watch\n"
+                    "  eepctl status -o json | jq .view.epoch\n",
+                    argc, argv, status_show);
+}
+
+static int agents_show(struct ctl *ctl, struct err *err)
+{
     Pb__AgentsReply *agents;
-    if (client_ask(ctl, CONTROL_AGENTS, (ProtobufCMessage **)&agents, &err) < 0)
-        return ctl_fail(&err);
+    int rc = client_ask(ctl, CONTROL_AGENTS, (ProtobufCMessage **)&agents, err);
+    if (rc < 0)
+        return rc;
     if (ctl->output == CTL_JSON) {
         ctl_print_json(ctl_json(&agents->base));
     } else {
@@ -126,7 +142,7 @@ int cmd_agents(struct ctl *ctl, int argc, char **argv)
         for (size_t i = 0; i < agents->n_agents; i++) {
             const Pb__Agent *a = agents->agents[i];
             table_cell(&table, "%s", a->member->id);
-            table_cell(&table, "%s", state_name(a->state));
+            table_cell(&table, "%s%s%s", state_paint(a->state), state_name(a->state), paint_end(a->state));
             if (a->rank >= 0)
                 table_cell(&table, "%d", a->rank);
             else
@@ -146,5 +162,16 @@ int cmd_agents(struct ctl *ctl, int argc, char **argv)
         table_done(&table);
     }
     rpc_unpack_free(&agents->base);
-    return CTL_OK;
+    return 0;
+}
+
+int cmd_agents(struct ctl *ctl, int argc, char **argv)
+{
+    return ctl_show(ctl,
+                    "Lists every agent that the coordinator knows, spares included.\v"
+                    "Examples:\n"
+                    "  eepctl agents\n"
+                    "  eepctl agents --watch=5\n"
+                    "  eepctl agents -o json | jq -r '.agents[] | select(.state == \"spare\").member.id'\n",
+                    argc, argv, agents_show);
 }

@@ -49,8 +49,14 @@ void table_cell(struct table *table, const char *fmt, ...)
 static size_t width_of(const char *text)
 {
     size_t width = 0;
-    for (; *text; text++)
-        width += ((unsigned char)*text & 0xc0) != 0x80;
+    while (*text) {
+        if (strncmp(text, "\033[", 2) == 0) { /* a colour has none */
+            size_t len = strcspn(text, "m");
+            text += text[len] ? len + 1 : len;
+        } else {
+            width += ((unsigned char)*text++ & 0xc0) != 0x80;
+        }
+    }
     return width;
 }
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what lies beside this file: programs, library, header, systemd units, docs.
+# Installs what lies beside this file: programs, library, header, systemd units, docs, shell completion.
 #
 #   sh install.sh [PREFIX]         (default /usr/local; $DESTDIR goes before it for packaging)
 set -eu
@@ -23,7 +23,7 @@ for program in eep-coordinator eep-agent eep-keeper eepctl; do
     install -D -m 755 "$here/bin/$program" "$root/bin/$program"
 done
 copy include
-copy share/doc/eep
+copy share
 install -D -m 644 "$here/lib/libeep.a" "$root/lib/libeep.a"
 install -m 755 "$here/lib/libeep.so.0" "$root/lib/libeep.so.0"
 ln -sf libeep.so.0 "$root/lib/libeep.so"

@@ -22,3 +22,12 @@ if [ -z "$dir" ]; then
 fi
 echo "$(nproc) cores, $(uname -sr), $(date -u '+%Y-%m-%d %H:%M UTC'), load average $(cut -d' ' -f1 /proc/loadavg)"
 "$tests/bench_load" --memory "${BENCH_LOAD_MEMORY:-host}" --runs "${BENCH_LOAD_RUNS:-5}" "$dir"
+# The same bytes through dd, from the page cache as above.
+began=$(date +%s%N)
+bytes=0
+for file in "$dir"/*.safetensors; do
+    dd if="$file" of=/dev/null bs=4M 2>/dev/null
+    bytes=$((bytes + $(stat -L -c %s "$file")))
+done
+ended=$(date +%s%N)
+echo "dd of the same files, once: $(echo "$bytes $began $ended" | awk '{printf "%.2f GB/s", $1 / ($3 - $2)}')"

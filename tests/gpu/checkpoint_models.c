@@ -1,107 +1,65 @@
-/* See checkpoint_models.h.
- *
- * Qwen3-30B-A3B: 48 layers, all with 128 experts, bf16.  DeepSeek-V3: 61 layers, the first 3 dense, the others with 256
- * routed experts and a shared one, latent attention, fp8 with a scale for each block of 128 x 128; norms, router,
- * embedding and head are bf16.  Its layer for multi-token prediction (model.layers.61) is left out.  Pure. */
+/* Lists of tensors from the tables of checkpoint_tables.c, and config.json.  See checkpoint_models.h.  Pure. */
 #include "tests/gpu/checkpoint_models.h"
 
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 128u
 
-static void add(struct model_list *l, const char *dtype, uint32_t element, uint64_t rows, uint64_t columns,
-                const char *fmt, va_list args)
+static uint32_t element_bytes(const char *dtype)
+{
+    return strcmp(dtype, "F32") == 0 ? 4 : strcmp(dtype, "BF16") == 0 ? 2 : 1;
+}
+
+static uint64_t dimension(const struct model_cut *cut, uint64_t d)
+{
+    return d == N_EXPERTS ? cut->experts : d == N_WORDS ? cut->vocabulary : d;
+}
+
+static void tensor_add(struct model_list *l, const char *prefix, const struct model_row *row, const char *dtype,
+                       const char *name_end, uint32_t block)
 {
     struct model_tensor *t = &l->tensors[l->n++];
-    *t = (struct model_tensor){.dtype = dtype, .dims = columns ? 2 : 1, .shape = {rows, columns}};
-    t->bytes = rows * (columns ? columns : 1) * element;
-    vsnprintf(t->name, sizeof t->name, fmt, args);
+    *t = (struct model_tensor){.dtype = dtype, .bytes = element_bytes(dtype)};
+    for (; t->dims < MODEL_DIMS && row->shape[t->dims]; t->dims++) {
+        t->shape[t->dims] = (dimension(&l->cut, row->shape[t->dims]) + block - 1) / block;
+        t->bytes *= t->shape[t->dims];
+    }
+    snprintf(t->name, sizeof t->name, "%s%s%s", prefix, row->name, name_end);
     l->bytes += t->bytes;
 }
 
-/* columns = 0: a vector */
-__attribute__((format(printf, 4, 5))) static void bf16(struct model_list *l, uint64_t rows, uint64_t columns,
-                                                       const char *fmt, ...)
+static void row_add(struct model_list *l, const char *prefix, const struct model_row *row)
 {
-    va_list args;
-    va_start(args, fmt);
-    add(l, "BF16", 2, rows, columns, fmt, args);
-    va_end(args);
+    bool fp8 = strcmp(row->dtype, "FP8") == 0;
+    tensor_add(l, prefix, row, fp8 ? "F8_E4M3" : row->dtype, "", 1);
+    if (fp8) /* NAME.weight_scale_inv beside NAME.weight */
+        tensor_add(l, prefix, row, "F32", "_scale_inv", BLOCK);
 }
 
-__attribute__((format(printf, 3, 4))) static void f32(struct model_list *l, uint64_t rows, const char *fmt, ...)
+static void rows_add(struct model_list *l, const struct model_table *m, enum model_place place, const char *prefix)
 {
-    va_list args;
-    va_start(args, fmt);
-    add(l, "F32", 4, rows, 0, fmt, args);
-    va_end(args);
+    for (const struct model_row *row = m->rows; row->place; row++)
+        if (row->place == place)
+            row_add(l, prefix, row);
 }
 
-/* NAME.weight, and NAME.weight_scale_inv beside it. */
-__attribute__((format(printf, 4, 5))) static void fp8(struct model_list *l, uint64_t rows, uint64_t columns,
-                                                      const char *fmt, ...)
+static void layer_add(struct model_list *l, const struct model_table *m, uint32_t layer)
 {
-    va_list args, again;
-    va_start(args, fmt);
-    va_copy(again, args);
-    add(l, "F8_E4M3", 1, rows, columns, fmt, args);
-    add(l, "F32", 4, (rows + BLOCK - 1) / BLOCK, (columns + BLOCK - 1) / BLOCK, fmt, again);
-    va_end(again);
-    va_end(args);
-    strcat(l->tensors[l->n - 2].name, ".weight"); /* the longest name has 63 bytes */
-    strcat(l->tensors[l->n - 1].name, ".weight_scale_inv");
-}
-
-static void qwen_layer(struct model_list *l, uint32_t i)
-{
-    const uint64_t hidden = 2048, inner = 768, queries = 32 * 128, keys = 4 * 128;
-    bf16(l, hidden, 0, "model.layers.%u.input_layernorm.weight", i);
-    bf16(l, queries, hidden, "model.layers.%u.self_attn.q_proj.weight", i);
-    bf16(l, keys, hidden, "model.layers.%u.self_attn.k_proj.weight", i);
-    bf16(l, keys, hidden, "model.layers.%u.self_attn.v_proj.weight", i);
-    bf16(l, hidden, queries, "model.layers.%u.self_attn.o_proj.weight", i);
-    bf16(l, 128, 0, "model.layers.%u.self_attn.q_norm.weight", i);
-    bf16(l, 128, 0, "model.layers.%u.self_attn.k_norm.weight", i);
-    bf16(l, hidden, 0, "model.layers.%u.post_attention_layernorm.weight", i);
-    bf16(l, l->cut.experts, hidden, "model.layers.%u.mlp.gate.weight", i);
-    for (uint32_t e = 0; e < l->cut.experts; e++) {
-        bf16(l, inner, hidden, "model.layers.%u.mlp.experts.%u.gate_proj.weight", i, e);
-        bf16(l, inner, hidden, "model.layers.%u.mlp.experts.%u.up_proj.weight", i, e);
-        bf16(l, hidden, inner, "model.layers.%u.mlp.experts.%u.down_proj.weight", i, e);
-    }
-}
-
-static void deepseek_layer(struct model_list *l, uint32_t i)
-{
-    const uint64_t hidden = 7168, inner = 2048, dense_inner = 18432, heads = 128;
-    const uint64_t q_rank = 1536, kv_rank = 512, nope = 128, rope = 64, value = 128;
-    bf16(l, hidden, 0, "model.layers.%u.input_layernorm.weight", i);
-    fp8(l, q_rank, hidden, "model.layers.%u.self_attn.q_a_proj", i);
-    bf16(l, q_rank, 0, "model.layers.%u.self_attn.q_a_layernorm.weight", i);
-    fp8(l, heads * (nope + rope), q_rank, "model.layers.%u.self_attn.q_b_proj", i);
-    fp8(l, kv_rank + rope, hidden, "model.layers.%u.self_attn.kv_a_proj_with_mqa", i);
-    bf16(l, kv_rank, 0, "model.layers.%u.self_attn.kv_a_layernorm.weight", i);
-    fp8(l, heads * (nope + value), kv_rank, "model.layers.%u.self_attn.kv_b_proj", i);
-    fp8(l, hidden, heads * value, "model.layers.%u.self_attn.o_proj", i);
-    bf16(l, hidden, 0, "model.layers.%u.post_attention_layernorm.weight", i);
-    if (i < l->cut.dense_layers) {
-        fp8(l, dense_inner, hidden, "model.layers.%u.mlp.gate_proj", i);
-        fp8(l, dense_inner, hidden, "model.layers.%u.mlp.up_proj", i);
-        fp8(l, hidden, dense_inner, "model.layers.%u.mlp.down_proj", i);
+    char prefix[96];
+    snprintf(prefix, sizeof prefix, "%s%u.", m->stack, layer);
+    if (layer >= l->cut.layers)
+        rows_add(l, m, AT_MTP, prefix);
+    rows_add(l, m, AT_LAYER, prefix);
+    if (layer < l->cut.dense_layers) {
+        rows_add(l, m, AT_DENSE, prefix);
         return;
     }
-    bf16(l, l->cut.experts, hidden, "model.layers.%u.mlp.gate.weight", i);
-    f32(l, l->cut.experts, "model.layers.%u.mlp.gate.e_score_correction_bias", i);
-    for (uint32_t e = 0; e < l->cut.experts; e++) {
-        fp8(l, inner, hidden, "model.layers.%u.mlp.experts.%u.gate_proj", i, e);
-        fp8(l, inner, hidden, "model.layers.%u.mlp.experts.%u.up_proj", i, e);
-        fp8(l, hidden, inner, "model.layers.%u.mlp.experts.%u.down_proj", i, e);
+    rows_add(l, m, AT_MOE, prefix);
+    for (uint32_t e = 0; m->experts && e < l->cut.experts; e++) {
+        snprintf(prefix, sizeof prefix, "%s%u.%s%u.", m->stack, layer, m->experts, e);
+        rows_add(l, m, AT_EXPERT, prefix);
     }
-    fp8(l, inner, hidden, "model.layers.%u.mlp.shared_experts.gate_proj", i);
-    fp8(l, inner, hidden, "model.layers.%u.mlp.shared_experts.up_proj", i);
-    fp8(l, hidden, inner, "model.layers.%u.mlp.shared_experts.down_proj", i);
 }
 
 static void qwen_config(const struct model_cut *cut, FILE *f)
@@ -156,7 +114,7 @@ static void deepseek_config(const struct model_cut *cut, FILE *f)
             "  \"num_experts_per_tok\": %u,\n"
             "  \"num_hidden_layers\": %u,\n"
             "  \"num_key_value_heads\": 128,\n"
-            "  \"num_nextn_predict_layers\": 0,\n"
+            "  \"num_nextn_predict_layers\": %u,\n"
             "  \"q_lora_rank\": 1536,\n"
             "  \"qk_nope_head_dim\": 128,\n"
             "  \"qk_rope_head_dim\": 64,\n"
@@ -175,43 +133,51 @@ static void deepseek_config(const struct model_cut *cut, FILE *f)
             "  \"vocab_size\": %llu\n"
             "}\n",
             cut->dense_layers, cut->experts % 8 ? 1 : 8, cut->experts, cut->experts < 8 ? cut->experts : 8, cut->layers,
-            cut->experts % 8 ? 1 : 4, (unsigned long long)cut->vocabulary);
+            cut->mtp_layers, cut->experts % 8 ? 1 : 4, (unsigned long long)cut->vocabulary);
 }
 
-const char *const model_names[] = {"qwen3-30b-a3b", "deepseek-v3", NULL};
-
-static const struct model {
-    struct model_cut own;
-    uint64_t hidden;
-    uint32_t per_layer, per_expert; /* tensors, at most */
-    void (*layer)(struct model_list *l, uint32_t i);
-    void (*config)(const struct model_cut *cut, FILE *file);
-} models[] = {
-    {{48, 128, 0, 151936}, 2048, 9, 3, qwen_layer, qwen_config},
-    {{61, 256, 3, 129280}, 7168, 22, 6, deepseek_layer, deepseek_config},
-};
-
-static const struct model *model_find(const char *name)
+static void any_config(const struct model_table *m, const struct model_cut *cut, FILE *f)
 {
-    for (size_t i = 0; model_names[i]; i++)
-        if (strcmp(model_names[i], name) == 0)
-            return &models[i];
+    fprintf(f, "{\n  \"architectures\": [\"AnyForCausalLM\"],\n  \"model_type\": \"%s\",\n  \"%s\": \"bfloat16\",\n%s",
+            m->type, m->nested ? "dtype" : "torch_dtype", m->nested ? "  \"text_config\": {\n" : "");
+    fprintf(f,
+            "  \"hidden_size\": %llu,\n  \"%s\": %u,\n  \"num_hidden_layers\": %u,\n  \"vocab_size\": %llu%s\n"
+            "}\n",
+            (unsigned long long)m->hidden, m->experts_key, cut->experts, cut->layers,
+            (unsigned long long)cut->vocabulary, m->nested ? "\n  }" : "");
+}
+
+static const struct model_table *model_find(const char *name)
+{
+    for (const struct model_table *m = model_tables; m->name; m++)
+        if (strcmp(m->name, name) == 0)
+            return m;
     return NULL;
 }
 
-static bool cut_complete(const struct model *m, const struct model_cut *cut, struct model_cut *ret_cut, char why[200])
+void model_names_text(char *text, size_t size)
+{
+    size_t n = 0;
+    for (const struct model_table *m = model_tables; m->name && n < size; m++)
+        n += (size_t)snprintf(text + n, size - n, "%s%s", n == 0 ? "" : m[1].name ? ", " : " and ", m->name);
+}
+
+static bool cut_complete(const struct model_table *m, const struct model_cut *cut, struct model_cut *ret_cut,
+                         char why[400])
 {
     struct model_cut c = *cut;
     c.layers = c.layers ? c.layers : m->own.layers;
     c.experts = c.experts ? c.experts : m->own.experts;
     c.vocabulary = c.vocabulary ? c.vocabulary : m->own.vocabulary;
     c.dense_layers = c.dense_layers == UINT32_MAX ? m->own.dense_layers : c.dense_layers;
-    if (c.dense_layers > 0 && m->own.dense_layers == 0) {
-        snprintf(why, 200, "this model has no dense layers");
+    c.mtp_layers = c.mtp_layers == UINT32_MAX ? m->own.mtp_layers : c.mtp_layers;
+    if ((c.dense_layers > 0 && m->own.dense_layers == 0) || (c.mtp_layers > 0 && m->own.mtp_layers == 0)) {
+        snprintf(why, 400, "this model has no %s",
+                 c.dense_layers > m->own.dense_layers ? "dense layers" : "layers for multi-token prediction");
         return false;
     }
     if (c.dense_layers >= c.layers) {
-        snprintf(why, 200,
+        snprintf(why, 400,
                  "of %u layers the first %u are dense, so none has experts; ask for more, or fewer dense ones",
                  c.layers, c.dense_layers);
         return false;
@@ -220,32 +186,41 @@ static bool cut_complete(const struct model *m, const struct model_cut *cut, str
     return true;
 }
 
-bool model_list_make(const char *model, const struct model_cut *cut, struct model_list *ret_list, char why[200])
+bool model_list_make(const char *model, const struct model_cut *cut, struct model_list *ret_list, char why[400])
 {
-    const struct model *m = model_find(model);
+    const struct model_table *m = model_find(model);
     struct model_list l = {0};
     if (!m) {
-        snprintf(why, 200, "no model is called '%.64s'; there are %s and %s", model, model_names[0], model_names[1]);
+        char names[300];
+        model_names_text(names, sizeof names);
+        snprintf(why, 400, "no model is called '%.64s'; there are %s", model, names);
         return false;
     }
     if (!cut_complete(m, cut, &l.cut, why))
         return false;
+    size_t layers = l.cut.layers + l.cut.mtp_layers;
     l.tensors =
-        calloc((size_t)l.cut.layers * (m->per_layer + (size_t)m->per_expert * l.cut.experts) + 3, sizeof *l.tensors);
+        calloc(2 * MODEL_ROWS * (layers + 1) + (m->experts ? 6 * layers * l.cut.experts : 0), sizeof *l.tensors);
     if (!l.tensors) {
-        snprintf(why, 200, "out of memory");
+        snprintf(why, 400, "out of memory");
         return false;
     }
-    bf16(&l, l.cut.vocabulary, m->hidden, "model.embed_tokens.weight");
-    for (uint32_t i = 0; i < l.cut.layers; i++)
-        m->layer(&l, i);
-    bf16(&l, m->hidden, 0, "model.norm.weight");
-    bf16(&l, l.cut.vocabulary, m->hidden, "lm_head.weight");
-    uint64_t experts = 0;
-    for (size_t i = 0; i < l.n; i++)
-        experts += strstr(l.tensors[i].name, ".experts.") ? l.tensors[i].bytes : 0;
-    l.expert_bytes = experts / l.cut.experts / (l.cut.layers - l.cut.dense_layers);
-    l.dense_bytes = l.bytes - experts;
+    rows_add(&l, m, AT_TOP, "");
+    size_t first = 0, end = 0;
+    for (uint32_t i = 0; i < layers; i++) {
+        first = i == l.cut.dense_layers ? l.n : first;
+        layer_add(&l, m, i);
+        end = i == l.cut.dense_layers ? l.n : end;
+    }
+    size_t mtp = l.n;
+    for (uint32_t i = l.cut.layers; i < layers; i++) /* they came last */
+        while (mtp > 0 && strtoul(l.tensors[mtp - 1].name + strlen(m->stack), NULL, 10) >= l.cut.layers)
+            l.mtp_bytes += l.tensors[--mtp].bytes;
+    rows_add(&l, m, AT_END, "");
+    for (size_t i = first; i < end; i++)
+        l.expert_bytes += strstr(l.tensors[i].name, ".experts.") ? l.tensors[i].bytes : 0;
+    l.dense_bytes = l.bytes - l.mtp_bytes - l.expert_bytes * (l.cut.layers - l.cut.dense_layers);
+    l.expert_bytes /= l.cut.experts;
     *ret_list = l;
     return true;
 }
@@ -257,5 +232,11 @@ void model_list_done(struct model_list *list)
 
 void model_config_write(const char *model, const struct model_cut *cut, FILE *file)
 {
-    model_find(model)->config(cut, file);
+    const struct model_table *m = model_find(model);
+    if (strcmp(m->type, "qwen3_moe") == 0)
+        qwen_config(cut, file);
+    else if (strcmp(m->type, "deepseek_v3") == 0)
+        deepseek_config(cut, file);
+    else
+        any_config(m, cut, file);
 }

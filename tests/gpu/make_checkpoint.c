@@ -32,7 +32,7 @@ struct options {
     struct model_cut cut;
     uint64_t seed, shard_bytes;
     unsigned threads;
-    bool list, quiet;
+    bool list, quiet, sparse;
 };
 
 struct shard {
@@ -105,6 +105,14 @@ static void *must_alloc(size_t n, size_t size)
     return p;
 }
 
+static const char *shape_text(const struct model_tensor *t, const char *between, char text[100])
+{
+    int n = 0;
+    for (uint32_t d = 0; d < t->dims; d++)
+        n += snprintf(text + n, (size_t)(100 - n), "%s%llu", d ? between : "", (unsigned long long)t->shape[d]);
+    return text;
+}
+
 /* The header of a shard, to file if there is one; returns its length, without the eight bytes before it. */
 static uint64_t header_write(const struct maker *m, const struct shard *s, FILE *file)
 {
@@ -116,12 +124,9 @@ static uint64_t header_write(const struct maker *m, const struct shard *s, FILE 
         if (i == s->n) {
             n = snprintf(text, sizeof text, "%s\"__metadata__\":{\"format\":\"pt\"}}", i ? "," : "{");
         } else {
-            char columns[24] = "";
-            if (t->dims == 2)
-                snprintf(columns, sizeof columns, ",%llu", (unsigned long long)t->shape[1]);
-            n = snprintf(text, sizeof text,
-                         "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%llu%s],\"data_offsets\":[%llu,%llu]}", i ? "," : "{",
-                         t->name, t->dtype, (unsigned long long)t->shape[0], columns, (unsigned long long)at,
+            char shape[100];
+            n = snprintf(text, sizeof text, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%llu,%llu]}",
+                         i ? "," : "{", t->name, t->dtype, shape_text(t, ",", shape), (unsigned long long)at,
                          (unsigned long long)(at + t->bytes));
             at += t->bytes;
         }
@@ -361,7 +366,7 @@ static bool folder_make(struct maker *m)
         return false;
     }
     struct statvfs fs;
-    if (statvfs(m->o.dir, &fs) == 0 && (uint64_t)fs.f_bavail * fs.f_frsize < need) {
+    if (!m->o.sparse && statvfs(m->o.dir, &fs) == 0 && (uint64_t)fs.f_bavail * fs.f_frsize < need) {
         fprintf(stderr,
                 "eep-make-checkpoint: %s: needs %.1f GB, but the file system has %.1f GB free; "
                 "choose another place, or fewer --layers or --experts\n",
@@ -381,7 +386,7 @@ static int checkpoint_write(struct maker *m, const sigset_t *signals)
         return 1;
     for (uint32_t k = 0; k < m->n_shards && rc == 0; k++)
         rc = shard_create(m, &m->shards[k]);
-    if (rc == 0) {
+    if (rc == 0 && !m->o.sparse) {
         caught = writers_run(m, signals, began);
         rc = atomic_load(&m->failed);
     }
@@ -413,10 +418,8 @@ static int list_print(const struct model_list *l)
 {
     for (size_t i = 0; i < l->n; i++) {
         const struct model_tensor *t = &l->tensors[i];
-        printf("%s %s [%llu", t->name, t->dtype, (unsigned long long)t->shape[0]);
-        if (t->dims == 2)
-            printf(", %llu", (unsigned long long)t->shape[1]);
-        printf("] %llu\n", (unsigned long long)t->bytes);
+        char shape[100];
+        printf("%s %s [%s] %llu\n", t->name, t->dtype, shape_text(t, ", ", shape), (unsigned long long)t->bytes);
     }
     printf("%zu tensors, %llu bytes; an expert has %llu, the dense weights %llu\n", l->n, (unsigned long long)l->bytes,
            (unsigned long long)l->expert_bytes, (unsigned long long)l->dense_bytes);
@@ -434,19 +437,24 @@ enum {
     KEY_SEED,
     KEY_SHARD,
     KEY_THREADS,
-    KEY_LIST
+    KEY_LIST,
+    KEY_MTP,
+    KEY_SPARSE
 };
 
 static const struct argp_option option_table[] = {
-    {"model", KEY_MODEL, "NAME", 0, "qwen3-30b-a3b (61 GB) or deepseek-v3 (671 GB); required", 0},
+    {"model", KEY_MODEL, "NAME", 0, "qwen3-30b-a3b (61 GB), deepseek-v3 (673 GB) or another, see below; required", 0},
     {"layers", KEY_LAYERS, "N", 0, "only the first N layers", 0},
     {"experts", KEY_EXPERTS, "N", 0, "only N experts in a layer", 0},
-    {"dense-layers", KEY_DENSE, "N", 0, "deepseek-v3: the first N layers have no experts (3)", 0},
+    {"dense-layers", KEY_DENSE, "N", 0, "the first N layers have no experts (the model's own; deepseek-v3: 3)", 0},
+    {"mtp-layers", KEY_MTP, "N", 0, "layers for multi-token prediction after the others (0; published with some: 1)",
+     0},
     {"vocabulary", KEY_VOCABULARY, "N", 0, "only N rows of embedding and head", 0},
     {"seed", KEY_SEED, "N", 0, "another content (0)", 0},
     {"shard-mib", KEY_SHARD, "MIB", 0, "size of a file, but at least one tensor (4096)", 0},
     {"threads", KEY_THREADS, "N", 0, "threads that write (as many as processors)", 0},
     {"quiet", 'q', 0, 0, "no progress (there is none either when standard error is no terminal)", 0},
+    {"sparse", KEY_SPARSE, 0, 0, "write the headers, and holes for the weights: full size, next to nothing on disk", 0},
     {"list", KEY_LIST, 0, 0, "print name, dtype, shape and bytes of every tensor, and write nothing", 0},
     OPTIONS_HELP(-1),
     {0},
@@ -480,6 +488,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_THREADS:
         o->threads = (unsigned)options_number(state, "--threads", arg, 1, THREADS_MAX);
         return 0;
+    case KEY_MTP:
+        o->cut.mtp_layers = (uint32_t)options_number(state, "--mtp-layers", arg, 0, 100);
+        return 0;
+    case KEY_SPARSE:
+        o->sparse = true;
+        return 0;
     case KEY_LIST:
         o->list = true;
         return 0;
@@ -495,7 +509,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case ARGP_KEY_END:
         if (!o->model)
-            argp_error(state, "--model is required: qwen3-30b-a3b or deepseek-v3");
+            argp_error(state, "--model is required, such as qwen3-30b-a3b");
         if (!o->dir == !o->list)
             argp_error(state, "name the folder to write, or give --list");
         return 0;
@@ -514,7 +528,10 @@ int main(int argc, char **argv)
                "pseudo-random weights that follow from their tensor's name and the seed.\v"
                "DIR must be empty or not there.  After Ctrl-C, or on a full disk, what was written is removed.\n\n"
                "  eep-make-checkpoint --model qwen3-30b-a3b /data/qwen3\n"
-               "  eep-make-checkpoint --model deepseek-v3 --layers 4 --experts 32 /dev/shm/deepseek\n\n"
+               "  eep-make-checkpoint --model deepseek-v3 --layers 4 --experts 32 /dev/shm/deepseek\n"
+               "  eep-make-checkpoint --model kimi-k2 --sparse /tmp/kimi\n\n"
+               "Models: qwen3-30b-a3b, deepseek-v3, deepseek-v2, kimi-k2, glm-4.5, gpt-oss-120b, mixtral-8x7b,\n"
+               "qwen2-57b-a14b, olmoe-1b-7b, minimax-m2, qwen3-vl-30b-a3b.\n\n"
                "Exit status: 0 done, 1 failed, 2 usage, 130 after Ctrl-C.",
     };
     static struct maker m;
@@ -524,7 +541,7 @@ int main(int argc, char **argv)
     argp_err_exit_status = 2;
     if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, &m.o))
         return 2;
-    char why[200];
+    char why[400];
     if (!model_list_make(m.o.model, &m.o.cut, &m.list, why)) {
         fprintf(stderr, "eep-make-checkpoint: %s\n", why);
         return 2;

@@ -294,7 +294,7 @@ START_TEST(wrong_use_gets_a_sentence)
     ck_assert_int_eq(MAKE("a", "--layers", "2"), 2);
     SAYS("--model is required");
     ck_assert_int_eq(MAKE("a", "--model", "gpt"), 2);
-    SAYS("no model is called 'gpt'; there are qwen3-30b-a3b and deepseek-v3");
+    SAYS("no model is called 'gpt'; there are qwen3-30b-a3b, deepseek-v3,");
     ck_assert_int_eq(MAKE("a", "--model", "deepseek-v3", "--layers", "3"), 2);
     SAYS("of 3 layers the first 3 are dense");
     ck_assert_int_eq(MAKE("a", "--model", "qwen3-30b-a3b", "--layers", "0"), 2);

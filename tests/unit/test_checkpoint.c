@@ -556,7 +556,7 @@ START_TEST(a_missing_expert_is_named)
     struct writer w = {&raw, pick_but, lost};
     config_copy(&fixtures[0]);
     shard_write(&w, "model.safetensors", 1);
-    refused(ERR_INVALID, "layer 2: expert 5 has no up projection");
+    refused(ERR_INVALID, "layer 2: expert 5 has no tensor \"model.layers.2.mlp.experts.5.up_proj.weight\"");
     raw_close(&raw);
 }
 END_TEST
@@ -586,25 +586,29 @@ static const struct {
     const char *says;
 } changes[] = {
     {"model.layers.1.mlp.experts.15.down_proj.weight", "model.layers.1.mlp.experts.16.down_proj.weight", 0, 0,
-     ERR_INVALID, "layer 1: expert 15 has no down projection"},
-    {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.w4.weight", 0, 0, ERR_UNSUPPORTED,
-     "\"model.layers.1.mlp.experts.3.w4.weight\" belongs to experts"},
+     ERR_INVALID, "layer 1 has 17 experts, but layer 0 has 16"},
+    {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.w4.weight", 0, 0, ERR_INVALID,
+     "\"model.layers.1.mlp.experts.3.w4.weight\": most experts have no tensor \"w4.weight\""},
     {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.gate_proj.weight_scale_inv", 0, 0,
-     ERR_INVALID, "has no weight_scale_inv of the gate projection"},
-    {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.gate_proj.weight_zero", 0, 0,
-     ERR_UNSUPPORTED, "weight_zero\" belongs to experts"},
-    {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.gate_up_proj", 0, 0, ERR_UNSUPPORTED,
-     "gate_up_proj\" belongs to experts"},
+     ERR_INVALID, "most experts have no tensor \"gate_proj.weight_scale_inv\""},
+    {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.gate_up_proj", 0, 0, ERR_INVALID,
+     "most experts have no tensor \"gate_up_proj\""},
+    {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3", 0, 0, ERR_UNSUPPORTED,
+     "\"model.layers.1.mlp.experts.3\" belongs to experts"},
+    {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.blocks.1.mlp.experts.3.gate_proj.weight", 0, 0,
+     ERR_UNSUPPORTED, "\"model.blocks.1.mlp.experts.3.gate_proj.weight\" belongs to experts"},
     {"model.layers.1.mlp.experts.3.gate_proj.weight", "model.layers.1.mlp.experts.3.w3.weight", 0, 0, ERR_INVALID,
-     "layer 1: expert 3 has no gate projection"},
+     "most experts have no tensor \"w3.weight\""},
     {"model.layers.1.mlp.gate.weight", "model.layers.1.mlp.experts.3.w1.weight", 0, 0, ERR_INVALID,
-     "are the same part of one expert"},
+     "most experts have no tensor \"w1.weight\""},
     {"model.layers.1.mlp.gate.weight", "other.layers.1.mlp.experts.16.w1.weight", 0, 0, ERR_UNSUPPORTED,
+     "two stacks of layers have experts"},
+    {"model.layers.1.mlp.gate.weight", "model.layers.1.other.experts.3.gate_proj.weight", 0, 0, ERR_UNSUPPORTED,
      "layer 1 has two sets of experts"},
     {"model.layers.0.mlp.experts.7.up_proj.weight", NULL, 32, 256, ERR_INVALID,
-     "layer 0: the up projection of expert 7"},
+     "\"model.layers.0.mlp.experts.7.up_proj.weight\" is BF16 [32, 256], but"},
     {"model.layers.0.mlp.experts.0.gate_proj.weight", NULL, 128, 64, ERR_INVALID,
-     "layer 0: the up projection of expert 0"},
+     "\"model.layers.0.mlp.experts.0.gate_proj.weight\" is BF16 [128, 64]; the experts of a layer must be alike"},
 };
 
 START_TEST(strange_experts_are_refused)

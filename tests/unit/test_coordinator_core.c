@@ -843,6 +843,29 @@ START_TEST(an_operation_waits_for_agents_when_told_to)
 }
 END_TEST
 
+static void rig_progress(struct rig *r, int i, uint64_t bytes, uint64_t total)
+{
+    struct msg m = {.type = MSG_PROGRESS, .progress = {status(r).op.record.op, bytes, total}};
+    rig_send(r, i, &m);
+}
+
+/* Only the agents know how large a checkpoint is: what they say becomes the plan. */
+START_TEST(a_load_tells_how_far_it_is)
+{
+    struct rig r;
+    rig_start(&r, 2);
+    r.a[0].silent = r.a[1].silent = STAGE_ALLOCATE;
+    rig_scale(&r, 2, NULL);
+    ck_assert_uint_eq(status(&r).op.bytes_planned, 0);
+    rig_progress(&r, 0, 10, 100);
+    rig_progress(&r, 1, 20, 300);
+    rig_progress(&r, 0, 50, 100);
+    ck_assert_uint_eq(status(&r).op.bytes_done, 70);
+    ck_assert_uint_eq(status(&r).op.bytes_planned, 400);
+    rig_stop(&r);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("coordinator core");
@@ -868,6 +891,7 @@ int main(void)
     tcase_add_test(t, the_grace_step_is_the_latest_of_all_acknowledgements);
     tcase_add_test(t, the_same_key_is_the_same_operation);
     tcase_add_test(t, an_operation_waits_for_agents_when_told_to);
+    tcase_add_test(t, a_load_tells_how_far_it_is);
     suite_add_tcase(s, t);
     SRunner *runner = srunner_create(s);
     srunner_run_all(runner, CK_NORMAL);

@@ -221,10 +221,10 @@ START_TEST(small_ones_up)
         EQ(attached), EQ(dispatch), EQ(can_load), EQ(layers), EQ(logical), EQS(endpoint), EQS(why), EQ(torn_epoch);
     }
     {
-        struct msg m = {.type = MSG_PROGRESS, .progress = {1, 2}};
+        struct msg m = {.type = MSG_PROGRESS, .progress = {1, 2, 3}};
         struct msg got = there_and_back(&m);
         struct msg_progress *a = &m.progress, *b = &got.progress;
-        EQ(op), EQ(bytes);
+        EQ(op), EQ(bytes), EQ(total);
     }
     {
         struct msg m = {.type = MSG_PROMISE, .promise = {1, 2, 3, 4, 5, PROMISE_IDLE}};

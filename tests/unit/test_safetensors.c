@@ -108,6 +108,9 @@ static const struct {
     {"{" T("a", "U8", "[2]", 0, 2) "," T("b", "U8", "[2]", 3, 5) "}", -1, 5, ERR_INVALID,
      "1 bytes before tensor \"b\""},
     {"{" T("a", "U8", "[2]", 0, 2) "}", -1, 3, ERR_INVALID, "1 bytes after the last tensor"},
+    {"{" T("\xc3\x28", "U8", "[2]", 0, 2) "}", -1, 2, ERR_INVALID, "unable to decode byte 0xc3"},
+    {"{" T("a\\nb\\u001b[2J", "U9", "[2]", 0, 2) "}", -1, 2, ERR_UNSUPPORTED, "tensor \"a?b?[2J\" has unknown dtype"},
+    {"{" T("a", "U8", "[1]", 18446744073709551616, 1) "}", -1, 1, ERR_INVALID, "no valid JSON"},
 };
 
 START_TEST(a_bad_file_gets_one_sentence)
