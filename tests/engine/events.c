@@ -49,8 +49,10 @@ static void note(struct engine *e, const struct eep_event *event)
         e->detached = true;
         snprintf(e->why, sizeof e->why, "%s", event->text ? event->text : "no reason given");
         break;
-    case EEP_EVENT_PREPARE:
     case EEP_EVENT_REVOKE:
+        e->void_epoch = event->epoch > e->void_epoch ? event->epoch : e->void_epoch;
+        break;
+    case EEP_EVENT_PREPARE:
         break;
     }
     pthread_cond_broadcast(&e->changed);
