@@ -232,6 +232,8 @@ int cluster_agent_start(struct cluster *c, int i)
         args[n++] = c->options.model;
     }
     n += cluster_memory_args(c, i, args + n, memory, sizeof(memory));
+    for (int k = 0; k < 8 && c->options.agent_args[k]; k++)
+        args[n++] = c->options.agent_args[k];
     args[n] = NULL;
     c->agent[i] = c->options.keeper ? cluster_spawn(c, log, "eep-keeper", args)
                                     : cluster_spawn(c, log, "eep-agent", args + 4);

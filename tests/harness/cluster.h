@@ -27,6 +27,7 @@ struct cluster_options {
        With "cuda" the agents are spread over the GPUs that there are, and share them. */
     const char *memory, *transport;
     const char *coordinator_args[16]; /* NULL terminated */
+    const char *agent_args[8];        /* the same, for every agent */
     const volatile sig_atomic_t *interrupted; /* or NULL: once it is not 0, every wait but cluster_stop's gives up */
 };
 
