@@ -167,6 +167,7 @@ enum coordinator_bug {
     COORDINATOR_BUG_RETIRE_UNCOVERED,     /* retires the last live replica */
     COORDINATOR_BUG_GRACE_BY_OWN_ACK,     /* T = the holder's s_i instead of the maximum */
     COORDINATOR_BUG_FILL_WITHOUT_GRACE,
+    COORDINATOR_BUG_COUNT_BY_ID,          /* the count of a stage takes a new incarnation for the one that has answered */
 };
 void coordinator_plant(struct coordinator *core, enum coordinator_bug bug);
 

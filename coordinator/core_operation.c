@@ -348,6 +348,8 @@ void operation_peer_gone(struct coordinator *c, uint32_t peer, const char *why)
     if (!c->op.decided) {
         if (c->bug == COORDINATOR_BUG_INCARNATION_IGNORED && c->commit.state == COMMIT_PREPARING)
             return;
+        if (c->bug == COORDINATOR_BUG_COUNT_BY_ID && c->commit.state == COMMIT_IDLE && (uint32_t)party >= r->n_old)
+            return;
         operation_abort(c, "agent %s (%s rank) in %s: %s", c->peers[peer].member.id,
                         (uint32_t)party >= r->n_old ? "new" : r->stays[party] ? "existing" : "leaving",
                         op_phase_name(c->op.phase), why);
