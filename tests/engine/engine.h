@@ -24,6 +24,7 @@ struct engine_options {
     bool fused;
     enum eep_dispatch dispatch;
     uint32_t step_ms, busy_us, stall_ms, attach_ms;
+    bool mute_prepare, mute_drain; /* never answered */
     uint32_t max_batch, prefill;
     uint64_t kv_bytes;
     enum log_level log_level;

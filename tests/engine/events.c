@@ -71,7 +71,8 @@ void engine_event(void *user, const struct eep_event *event)
               (unsigned long long)event->op, (unsigned long long)event->attempt, (unsigned long long)event->epoch,
               event->text ? event->text : "");
     if (event->kind == EEP_EVENT_PREPARE) {
-        prepare_start(e, event);
+        if (!e->options.mute_prepare)
+            prepare_start(e, event);
     } else if (event->kind == EEP_EVENT_ABORT) {
         prepare_drop(e, event->op, true);
         mesh_lot_drop(e->lot, event->op);

@@ -325,6 +325,8 @@ int cluster_engine_start(struct cluster *c, int i)
             args[n++] = c->options.model;
         }
     }
+    for (int k = 0; k < 4 && c->options.engine_args[k]; k++)
+        args[n++] = c->options.engine_args[k];
     args[n] = NULL;
     c->engine[i] = cluster_spawn(c, log, "tests/eep-engine", args);
     return c->engine[i] > 0 ? 0 : -1;

@@ -28,6 +28,7 @@ struct cluster_options {
     const char *memory, *transport;
     const char *coordinator_args[24]; /* NULL terminated */
     const char *agent_args[8];        /* the same, for every agent */
+    const char *engine_args[4];       /* of engines that are started from now on */
     const char *network;              /* every process on a host of its own: struct network's name; NULL = loopback */
     const char *agents_connect;       /* where agents find the coordinator, if not at its own socket */
     bool agent_edges;                 /* agents look for dir/edge at their transitions: tests/harness/fault_edge.c */

@@ -236,8 +236,65 @@ START_TEST(an_engine_that_hangs_in_a_step_is_cut_off_and_may_attach_again)
 }
 END_TEST
 
+/* An engine that lives and does not answer: by a deadline the operation goes on without it, or is aborted. */
+START_TEST(engines_that_never_answer_cost_a_deadline)
+{
+    struct cluster c;
+    static const char *const deadlines[] = {"--stage-ms", "1000", "--drain-ms", "1000", NULL};
+    itest_start(&c, with((struct cluster_options){.agents = 3, .loaders = 2, .step_ms = 5}, deadlines));
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    cluster_signal(&c.engine[2], SIGTERM);
+    ck_assert_int_ge(cluster_wait(&c.engine[2], 10000), 0);
+    c.options.engine_args[0] = "--mute";
+    c.options.engine_args[1] = "prepare";
+    cluster_engine_start(&c, 2);
+    ck_assert_int_eq(cluster_wait_agents(&c, 3, 10000), 0);
+    CTL(&c, 6, "scale", "--to", "3");
+    CTL_SAYS("gpu2 in ENGINE_PREPARE by its deadline"); /* the others waited for it in their mesh */
+    ck_assert_int_eq(itest_ranks(&c), 2);
+
+    cluster_signal(&c.engine[2], SIGTERM);
+    ck_assert_int_ge(cluster_wait(&c.engine[2], 10000), 0);
+    c.options.engine_args[1] = "drain";
+    cluster_engine_start(&c, 2);
+    ck_assert_int_eq(cluster_wait_agents(&c, 3, 10000), 0);
+    CTL(&c, 0, "scale", "--to", "3");
+    CTL(&c, 0, "drain", "gpu2");
+    CTL_SAYS("gpu2: safe to terminate");
+    CTL(&c, 0, "verify");
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+/* One that goes away in the middle of an operation aborts it; its agent is joined again as soon as another has come. */
+START_TEST(an_engine_that_detaches_in_an_operation_may_attach_again)
+{
+    struct cluster c;
+    itest_start(&c, (struct cluster_options){.agents = 3, .loaders = 2, .step_ms = 5});
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    kill(c.agent[2], SIGSTOP);
+    pid_t scale = cluster_ctl_start(&c, "scale", (const char *[]){"scale", "--to", "3", NULL});
+    itest_wait_status(&c, "phase ALLOCATE", 5000);
+    cluster_signal(&c.engine[2], SIGTERM);
+    ck_assert_int_ge(cluster_wait(&c.engine[2], 10000), 0);
+    kill(c.agent[2], SIGCONT);
+    ck_assert_msg(ended(&c, &scale, "scale", 10000) == 6, "%s", ctl_out);
+    CTL_SAYS("gpu2");
+    cluster_engine_start(&c, 2);
+    CTL(&c, 0, "scale", "--to", "3", "--wait-for-agents=20");
+    CTL(&c, 0, "verify");
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
 static void add(TCase *t)
 {
+    tcase_add_test(t, engines_that_never_answer_cost_a_deadline);
+    tcase_add_test(t, an_engine_that_detaches_in_an_operation_may_attach_again);
     tcase_add_test(t, paused_operations_stand_still_and_go_on);
     tcase_add_test(t, a_drain_says_that_the_agent_is_safe_to_terminate);
     tcase_add_test(t, a_rank_that_is_stopped_in_an_operation_aborts_it_and_is_drained);
