@@ -284,7 +284,7 @@ SOAK_SECONDS ?= 3600
 .PHONY: soak
 soak:      ## faults at random moments for long: an hour, or make soak SOAK_SECONDS=600
 	@$(MAKE) --no-print-directory -j2 all $(BUILD)/tests/itest_chaos
-	@EEP_BIN=$(BUILD) $(BUILD)/tests/itest_chaos --seconds $(SOAK_SECONDS)
+	@EEP_BIN=$(BUILD) $(BUILD)/tests/itest_chaos --seconds $(SOAK_SECONDS) --agents 8
 bench:     ## the figures of docs/figures.md
 	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
 	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests
