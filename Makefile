@@ -152,9 +152,9 @@ $(GPU_TESTS) $(BUILD)/tests/test_fakecuda $(BUILD)/tests/test_cuda_faults: overr
 $(GPU_TESTS): $(BUILD)/tests/engine/kernels_image$(if $(HAVE_NVCC),,_stub).o
 endif
 $(BUILD)/tests/test_reference_model: $(BUILD)/tests/engine/compute_cuda$(if $(HAVE_CUDA),,_stub).o
-HARNESS   := $(call obj,$(filter-out $(GPU_OUT) tests/harness/fault_disk.c,$(wildcard tests/harness/*.c)))
-# preloaded into a coordinator by the tests of its files
-$(BUILD)/tests/fault_disk.so: tests/harness/fault_disk.c
+HARNESS   := $(call obj,$(filter-out $(GPU_OUT) tests/harness/fault_%.c,$(wildcard tests/harness/*.c)))
+# preloaded into daemons by tests: faults of the disk and of the clock, and at edges of the state machines
+$(BUILD)/tests/fault_%.so: tests/harness/fault_%.c
 	@mkdir -p $(@D)
 	$(CC) $(CSTD) $(WARN) -O1 -g -fPIC -shared -o $@ $< -ldl
 $(BUILD)/tests/test_journal_faults: | $(BUILD)/tests/fault_disk.so
@@ -213,13 +213,13 @@ $(BUILD)/tests/fuzz_%: tests/fuzz/fuzz_%.c $(TEST_LIBS)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -fsanitize=fuzzer -o $@ $< $(TEST_LIBS) $(LIBS)
 
 .PHONY: test-tools
-test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/eep-engine $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint \
-            $(BUILD)/tests/eep-idle-engine
+test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/fault_edge.so $(BUILD)/tests/fault_clock.so $(BUILD)/tests/eep-engine \
+            $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint $(BUILD)/tests/eep-idle-engine
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
              liblmdb-dev libjansson-dev uthash-dev
-DEPS_TEST := check strace
+DEPS_TEST := check strace iproute2 nftables
 missing    = $(shell for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done)
 define install
 	@missing="$(call missing,$(1))"; \
@@ -281,11 +281,15 @@ plans:     ## more random plans, each walked round by round: make plans PLANS=40
 plot:      ## docs/placement.png: balance against arrivals (needs gnuplot)
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_planner
 	tests/placement/plot.sh $(BUILD)/tests/bench_planner docs/placement.png
-SOAK_SECONDS ?= 1800
+.PHONY: fault-matrix
+fault-matrix: ## every role x state x fault on the real daemons, about a quarter of an hour; the sample of `make check` is part of it
+	@$(MAKE) --no-print-directory -j2 all $(BUILD)/tests/itest_matrix
+	@EEP_BIN=$(BUILD) $(BUILD)/tests/itest_matrix --all
+SOAK_SECONDS ?= 3600
 .PHONY: soak
-soak:      ## faults at random moments for long: make soak SOAK_SECONDS=1800
+soak:      ## faults at random moments for long: an hour, or make soak SOAK_SECONDS=600
 	@$(MAKE) --no-print-directory -j2 all $(BUILD)/tests/itest_chaos
-	@EEP_BIN=$(BUILD) $(BUILD)/tests/itest_chaos --seconds $(SOAK_SECONDS)
+	@EEP_BIN=$(BUILD) $(BUILD)/tests/itest_chaos --seconds $(SOAK_SECONDS) --agents 8
 bench:     ## the figures of docs/figures.md
 	@$(MAKE) --no-print-directory -j2 all $(BENCH_BIN)
 	@EEP_BIN=$(BUILD) tests/bench/run.sh $(BUILD)/tests

@@ -223,6 +223,7 @@ void agent_core_step(struct agent_core *core, uint64_t now_ns, const struct agen
     agent_commit_check_flip(core);
     agent_stage_check(core);
     agent_engine_check_map(core);
+    agent_engine_watch(core);
     agent_release_check_deadline(core);
     agent_restore_check(core);
     agent_commit_check_doubt(core);
@@ -237,6 +238,8 @@ uint64_t agent_core_deadline(const struct agent_core *core)
     first = core->heartbeat_ns < first ? core->heartbeat_ns : first;
     first = core->doubt_ns < first ? core->doubt_ns : first;
     first = core->resume_ns < first ? core->resume_ns : first;
+    if (core->watch.inside && !core->watch.said && core->watch.since_ns + core->config.hang_ns < first)
+        first = core->watch.since_ns + core->config.hang_ns;
     if (core->release.state == RELEASE_ENGINE && core->release.deadline_ns < first)
         first = core->release.deadline_ns;
     if (core->fence.state == FENCE_LEAVE && core->fence.deadline_ns < first)

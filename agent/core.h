@@ -29,6 +29,7 @@ struct agent_config {
     uint32_t layers, logical;  /* shape of that checkpoint (MoE layers, experts per layer); 0 = none */
     uint32_t lead_steps_min;   /* K is at least this; 2 */
     uint64_t step_limit_ns;    /* how long RESET waits for an engine to leave its step before it is detached; 5 s */
+    uint64_t hang_ns;          /* a step that takes longer is given up, by a RESET of the view; 0 = none is */
 };
 
 /* What the worker thread does for the core.  Each is answered by AE_WORK_DONE with the same id. */

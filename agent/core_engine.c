@@ -165,6 +165,33 @@ void agent_engine_failed(struct agent_core *core, uint64_t view, uint64_t step)
     engine_say(core);
 }
 
+/* All ranks hang in the step in which one does, and who it is, is not known here: a RESET takes everybody out, and the
+ * engine that does not come out of its step is cut off then, by its own agent. */
+static void engine_hangs(struct agent_core *core)
+{
+    struct core_engine *e = &core->engine;
+    core->watch.said = true;
+    e->torn_epoch = core->applied_epoch;
+    snprintf(e->why, sizeof(e->why), "step %llu of epoch %llu has not ended after %llu ms", U(core->page.intent),
+             U(core->page.cur_view), U(core->config.hang_ns / CORE_MS));
+    acore_log(core, AGENT_LOG_ERROR, "%s", e->why);
+    engine_say(core);
+}
+
+void agent_engine_watch(struct agent_core *core)
+{
+    struct core_watch *w = &core->watch;
+    const struct page_snapshot *p = &core->page;
+    bool serves = core->engine.attached && !core->restored && (core->view || core->flip.epoch);
+    bool inside = serves && p->engine_state == PAGE_ENGINE_RUNNING && p->intent > p->done && p->cur_view > core->revoked;
+    if (!core->config.hang_ns)
+        return;
+    if (!inside || !w->inside || p->intent != w->intent || p->done != w->done)
+        *w = (struct core_watch){.intent = p->intent, .done = p->done, .since_ns = core->now_ns, .inside = inside};
+    else if (!w->said && core->now_ns >= w->since_ns + core->config.hang_ns)
+        engine_hangs(core);
+}
+
 void agent_engine_gone(struct agent_core *core, const char *why)
 {
     agent_restore_overtaken(core, why);

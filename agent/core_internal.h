@@ -96,6 +96,12 @@ struct core_engine {
     char why[128];       /* of the last loss or failure */
 };
 
+/* The step that the engine is in, as it was seen last. */
+struct core_watch {
+    uint64_t intent, done, since_ns;
+    bool inside, said;
+};
+
 enum release_state { RELEASE_NONE, RELEASE_ENGINE, RELEASE_WORK };
 struct core_release {
     enum release_state state;
@@ -146,6 +152,7 @@ struct agent_core {
     bool joining;              /* OP_BEGIN made it a new rank, and neither GO nor an abort has come since */
     struct model *model;
     struct core_engine engine;
+    struct core_watch watch;
     struct core_release release;
     struct core_work *works;
     uint64_t last_work;
@@ -255,5 +262,6 @@ void agent_engine_wave(struct agent_core *core, uint64_t step);
 void agent_engine_peer_wave(struct agent_core *core, uint64_t epoch, uint64_t step);
 void agent_engine_map(struct agent_core *core, const struct msg_map *m);
 void agent_engine_check_map(struct agent_core *core);
+void agent_engine_watch(struct agent_core *core);                  /* does its step end in time? */
 
 #endif

@@ -32,7 +32,8 @@ struct options {
 
 enum { KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
        KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
-       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS, KEY_SHARED_GPU };
+       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS, KEY_SHARED_GPU,
+       KEY_STEP_LIMIT };
 
 static const struct argp_option option_table[] = {
     {"id", KEY_ID, "NAME", 0, "name of this agent, unique in the cluster (required)", 0},
@@ -57,6 +58,8 @@ static const struct argp_option option_table[] = {
     {"engine-socket", KEY_ENGINE_SOCKET, "PATH", 0, "where the engine attaches (default /run/eep/agent-NAME.sock)", 2},
     {"engine-command", KEY_ENGINE_COMMAND, "COMMAND", 0,
      "start this engine by the shell with $EEP_SOCKET set, start it again when it ends, stop it with the agent", 2},
+    {"step-limit-ms", KEY_STEP_LIMIT, "MS", 0,
+     "a step that takes longer has hung: the ranks leave it, and an engine that does not is cut off (120000; 0: never)", 2},
     {0, 0, 0, 0, "Network:", 3},
     {"listen", KEY_LISTEN, "HOST:PORT", 0, "for other agents (default 127.0.0.1:0; port 0 picks one)", 3},
     {"data-listen", KEY_DATA_LISTEN, "HOST:PORT", 0, "for weights (default 127.0.0.1:0)", 3},
@@ -118,6 +121,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_TRANSFER:
         s->transfer_timeout_ms = (uint32_t)options_number(state, "--transfer-ms", arg, 100, 86400000);
         return 0;
+    case KEY_STEP_LIMIT: s->step_limit_ms = number(state, "--step-limit-ms", arg, 86400000); return 0;
     case KEY_ENGINE_SOCKET: s->engine_socket = text(state, "--engine-socket", arg); return 0;
     case KEY_ENGINE_COMMAND: o->engine_command = text(state, "--engine-command", arg); return 0;
     case KEY_LISTEN: s->listen = arg; return 0;
@@ -356,7 +360,7 @@ int main(int argc, char **argv)
         .level = LOG_LEVEL_INFO,
         .stop_after_ms = 30000,
         .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
-                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000},
+                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000, .step_limit_ms = 120000},
     };
     argp_err_exit_status = 2;
     if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, &o))

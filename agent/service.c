@@ -485,6 +485,7 @@ int service_open(const struct service_config *config, struct service **ret_servi
     s->agent = (struct agent_config){.node = config->node, .slots = config->slots};
     s->agent.lead_steps_min = 2;
     s->agent.step_limit_ns = UINT64_C(5000000000);
+    s->agent.hang_ns = UINT64_C(1000000) * config->step_limit_ms;
     memcpy(s->agent.id, config->id, strlen(config->id) + 1);
     struct rpc_identity self = {.role = RPC_ROLE_AGENT};
     snprintf(self.cluster, sizeof self.cluster, "%s", config->cluster);

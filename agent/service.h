@@ -24,6 +24,7 @@ struct service_config {
     const char *memory, *transport;   /* backends by name; transport NULL: what suits the memory */
     struct keep *keep;                /* what outlives the process; borrowed, NULL = nothing */
     uint32_t slots, node, transfer_timeout_ms;
+    uint32_t step_limit_ms; /* an engine's step that takes longer has hung; 0 = none has */
     bool insecure;
     bool shared_gpu; /* other agents may use the GPU too, if they say the same */
     void (*on_exit)(void *user, enum agent_exit value);

@@ -121,6 +121,7 @@ static void control_scale(struct session *session, const struct frame *frame, co
         .dry_run = request->dry_run,
         .wait_agents_ms = request->wait_agents_ms,
         .timeout_ms = request->timeout_ms,
+        .drain = request->drain,
     };
     if (request->n_remove > RANKS_MAX || scale.target > RANKS_MAX) {
         frame_fail(session, frame, ERR_LIMIT, "a view has at most 256 ranks");
@@ -163,6 +164,31 @@ static void control_abort(struct session *session, const struct frame *frame, co
     log_event(session->server->log, LOG_LEVEL_INFO, "abort-requested", "by=%s op=%llu", rpc_conn_name(session->conn),
               (unsigned long long)request->op);
     struct coordinator_event event = {.type = CE_ABORT, .request = call->request, .op = request->op};
+    server_step(session->server, &event);
+}
+
+static void control_pause(struct session *session, const struct frame *frame, const ProtobufCMessage *message)
+{
+    const Pb__PauseRequest *request = (const Pb__PauseRequest *)message;
+    struct call *call = call_new(session, frame, CALL_CORE);
+    if (!call)
+        return;
+    log_event(session->server->log, LOG_LEVEL_INFO, request->pause ? "pause-requested" : "resume-requested", "by=%s why=%s",
+              rpc_conn_name(session->conn), request->why);
+    struct coordinator_event event = {.type = CE_PAUSE, .request = call->request, .yes = request->pause,
+                                      .text = request->why};
+    server_step(session->server, &event);
+}
+
+static void control_restart(struct session *session, const struct frame *frame, const ProtobufCMessage *message)
+{
+    const Pb__RestartRequest *request = (const Pb__RestartRequest *)message;
+    struct call *call = call_new(session, frame, CALL_CORE);
+    if (!call)
+        return;
+    log_event(session->server->log, LOG_LEVEL_WARN, "restart-requested", "by=%s force=%d", rpc_conn_name(session->conn),
+              request->force);
+    struct coordinator_event event = {.type = CE_RESTART, .request = call->request, .yes = request->force};
     server_step(session->server, &event);
 }
 
@@ -281,6 +307,8 @@ static const struct {
     [CONTROL_QUEUE_LENGTH] = {control_queue_length, true},
     [CONTROL_BARRIER_LIST] = {control_barrier_list, true},
     [CONTROL_BARRIER_SHOW] = {control_barrier_show, true},
+    [CONTROL_PAUSE] = {control_pause, false},
+    [CONTROL_RESTART] = {control_restart, false},
 };
 
 void control_frame(struct session *session, const struct frame *frame)

@@ -101,6 +101,14 @@ static void record_point(const struct op_record *r, struct operation_message *m)
     m->pb.hold_ns_max = r->hold_ns_max;
     m->pb.bytes_done = r->bytes;
     m->pb.bytes_planned = r->bytes;
+    m->pb.phases = m->phase_pointers;
+    for (uint32_t i = 0; i < r->n_phases && i < PHASES_MAX; i++) {
+        pb__phase_time__init(&m->phases[i]);
+        m->phases[i].phase = (char *)r->phases[i].phase;
+        m->phases[i].ns = r->phases[i].ns;
+        m->phase_pointers[i] = &m->phases[i];
+        m->pb.n_phases++;
+    }
     m->pb.n_parties = r->n;
     m->pb.parties = m->parties;
     for (uint32_t i = 0; i < r->n; i++)
@@ -122,7 +130,7 @@ static void operation_point(const struct server *s, const struct op_info *op, st
         m->pb.has_deadline_in_ms = 1;
         m->pb.deadline_in_ms = op->deadline_ns > now ? (op->deadline_ns - now) / 1000000 : 0;
     }
-    m->pb.phases = m->phase_pointers;
+    m->pb.n_phases = 0; /* of one that runs: up to now */
     for (uint32_t i = 0; i < op->n_phases && i < PHASES_MAX; i++) {
         pb__phase_time__init(&m->phases[i]);
         m->phases[i].phase = (char *)op->phases[i].phase;
@@ -172,6 +180,17 @@ void control_status(struct session *session, const struct frame *frame, const Pr
     if (status.op.record.op) {
         operation_point(s, &status.op, &op);
         reply.op = &op.pb;
+    }
+    reply.has_wanted = status.wanted != 0;
+    reply.wanted = status.wanted;
+    if (status.paused) {
+        reply.paused = (char *)status.paused_why;
+        reply.has_paused_ms = 1;
+        reply.paused_ms = status.paused_ms;
+    }
+    if (status.degraded[0] && status.degraded_since_ns) {
+        reply.has_degraded_for_ms = 1;
+        reply.degraded_for_ms = (clock_now_ns() - status.degraded_since_ns) / 1000000;
     }
     if (status.model) {
         reply.has_layers = reply.has_logical = reply.has_slots = 1;

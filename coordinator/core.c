@@ -213,6 +213,12 @@ static void journaled(struct coordinator *c, uint64_t seq)
         case CONT_MAP:
             rounds_map_durable(c);
             break;
+        case CONT_PAUSED:
+            upkeep_paused(c);
+            break;
+        case CONT_RESTARTED:
+            upkeep_restarted(c);
+            break;
         }
     }
 }
@@ -260,15 +266,9 @@ static void message(struct coordinator *c, uint64_t conn, const struct msg *m)
     case MSG_VERIFIED:
         verify_result(c, peer, &m->verified);
         break;
-    case MSG_LEAVE: {
-        const char *id = c->peers[peer].member.id;
-        if (!c->view || members_rank(c, peer) < 0)
-            break;
-        core_log(c, CORE_INFO, "agent %s asks to be drained", id);
-        struct scale_request leave = {.target = c->view->n - 1, .n_remove = 1, .remove = &id};
-        operation_scale(c, 0, &leave, NULL);
+    case MSG_LEAVE:
+        upkeep_leave(c, peer);
         break;
-    }
     default: {
         struct coordinator_action *a = core_act(c, CA_CLOSE);
         a->conn = conn;
@@ -282,8 +282,6 @@ static void message(struct coordinator *c, uint64_t conn, const struct msg *m)
 /* Says once what a fault means to the service, and when it is over. */
 static void service_log(struct coordinator *c, bool was_torn, const char *was_degraded)
 {
-    if (c->torn && !was_torn)
-        c->torn_ns = c->now_ns;
     if (c->degraded[0] && strcmp(c->degraded, was_degraded) != 0) {
         char missing[256] = "";
         for (uint32_t r = 0; c->view && r < c->view->n; r++) {
@@ -344,12 +342,23 @@ void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coord
     case CE_VERIFY:
         verify_start(c, ev->request);
         break;
+    case CE_PAUSE:
+        upkeep_pause(c, ev->request, ev->yes, ev->text);
+        break;
+    case CE_RESTART:
+        upkeep_restart(c, ev->request, ev->yes);
+        break;
     }
     members_tick(c);
     commit_tick(c);
     operation_tick(c);
     verify_check(c);
+    if (c->torn && !was_torn)
+        c->torn_ns = c->now_ns;
     repair_check(c);
+    if (c->torn && !was_torn)
+        c->torn_ns = c->now_ns;
+    upkeep_check(c);
     service_log(c, was_torn, was_degraded);
     if (c->changed) {
         core_act(c, CA_CHANGED);
@@ -372,15 +381,15 @@ uint64_t coordinator_deadline(const struct coordinator *c)
         d = earlier(d, c->commit.deadline_ns);
     if (c->op.phase != PHASE_NONE) {
         d = earlier(d, c->op.deadline_ns);
-        d = earlier(d, c->op.wait_ns);
-        if (!c->op.decided)
+        d = earlier(d, c->op.halted_ns ? 0 : c->op.wait_ns);
+        if (!c->op.decided && !c->op.halted_ns)
             d = earlier(d, c->op.timeout_ns);
     }
     if (c->verify.request)
         d = earlier(d, c->verify.deadline_ns);
     if (repair_waits(c))
         d = earlier(d, c->retry_ns);
-    return d;
+    return earlier(d, upkeep_deadline(c));
 }
 
 void coordinator_plant(struct coordinator *c, enum coordinator_bug bug)

@@ -31,6 +31,9 @@ struct coordinator_config {
     uint32_t slots;            /* slots_per_rank; 0 = ceil(experts / min_ranks) */
     uint32_t min_ranks;        /* 2 */
     double commit_balance;     /* balance wanted at a commit: plan_options.target_balance; 0.98 */
+    uint32_t scale_back;       /* 1: after a repair, scale back to the former number of ranks as spares are there; 0 */
+    uint32_t restart_after_ms; /* a view with lost experts, whose ranks have all ended, is given up after this, and
+                                  started anew from the checkpoint; 0 = only when an operator says so */
 };
 void coordinator_config_default(struct coordinator_config *ret_config);
 
@@ -43,6 +46,8 @@ enum coordinator_event_type {
     CE_SCALE,        /* request, scale */
     CE_ABORT,        /* request: abort the running operation (op 0 = whichever) */
     CE_VERIFY,       /* request */
+    CE_PAUSE,        /* request, yes (pause or resume), text (why; may be NULL) */
+    CE_RESTART,      /* request, yes (even a view that serves): give the view up, so that a cold start may follow */
 };
 
 struct scale_request {
@@ -53,6 +58,8 @@ struct scale_request {
     bool dry_run;               /* plan only */
     uint32_t wait_agents_ms;    /* wait this long for spare agents; 0 = refuse at once */
     uint32_t timeout_ms;        /* of the whole operation before its decision; 0 = none but the stages' own */
+    bool drain;                 /* `remove` shall serve no more: done already if none of them does */
+    bool unattended;            /* by the coordinator itself */
 };
 
 struct coordinator_event {
@@ -60,6 +67,8 @@ struct coordinator_event {
     uint64_t conn, seq, request, op;
     const struct msg *msg;
     const struct scale_request *scale;
+    bool yes;
+    const char *text;
     const struct op_record *known; /* CE_SCALE with a key: the newest ended operation of that key in the journal's
                                       history, or NULL; borrowed */
     uint64_t wall_ms; /* wall clock, for records that people read */
@@ -134,6 +143,11 @@ struct coordinator_status {
     struct op_info op;        /* the running operation, or the last one that ended (record.op 0 = none) */
     const struct op_info *last; /* the one that ended last (record.op 0 = none), also while the next one runs */
     char degraded[256];       /* "" or why the view does not serve everything */
+    uint64_t degraded_since_ns;
+    uint32_t wanted;          /* ranks that an operator has asked for last; 0 = none yet */
+    bool paused;
+    const char *paused_why;
+    uint64_t paused_ms;       /* wall clock */
 };
 void coordinator_status(const struct coordinator *core, uint64_t now_ns, struct coordinator_status *ret_status);
 bool coordinator_agent(const struct coordinator *core, uint64_t now_ns, size_t i, struct agent_info *ret_info);
@@ -153,6 +167,7 @@ enum coordinator_bug {
     COORDINATOR_BUG_RETIRE_UNCOVERED,     /* retires the last live replica */
     COORDINATOR_BUG_GRACE_BY_OWN_ACK,     /* T = the holder's s_i instead of the maximum */
     COORDINATOR_BUG_FILL_WITHOUT_GRACE,
+    COORDINATOR_BUG_COUNT_BY_ID,          /* the count of a stage takes a new incarnation for the one that has answered */
 };
 void coordinator_plant(struct coordinator *core, enum coordinator_bug bug);
 

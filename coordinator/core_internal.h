@@ -14,6 +14,7 @@ struct peer {
     bool holds;                 /* its HELLO named a view, and it has not let go since */
     bool silent;                /* it took no part in a repair: the next one does without it, if it can */
     bool evicted;               /* this incarnation was put out of a view: it may only come back as another */
+    bool leaves;                /* it is being stopped, and asks to be drained before */
     bool engine;                /* an engine is attached */
     bool can_load;
     uint32_t dispatch, slots, layers, logical;
@@ -86,13 +87,16 @@ struct operation {
     uint64_t bytes_done, bytes_planned;
     struct expert_map *load_map;/* cold start */
     bool waits_for_agents;      /* PENDING until enough spares are there */
+    bool unattended;            /* nobody asked for it: a scale back, or the drain of an agent that stops */
+    bool dropped;               /* the operator aborts it */
+    uint64_t halted_ns;         /* since when it stands still because operations are paused; 0 = it does not */
     char why[256];              /* what will be said at the end */
     struct { enum op_phase phase; uint64_t ns; } times[PHASE_TIMES];
     uint32_t n_times;
 };
 
 /* What is to happen when a journal write is durable. */
-enum continuation { CONT_NONE, CONT_OPENED, CONT_EPOCH, CONT_DECIDED, CONT_MAP };
+enum continuation { CONT_NONE, CONT_OPENED, CONT_EPOCH, CONT_DECIDED, CONT_MAP, CONT_PAUSED, CONT_RESTARTED };
 struct pending_write {
     uint64_t seq, op, epoch;
     enum continuation what;
@@ -123,7 +127,12 @@ struct coordinator {
     uint64_t last_verify;
     uint64_t now_ns, wall_ms;
     char degraded[256];
-    uint64_t torn_ns;           /* when `torn` became true, for the log */
+    uint64_t torn_ns;           /* when `torn` became true last */
+    uint64_t short_ns;          /* since when there are fewer ranks than wanted, by a fault; 0 = there are not */
+    uint64_t lost_ns;           /* since when nobody is left who could complete the view again; 0 = somebody is */
+    uint64_t back_ns, back_wait_ns; /* the last attempt to get back to full strength, and how long until the next */
+    uint64_t pause_request, restart_request; /* to be answered when it is durable */
+    uint32_t restart_evicted;
     bool changed;
     enum coordinator_bug bug;
     struct coordinator_actions *out; /* during a step */
@@ -232,5 +241,17 @@ void repair_torn(struct coordinator *c, uint32_t peer, const struct msg_engine *
 bool repair_waits(const struct coordinator *c); /* for retry_ns */
 void repair_resume(struct coordinator *c);
 void repair_committed(struct coordinator *c); /* those who are not in the view any more are put out */
+
+/* core_upkeep.c: pauses, agents that stop, back to full strength, giving a view up */
+void upkeep_pause(struct coordinator *c, uint64_t request, bool pause, const char *why);
+void upkeep_paused(struct coordinator *c); /* it is durable */
+bool upkeep_halts(struct coordinator *c);  /* the operation may not go on, because operations are paused */
+void upkeep_leave(struct coordinator *c, uint32_t peer);
+void upkeep_ended(struct coordinator *c, const struct op_record *ended);
+void upkeep_report(struct coordinator *c, char *text, size_t size); /* adds how long a fault lasted */
+void upkeep_restart(struct coordinator *c, uint64_t request, bool force);
+void upkeep_restarted(struct coordinator *c); /* it is durable */
+void upkeep_check(struct coordinator *c);
+uint64_t upkeep_deadline(const struct coordinator *c);
 
 #endif

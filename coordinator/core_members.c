@@ -140,6 +140,18 @@ static void members_welcome(struct coordinator *c, uint32_t peer)
     m->welcome.member = members_rank(c, peer) >= 0;
 }
 
+/* The planted mistake: who has answered a stage is known by name alone, so that its next incarnation counts for it. */
+static void members_count_by_id(struct coordinator *c, uint32_t peer, uint64_t incarnation)
+{
+    int party = operation_party(c, peer);
+    if (party < 0 || (uint32_t)party < c->durable.open.n_old || c->commit.state != COMMIT_IDLE)
+        return;
+    c->durable.open.parties[party].incarnation = incarnation;
+    for (size_t i = 0; i < c->op.stage.n; i++)
+        if (c->op.stage.v[i].id == peer)
+            c->op.stage.v[i].incarnation = incarnation;
+}
+
 void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello *hello)
 {
     uint32_t peer = members_find(c, hello->id);
@@ -152,6 +164,8 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
         hello = &as_before;
     }
     bool known = p->member.incarnation == hello->incarnation;
+    if (c->bug == COORDINATOR_BUG_COUNT_BY_ID && p->member.incarnation && !known)
+        members_count_by_id(c, peer, hello->incarnation);
     if (p->member.incarnation && !known && !p->gone)
         members_lost(c, peer, "a new incarnation of it has come");
     p = &c->peers[peer];

@@ -148,6 +148,21 @@ static bool operation_same_key(struct coordinator *c, uint64_t request, const st
     return true;
 }
 
+/* A drain of agents of which none serves, or is about to, is done: a script may rely on that. */
+static bool operation_drained_already(struct coordinator *c, uint64_t request, const struct scale_request *s)
+{
+    if (!s->drain || s->n_remove == 0)
+        return false;
+    for (uint32_t i = 0; i < s->n_remove; i++) {
+        uint32_t peer = members_find(c, s->remove[i]);
+        if (peer == NOBODY || operation_party(c, peer) >= 0 || (c->view && view_rank(c->view, s->remove[i]) >= 0))
+            return false;
+    }
+    core_reply(c, request, 0, 0, OUTCOME_DONE, NULL, "agent %s%s serves nothing", s->remove[0],
+               s->n_remove > 1 ? " (and the others)" : "");
+    return true;
+}
+
 static int operation_dry_run(struct coordinator *c, uint64_t request, struct err *err)
 {
     const struct op_record *r = &c->durable.open;
@@ -169,10 +184,15 @@ static int operation_dry_run(struct coordinator *c, uint64_t request, struct err
 void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *s,
                      const struct op_record *known)
 {
-    if (operation_same_key(c, request, s, known))
+    if (operation_same_key(c, request, s, known) || operation_drained_already(c, request, s))
         return;
     uint32_t n = c->view ? c->view->n : 0;
     const struct op_record *r = &c->durable.open;
+    if (c->durable.paused && !s->dry_run && !s->unattended) {
+        core_reply(c, request, ERR_CONFLICT, r->op, 0, NULL, "operations are paused%s%s: `eepctl resume` ends that",
+                   c->durable.paused_why[0] ? ", because: " : "", c->durable.paused_why);
+        return;
+    }
     if (c->op.phase != PHASE_NONE) {
         core_reply(c, request, ERR_CONFLICT, r->op, 0, NULL,
                    "operation %llu (%s to %u ranks) is running, in %s: wait for it, or `eepctl abort` it",
@@ -211,6 +231,7 @@ void operation_scale(struct coordinator *c, uint64_t request, const struct scale
     c->durable.open.target = s->target;
     c->op.waits_for_agents = wait;
     c->op.accept = request;
+    c->op.unattended = s->unattended;
     if (s->timeout_ms)
         c->op.timeout_ns = c->now_ns + s->timeout_ms * MS;
     operation_open(c);
@@ -229,6 +250,7 @@ void operation_abort_request(struct coordinator *c, uint64_t request, uint64_t o
                    (unsigned long long)r->op, op_kind_name(r->kind));
         return;
     }
+    c->op.dropped = true;
     core_reply(c, request, 0, r->op, 0, NULL, "operation %llu is being aborted", (unsigned long long)r->op);
     operation_abort(c, "aborted by the operator");
 }
@@ -240,6 +262,8 @@ void operation_end(struct coordinator *c, enum op_outcome outcome, const char *w
     struct durable *d = &c->durable;
     char text[256];
     snprintf(text, sizeof(text), "%s", why); /* may lie in what is cleared below */
+    if (outcome == OUTCOME_DONE)
+        upkeep_report(c, text, sizeof(text));
     for (uint32_t i = 0; outcome == OUTCOME_DONE && c->op.announced && i < d->open.n; i++) {
         struct msg *m = core_send(c, c->op.peer[i], MSG_OP_END);
         if (m)
@@ -259,6 +283,13 @@ void operation_end(struct coordinator *c, enum op_outcome outcome, const char *w
     d->open.outcome = outcome;
     d->open.ended_ms = c->wall_ms;
     d->open.bytes = c->op.bytes_done;
+    d->open.n_phases = 0;
+    for (uint32_t i = 0; i < c->op.n_times && i < OP_PHASES_MAX; i++) {
+        struct phase_time *t = &d->open.phases[d->open.n_phases++];
+        snprintf(t->phase, sizeof(t->phase), "%s", op_phase_name(c->op.times[i].phase));
+        t->ns = c->op.times[i].ns;
+    }
+    upkeep_ended(c, &d->open);
 
     struct op_info info;
     struct coordinator_status status;
@@ -318,6 +349,8 @@ void operation_peer_gone(struct coordinator *c, uint32_t peer, const char *why)
     if (!c->op.decided) {
         if (c->bug == COORDINATOR_BUG_INCARNATION_IGNORED && c->commit.state == COMMIT_PREPARING)
             return;
+        if (c->bug == COORDINATOR_BUG_COUNT_BY_ID && c->commit.state == COMMIT_IDLE && (uint32_t)party >= r->n_old)
+            return;
         operation_abort(c, "agent %s (%s rank) in %s: %s", c->peers[peer].member.id,
                         (uint32_t)party >= r->n_old ? "new" : r->stays[party] ? "existing" : "leaving",
                         op_phase_name(c->op.phase), why);
@@ -336,6 +369,8 @@ void operation_tick(struct coordinator *c)
     char names[160];
     if (op->phase == PHASE_NONE)
         return;
+    if (op->halted_ns)
+        return; /* paused: no time is running */
     if (op->wait_ns && op->phase == PHASE_PENDING && c->now_ns >= op->wait_ns) {
         struct err err = {0};
         struct scale_request s = {.target = c->durable.open.target};

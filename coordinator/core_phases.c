@@ -117,7 +117,7 @@ void operation_opened(struct coordinator *c, uint64_t op)
 
 void operation_peer_ready(struct coordinator *c)
 {
-    if (c->op.phase == PHASE_PENDING && operation_ready(c) && c->op.phase == PHASE_PENDING)
+    if (c->op.phase == PHASE_PENDING && operation_ready(c) && c->op.phase == PHASE_PENDING && !upkeep_halts(c))
         operation_begin(c);
 }
 
@@ -134,6 +134,8 @@ void operation_next(struct coordinator *c)
     struct operation *op = &c->op;
     const struct op_record *r = &c->durable.open;
     struct err err = {0};
+    if (upkeep_halts(c))
+        return;
     switch (op->phase) {
     case PHASE_ALLOCATE:
         operation_notify(c, NOTIFY_NEW_CORE_ENGINES_INIT_READY);

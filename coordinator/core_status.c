@@ -1,4 +1,5 @@
 /* What the coordinator's core tells about itself: the view, the operation, every agent.  Reads only; pure. */
+#include <stdio.h>
 #include <string.h>
 
 #include "coordinator/core_internal.h"
@@ -22,6 +23,14 @@ static void status_operation(const struct coordinator *c, struct op_info *info)
     bool commits = set == &c->commit.promised || set == &c->commit.flipped;
     info->deadline_ns = commits ? c->commit.deadline_ns : op->deadline_ns;
     core_names(c, set, info->awaited, sizeof(info->awaited));
+    if (op->halted_ns) {
+        snprintf(info->awaited, sizeof(info->awaited), "`eepctl resume`");
+        info->phase_since_ns = op->halted_ns;
+        info->deadline_ns = 0;
+    } else if (op->waits_for_agents) {
+        snprintf(info->awaited, sizeof(info->awaited), "spare agents");
+        info->deadline_ns = op->wait_ns;
+    }
     for (uint32_t i = 0; i < op->n_times && i < 32; i++) {
         info->phases[i].phase = op_phase_name(op->times[i].phase);
         info->phases[i].ns = op->times[i].ns;
@@ -46,6 +55,11 @@ void coordinator_status(const struct coordinator *c, uint64_t now_ns, struct coo
     else
         ret->op = c->last;
     memcpy(ret->degraded, c->degraded, sizeof(ret->degraded));
+    ret->degraded_since_ns = c->torn_ns;
+    ret->wanted = c->durable.wanted;
+    ret->paused = c->durable.paused;
+    ret->paused_why = c->durable.paused_why;
+    ret->paused_ms = c->durable.paused_ms;
 }
 
 bool coordinator_agent(const struct coordinator *c, uint64_t now_ns, size_t i, struct agent_info *ret)

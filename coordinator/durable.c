@@ -58,7 +58,9 @@ void commit_record_done(struct commit_record *record)
 
 int durable_copy(struct durable *ret_copy, const struct durable *from)
 {
-    struct durable copy = {.epoch = from->epoch, .map_version = from->map_version, .op = from->op};
+    struct durable copy = {.epoch = from->epoch, .map_version = from->map_version, .op = from->op,
+                           .wanted = from->wanted, .paused = from->paused, .paused_ms = from->paused_ms};
+    memcpy(copy.paused_why, from->paused_why, sizeof(copy.paused_why));
     int rc = op_record_copy(&copy.open, &from->open);
     if (rc < 0)
         return rc;

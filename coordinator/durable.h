@@ -5,7 +5,7 @@
 #include "common/msg.h"
 
 enum durable_part {
-    DURABLE_META = 1 << 0,   /* counters: epoch, map_version, op */
+    DURABLE_META = 1 << 0,   /* counters: epoch, map_version, op; the ranks wanted; the pause */
     DURABLE_VIEW = 1 << 1,   /* the committed view, with its map */
     DURABLE_OP = 1 << 2,     /* the open operation, or none */
     DURABLE_COMMIT = 1 << 3, /* the last decision */
@@ -17,6 +17,7 @@ enum durable_part {
 enum op_outcome { OUTCOME_RUNNING = 0, OUTCOME_DONE, OUTCOME_ABORTED, OUTCOME_FAILED };
 
 #define OP_KEY_MAX 128 /* the caller's idempotency key */
+#define OP_PHASES_MAX 32
 
 struct op_record {
     uint64_t op; /* 0 = none */
@@ -30,6 +31,8 @@ struct op_record {
     uint8_t *stays;          /* [n] member of the target view; owned */
     uint64_t started_ms, ended_ms; /* wall clock, for people */
     uint64_t bytes, hold_ns_max;
+    uint32_t n_phases;
+    struct phase_time { char phase[20]; uint64_t ns; } phases[OP_PHASES_MAX]; /* time spent, in order */
 };
 int op_record_copy(struct op_record *ret_copy, const struct op_record *from) MUST_CHECK;
 void op_record_done(struct op_record *record);
@@ -47,6 +50,10 @@ void commit_record_done(struct commit_record *record);
 
 struct durable {
     uint64_t epoch, map_version, op; /* highest ever used */
+    uint32_t wanted;                 /* ranks that an operator asked for last; 0 = none yet */
+    bool paused;                     /* no operation begins or goes on; since paused_ms (wall clock) */
+    char paused_why[128];
+    uint64_t paused_ms;
     struct view *view;
     struct op_record open;
     struct commit_record commit;

@@ -1,6 +1,7 @@
 /* The records of the journal on the wire.  Pure, any thread. */
 #include "coordinator/durable_wire.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -11,6 +12,24 @@ SAME(PB__OP_OUTCOME__RUNNING, OUTCOME_RUNNING);
 SAME(PB__OP_OUTCOME__DONE, OUTCOME_DONE);
 SAME(PB__OP_OUTCOME__ABORTED, OUTCOME_ABORTED);
 SAME(PB__OP_OUTCOME__FAILED, OUTCOME_FAILED);
+
+static int phases_to_pb(const struct op_record *record, Pb__OpRecord *pb)
+{
+    pb->phases = calloc(record->n_phases + 1, sizeof *pb->phases);
+    if (!pb->phases)
+        return ERR_NOMEM;
+    for (uint32_t i = 0; i < record->n_phases; i++) {
+        Pb__PhaseTime *t = pb_new(&pb__phase_time__descriptor);
+        if (!t)
+            return ERR_NOMEM;
+        pb->phases[pb->n_phases++] = t;
+        t->ns = record->phases[i].ns;
+        t->phase = strdup(record->phases[i].phase);
+        if (!t->phase)
+            return ERR_NOMEM;
+    }
+    return 0;
+}
 
 Pb__OpRecord *op_record_to_pb(const struct op_record *record)
 {
@@ -31,6 +50,10 @@ Pb__OpRecord *op_record_to_pb(const struct op_record *record)
     pb->bytes = record->bytes;
     pb->hold_ns_max = record->hold_ns_max;
     pb->stays.data = calloc(record->n ? record->n : 1, 1);
+    if (phases_to_pb(record, pb) < 0) {
+        pb_free(pb);
+        return NULL;
+    }
     if (!pb->key || !pb->why || !pb->stays.data ||
         members_to_pb(record->parties, record->n, &pb->parties, &pb->n_parties) < 0) {
         pb_free(pb);
@@ -65,6 +88,11 @@ int op_record_from_pb(const Pb__OpRecord *pb, struct op_record *ret_record, stru
         (rc = pb_string(pb->why, r.why, sizeof r.why, "an operation's reason", err)) < 0 ||
         (rc = members_from_pb(pb->parties, pb->n_parties, &r.parties, err)) < 0)
         return rc;
+    for (; r.n_phases < pb->n_phases && r.n_phases < OP_PHASES_MAX; r.n_phases++) {
+        const Pb__PhaseTime *t = pb->phases[r.n_phases];
+        snprintf(r.phases[r.n_phases].phase, sizeof r.phases[0].phase, "%s", t->phase);
+        r.phases[r.n_phases].ns = t->ns;
+    }
     r.n = (uint32_t)pb->n_parties;
     if (r.n > 0) {
         r.stays = malloc(r.n);

@@ -87,6 +87,15 @@ static Pb__JournalMeta *meta_to_pb(const struct durable *d)
     pb->epoch = d->epoch;
     pb->map_version = d->map_version;
     pb->op = d->op;
+    pb->has_wanted = d->wanted != 0;
+    pb->wanted = d->wanted;
+    pb->has_paused = pb->has_paused_ms = d->paused;
+    pb->paused = d->paused;
+    pb->paused_ms = d->paused_ms;
+    if (d->paused && !(pb->paused_why = strdup(d->paused_why))) {
+        pb_free(pb);
+        return NULL;
+    }
     return pb;
 }
 
@@ -338,6 +347,10 @@ int journal_get(MDB_txn *txn, MDB_dbi dbi, struct durable *ret_durable, bool *re
     d.epoch = meta->epoch;
     d.map_version = meta->map_version;
     d.op = meta->op;
+    d.wanted = meta->wanted;
+    d.paused = meta->paused;
+    d.paused_ms = meta->paused_ms;
+    snprintf(d.paused_why, sizeof d.paused_why, "%s", meta->paused_why ? meta->paused_why : "");
     rpc_unpack_free(pb);
     static const enum durable_part parts[] = {DURABLE_VIEW, DURABLE_OP, DURABLE_COMMIT, DURABLE_MODEL};
     for (size_t i = 0; i < sizeof parts / sizeof *parts && rc == 0; i++)

@@ -30,7 +30,7 @@ struct options {
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
-       KEY_FOREGROUND, KEY_NUMBER };
+       KEY_FOREGROUND, KEY_SCALE_BACK, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
 static const struct number {
@@ -45,6 +45,9 @@ static const struct number {
     NUMBER("drain-ms", "MS", drain_ms, 1, 86400000, "how long a leaving engine may finish its requests (30000)"),
     NUMBER("stage-ms", "MS", stage_ms, 100, 86400000, "deadline of a stage that moves no bytes (30000)"),
     NUMBER("transfer-ms", "MS", transfer_ms, 100, 86400000, "a transfer without progress ends after this (60000)"),
+    NUMBER("restart-after-ms", "MS", restart_after_ms, 0, 86400000,
+           "when experts are lost and every agent that held them has ended, give the view up after this and start anew "
+           "from the checkpoint by itself (0: wait for `eepctl restart`)"),
     NUMBER("slots", "N", slots, 0, 65536, "expert slots per rank and layer (0: as many as --min-ranks ranks need)"),
     NUMBER("min-ranks", "N", min_ranks, 1, 256, "the smallest number of ranks that shall hold all experts (2)"),
 #undef NUMBER
@@ -85,6 +88,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_INSECURE: o->insecure = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_FOREGROUND: return 0;
+    case KEY_SCALE_BACK: o->core.scale_back = 1; return 0;
     case KEY_COMMIT_BALANCE: {
         char *end;
         double balance = strtod(arg, &end);
@@ -137,6 +141,8 @@ static void parse_options(int argc, char **argv, struct options *o)
         {"commit-balance", KEY_COMMIT_BALANCE, "B", 0,
          "a change of ranks commits when the mean load of a rank over the highest would be B; what is still empty is "
          "filled afterwards (0.98)", 0},
+        {"scale-back", KEY_SCALE_BACK, 0, 0,
+         "after a repair, scale back by itself to the ranks that were asked for, as soon as agents are spare", 0},
         {"foreground", KEY_FOREGROUND, 0, 0, "stay in the foreground (always so)", 0},
         OPTIONS_HELP(-1),
     };

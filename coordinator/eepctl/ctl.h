@@ -45,6 +45,9 @@ int cmd_agents(struct ctl *ctl, int argc, char **argv);
 int cmd_scale(struct ctl *ctl, int argc, char **argv);
 int cmd_drain(struct ctl *ctl, int argc, char **argv);
 int cmd_abort(struct ctl *ctl, int argc, char **argv);
+int cmd_pause(struct ctl *ctl, int argc, char **argv);
+int cmd_resume(struct ctl *ctl, int argc, char **argv);
+int cmd_restart(struct ctl *ctl, int argc, char **argv);
 int cmd_watch(struct ctl *ctl, int argc, char **argv);
 int cmd_history(struct ctl *ctl, int argc, char **argv);
 int cmd_verify(struct ctl *ctl, int argc, char **argv);
@@ -84,6 +87,7 @@ json_t *ctl_json(const ProtobufCMessage *message);  /* fields by their names in 
 json_t *ctl_plan_json(const struct plan *plan);     /* its retirements and moves; parties by number */
 const char *ctl_bytes(uint64_t bytes, char *buffer, size_t size); /* "1.5 GiB" */
 const char *ctl_duration(uint64_t ns, char *buffer, size_t size); /* "12.3 ms" */
+void ctl_wall_time(uint64_t ms, char *text, size_t size); /* UTC, as in ISO 8601 */
 const char *ctl_kind(Pb__OpKind kind);
 const char *ctl_outcome(Pb__OpOutcome outcome);
 /* "scale-up 2 -> 4", with what is known of it. */
@@ -101,7 +105,7 @@ void ctl_sleep_ms(unsigned ms);
 
 /* ---- scaling (scale.c), for scale and drain ---- */
 struct scale_options {
-    bool has_target, dry_run, no_wait;
+    bool has_target, dry_run, no_wait, drain;
     uint32_t target, wait_agents_ms, timeout_ms, deadline_ms;
     const char *key;
     const char *remove[256];

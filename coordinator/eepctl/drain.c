@@ -26,11 +26,17 @@ int cmd_drain(struct ctl *ctl, int argc, char **argv)
         .parser = parse,
         .args_doc = "AGENT",
         .doc = "Takes an agent out of the view while requests are served: its experts move to the others first, its "
-               "engine finishes or hands back its requests.  It becomes a spare.\v"
+               "engine finishes or hands back its requests.  It becomes a spare.  Waits for an operation that is under way.  "
+               "Exit status 0 means that the agent is safe to terminate; so it is when it served nothing to begin with.\v"
                "Examples:\n"
-               "  eepctl drain gpu1\n"
+               "  eepctl drain gpu1                 the last line is `gpu1: safe to terminate`\n"
+               "  eepctl drain gpu1 --timeout 120   in a pre-stop hook\n"
                "  eepctl drain gpu1 --dry-run   what would move\n",
     };
     ctl_parse(ctl, &argp, argc, argv, &options);
-    return scale_run(ctl, &options);
+    options.drain = true;
+    int status = scale_run(ctl, &options);
+    if (status == CTL_OK && !options.dry_run && !options.no_wait && ctl->output == CTL_TABLE)
+        printf("%s: safe to terminate\n", options.remove[0]);
+    return status;
 }

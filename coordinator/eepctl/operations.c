@@ -1,12 +1,11 @@
 /* eepctl watch, abort and history: operations that exist already. */
-#include <time.h>
-
 #include "coordinator/eepctl/client.h"
 #include "coordinator/eepctl/table.h"
 
 struct op_options {
     uint64_t op;
     uint32_t timeout_ms, max;
+    bool phases;
 };
 
 enum { KEY_TIMEOUT = 256 };
@@ -80,30 +79,40 @@ int cmd_abort(struct ctl *ctl, int argc, char **argv)
 static error_t history_parse(int key, char *arg, struct argp_state *state)
 {
     struct op_options *o = state->input;
+    if (key == 'p') {
+        o->phases = true;
+        return 0;
+    }
     if (key != 'n')
         return ARGP_ERR_UNKNOWN;
     o->max = ctl_parse_u32(state, "--max", arg, 1, 1000);
     return 0;
 }
 
-static void wall_time(uint64_t ms, char *text, size_t size)
+static void phases_cell(struct table *table, const Pb__OpRecord *r)
 {
-    time_t seconds = (time_t)(ms / 1000);
-    struct tm tm;
-    if (!gmtime_r(&seconds, &tm) || !strftime(text, size, "%Y-%m-%dT%H:%M:%SZ", &tm))
-        snprintf(text, size, "?");
+    char text[1024] = "", took[32];
+    for (size_t i = 0, used = 0; i < r->n_phases && used + 1 < sizeof text; i++) {
+        int n = snprintf(text + used, sizeof text - used, "%s%s %s", used ? ", " : "", r->phases[i]->phase,
+                         ctl_duration(r->phases[i]->ns, took, sizeof took));
+        used += n > 0 ? (size_t)n : 0;
+    }
+    table_cell(table, "%s", text);
 }
 
 int cmd_history(struct ctl *ctl, int argc, char **argv)
 {
     struct op_options options = {.max = 20};
-    const struct argp_option own[] = {{"max", 'n', "N", 0, "at most so many, newest first (default 20)", 0}, {0}};
+    const struct argp_option own[] = {{"max", 'n', "N", 0, "at most so many, newest first (default 20)", 0},
+                                      {"phases", 'p', 0, 0, "with the time spent in each phase", 0},
+                                      {0}};
     const struct argp argp = {
         .options = own,
         .parser = history_parse,
         .doc = "Lists operations that have ended, newest first.\v"
                "Examples:\n"
                "  eepctl history\n"
+               "  eepctl history --phases\n"
                "  eepctl history -n 100 -o json\n",
     };
     ctl_parse(ctl, &argp, argc, argv, &options);
@@ -118,11 +127,11 @@ int cmd_history(struct ctl *ctl, int argc, char **argv)
     } else {
         struct table table;
         table_init(&table, (const char *const[]){"OPERATION", "KIND", "RANKS", "OUTCOME", "STARTED", "TOOK", "MOVED",
-                                                 "PAUSE", "WHY", NULL});
+                                                 "PAUSE", "WHY", options.phases ? "PHASES" : NULL, NULL});
         for (size_t i = 0; i < reply->n_operations; i++) {
             const Pb__OpRecord *r = reply->operations[i];
             char started[32], took[32], moved[32], pause[32];
-            wall_time(r->started_ms, started, sizeof started);
+            ctl_wall_time(r->started_ms, started, sizeof started);
             table_cell(&table, "%llu", (unsigned long long)r->op);
             table_cell(&table, "%s", ctl_kind(r->kind));
             table_cell(&table, "%u", r->target);
@@ -134,6 +143,8 @@ int cmd_history(struct ctl *ctl, int argc, char **argv)
             table_cell(&table, "%s", ctl_bytes(r->bytes, moved, sizeof moved));
             table_cell(&table, "%s", r->hold_ns_max ? ctl_duration(r->hold_ns_max, pause, sizeof pause) : "none");
             table_cell(&table, "%s", r->why);
+            if (options.phases)
+                phases_cell(&table, r);
         }
         table_print(&table, stdout);
         table_done(&table);

@@ -2,6 +2,7 @@
 #include <ctype.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "coordinator/eepctl/ctl.h"
 
@@ -200,6 +201,14 @@ const char *ctl_duration(uint64_t ns, char *buffer, size_t size)
     else
         snprintf(buffer, size, "%.2f s", (double)ns / 1e9);
     return buffer;
+}
+
+void ctl_wall_time(uint64_t ms, char *text, size_t size)
+{
+    time_t seconds = (time_t)(ms / 1000);
+    struct tm tm;
+    if (!gmtime_r(&seconds, &tm) || !strftime(text, size, "%Y-%m-%dT%H:%M:%SZ", &tm))
+        snprintf(text, size, "?");
 }
 
 const char *ctl_kind(Pb__OpKind kind)

@@ -102,6 +102,24 @@ static int scale_call(struct ctl *ctl, const Pb__ScaleRequest *request, Pb__Scal
     }
 }
 
+/* A drain that may wait (it has made its key itself, so that no conflict is about that) waits for what is in its way. */
+static int scale_accepted(struct ctl *ctl, const struct scale_options *o, bool own_key, const Pb__ScaleRequest *request,
+                          Pb__ScaleReply **ret_reply, struct err *err)
+{
+    uint64_t began = clock_now_ms();
+    bool said = false;
+    for (;;) {
+        int rc = scale_call(ctl, request, ret_reply, err);
+        bool wait = rc == ERR_CONFLICT && o->drain && own_key && !o->no_wait && !o->dry_run;
+        if (!wait || (o->timeout_ms && clock_now_ms() - began >= o->timeout_ms))
+            return rc;
+        if (!said)
+            fprintf(stderr, "eepctl: waits, because %s\n", err->text);
+        said = true;
+        ctl_sleep_ms(CTL_RETRY_MS);
+    }
+}
+
 static json_t *reply_json(const Pb__ScaleReply *reply)
 {
     json_t *value = ctl_json(&reply->base);
@@ -120,7 +138,8 @@ int scale_run(struct ctl *ctl, struct scale_options *o)
     Pb__ScaleRequest request = PB__SCALE_REQUEST__INIT;
     Pb__ScaleReply *reply = NULL;
     char key[40];
-    if (!o->key) {
+    bool own_key = !o->key;
+    if (own_key) {
         uint64_t random;
         if (rand_u64(&random, &err) < 0)
             return ctl_fail(&err);
@@ -135,7 +154,8 @@ int scale_run(struct ctl *ctl, struct scale_options *o)
     request.dry_run = o->dry_run;
     request.wait_agents_ms = o->wait_agents_ms;
     request.timeout_ms = o->deadline_ms;
-    if (scale_call(ctl, &request, &reply, &err) < 0)
+    request.has_drain = request.drain = o->drain;
+    if (scale_accepted(ctl, o, own_key, &request, &reply, &err) < 0)
         return ctl_fail(&err);
 
     int status = CTL_OK;

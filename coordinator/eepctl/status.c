@@ -74,8 +74,20 @@ static void print_status(const Pb__StatusReply *s, const Pb__AgentsReply *agents
         printf("cluster %s: no view yet, %u spare agents; `eepctl scale --to N` starts it\n", s->cluster, s->spares);
     if (s->has_layers && s->has_logical && s->has_slots)
         printf("model: %u MoE layers of %u experts, %u slots per rank\n", s->layers, s->logical, s->slots);
-    if (*s->view->degraded)
-        printf("degraded: %s\n", s->view->degraded);
+    if (*s->view->degraded) {
+        char since[32];
+        printf("degraded: %s", s->view->degraded);
+        if (s->has_degraded_for_ms)
+            printf(", for %s", ctl_duration(s->degraded_for_ms * 1000000, since, sizeof since));
+        putchar('\n');
+    }
+    if (s->has_wanted && s->view->epoch && s->wanted > s->view->n_members)
+        printf("%u ranks were asked for\n", s->wanted);
+    if (s->paused) {
+        char at[32];
+        ctl_wall_time(s->paused_ms, at, sizeof at);
+        printf("operations are paused since %s%s%s; `eepctl resume` ends that\n", at, *s->paused ? ": " : "", s->paused);
+    }
     if (s->view->n_members) {
         putchar('\n');
         print_members(s->view, agents);

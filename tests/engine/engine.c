@@ -127,7 +127,7 @@ static void noted_take(struct engine *e, struct noted *ret)
 
 static void engine_drain(struct engine *e, const struct noted *n)
 {
-    if (e->drained_said)
+    if (e->drained_said || e->options.mute_drain)
         return;
     if (e->batch.n > 0 && clock_now_ms() < n->drain_until_ms)
         return;

@@ -24,6 +24,7 @@ struct engine_options {
     bool fused;
     enum eep_dispatch dispatch;
     uint32_t step_ms, busy_us, stall_ms, attach_ms;
+    bool mute_prepare, mute_drain; /* never answered */
     uint32_t max_batch, prefill;
     uint64_t kv_bytes;
     enum log_level log_level;
@@ -49,6 +50,7 @@ struct engine {
     struct dispatch dispatch;
     struct batch batch;
     struct mesh *mesh;
+    uint64_t mesh_epoch; /* of the view that it was built for or kept in */
     int32_t rank;       /* in the view in use; -1 = in none */
     bool view_draining; /* the view says that we drain */
     bool drained_said;
@@ -56,6 +58,7 @@ struct engine {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     /* under lock */
+    uint64_t void_epoch; /* views up to this one are revoked: their meshes are used no more */
     struct eep *sleeper; /* what the server's thread wakes; NULL until attached, and again before detaching */
     struct prepare *prepare;
     bool regions, load, release, detached, stop, draining, drain_new;

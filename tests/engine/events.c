@@ -49,8 +49,10 @@ static void note(struct engine *e, const struct eep_event *event)
         e->detached = true;
         snprintf(e->why, sizeof e->why, "%s", event->text ? event->text : "no reason given");
         break;
-    case EEP_EVENT_PREPARE:
     case EEP_EVENT_REVOKE:
+        e->void_epoch = event->epoch > e->void_epoch ? event->epoch : e->void_epoch;
+        break;
+    case EEP_EVENT_PREPARE:
         break;
     }
     pthread_cond_broadcast(&e->changed);
@@ -69,7 +71,8 @@ void engine_event(void *user, const struct eep_event *event)
               (unsigned long long)event->op, (unsigned long long)event->attempt, (unsigned long long)event->epoch,
               event->text ? event->text : "");
     if (event->kind == EEP_EVENT_PREPARE) {
-        prepare_start(e, event);
+        if (!e->options.mute_prepare)
+            prepare_start(e, event);
     } else if (event->kind == EEP_EVENT_ABORT) {
         prepare_drop(e, event->op, true);
         mesh_lot_drop(e->lot, event->op);

@@ -174,6 +174,16 @@ static struct mesh *prepare_adopt(struct engine *e, const struct mesh_peer *peer
 
 /* ---- switching ---- */
 
+/* A rank that had completed its step when the view was revoked must not keep the mesh of it: those who had not have
+ * thrown theirs away. */
+static bool mesh_is_void(struct engine *e)
+{
+    pthread_mutex_lock(&e->lock);
+    bool is_void = e->mesh_epoch <= e->void_epoch;
+    pthread_mutex_unlock(&e->lock);
+    return is_void;
+}
+
 static bool repair_cancelled(void *user)
 {
     struct engine *e = user;
@@ -193,7 +203,7 @@ int engine_switch(struct engine *e, const struct eep_step *step, struct err *err
     const char *how = "prepared";
     int rc = 0;
     struct mesh *mesh = prepare_adopt(e, peers, view->n, self);
-    if (!mesh && e->mesh && mesh_matches(e->mesh, peers, view->n, self)) {
+    if (!mesh && e->mesh && !mesh_is_void(e) && mesh_matches(e->mesh, peers, view->n, self)) {
         mesh = e->mesh;
         e->mesh = NULL;
         how = "kept";
@@ -214,6 +224,7 @@ int engine_switch(struct engine *e, const struct eep_step *step, struct err *err
     e->mesh = mesh;
     if (rc)
         return rc;
+    e->mesh_epoch = view->epoch;
     e->rank = view->rank;
     log_event(e->log, LOG_LEVEL_INFO, "view",
               "epoch=%" PRIu64 " step=%" PRIu64 " rank=%d ranks=%u mesh=%s held_us=%" PRIu64, view->epoch, step->step,

@@ -19,7 +19,10 @@
 #include <time.h>
 #include <unistd.h>
 
-#define ARGS_MAX 48
+#include "tests/harness/network.h"
+
+#define ARGS_MAX 64
+#define CLUSTER_COORDINATOR_TCP "10.77.0.1:7420"
 
 uint64_t cluster_now_ms(void)
 {
@@ -32,6 +35,26 @@ void cluster_sleep_ms(int ms)
 {
     struct timespec t = {ms / 1000, (long)(ms % 1000) * 1000000};
     nanosleep(&t, NULL);
+}
+
+/* The host of a process, by the number in its name. */
+static int cluster_host(const char *log)
+{
+    const char *dash = strchr(log, '-');
+    bool numbered = strncmp(log, "agent-", 6) == 0 || strncmp(log, "engine-", 7) == 0;
+    return numbered ? atoi(dash + 1) : NETWORK_COORDINATOR;
+}
+
+static void cluster_preload(const struct cluster *c)
+{
+    char text[512];
+    const char *asan = getenv("ASAN_OPTIONS"); /* a sanitizer wants to be first */
+    snprintf(text, sizeof(text), "%s:verify_asan_link_order=0", asan ? asan : "");
+    setenv("ASAN_OPTIONS", text, 1);
+    snprintf(text, sizeof(text), "%s/edge", c->dir);
+    setenv("EEP_FAULT_EDGE", text, 1);
+    snprintf(text, sizeof(text), "%s/tests/fault_edge.so", c->bin);
+    setenv("LD_PRELOAD", text, 1);
 }
 
 /* A child whose stdout and stderr go to dir/<log>.out and dir/<log>.log. */
@@ -57,6 +80,8 @@ static pid_t cluster_spawn(const struct cluster *c, const char *log, const char 
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (getppid() != parent)
         _exit(127);
+    if (c->options.network && network_enter(c->options.network, cluster_host(log)) < 0)
+        _exit(127);
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
@@ -70,6 +95,8 @@ static pid_t cluster_spawn(const struct cluster *c, const char *log, const char 
     close(in);
     close(fo);
     close(fe);
+    if (c->options.agent_edges && strcmp(program, "eep-agent") == 0)
+        cluster_preload(c);
     execv(path, (char *const *)(uintptr_t)argv);
     dprintf(2, "cannot run %s: %s\n", path, strerror(errno));
     _exit(127);
@@ -144,7 +171,12 @@ int cluster_coordinator_start(struct cluster *c)
     const char *args[ARGS_MAX] = {"--listen", c->address, "--state", state, NULL};
     int n = 4;
     snprintf(state, sizeof(state), "%s/state", c->dir);
-    for (int i = 0; i < 16 && c->options.coordinator_args[i]; i++)
+    if (c->options.network) {
+        args[n++] = "--listen";
+        args[n++] = CLUSTER_COORDINATOR_TCP;
+        args[n++] = "--insecure";
+    }
+    for (int i = 0; i < 24 && c->options.coordinator_args[i]; i++)
         args[n++] = c->options.coordinator_args[i];
     args[n] = NULL;
     c->coordinator = cluster_spawn(c, "coordinator", "eep-coordinator", args);
@@ -218,10 +250,21 @@ int cluster_start(struct cluster *c, const struct cluster_options *options)
 
 int cluster_agent_start(struct cluster *c, int i)
 {
-    char id[16], socket[192], log[32], program[512], memory[24];
+    char id[16], socket[192], log[32], program[512], memory[24], host[24], at[32], node[8];
+    const char *coordinator = c->options.network          ? CLUSTER_COORDINATOR_TCP
+                              : c->options.agents_connect ? c->options.agents_connect
+                                                          : c->address;
     const char *args[ARGS_MAX] = {"--steady-ms", "200",          "--",       program,           "--id", id,
-                                  "--coordinator", c->address, "--engine-socket", socket, NULL};
+                                  "--coordinator", coordinator, "--engine-socket", socket, NULL};
     int n = 10;
+    if (c->options.network) {
+        network_address(i, host);
+        snprintf(at, sizeof(at), "%s:0", host);
+        snprintf(node, sizeof(node), "%d", i);
+        const char *const more[] = {"--listen", at, "--data-listen", at, "--insecure", "--node", node};
+        for (size_t k = 0; k < sizeof(more) / sizeof(more[0]); k++)
+            args[n++] = more[k];
+    }
     snprintf(program, sizeof(program), "%s/eep-agent", c->bin);
     snprintf(id, sizeof(id), "gpu%d", i);
     snprintf(log, sizeof(log), "agent-%d", i);
@@ -232,6 +275,8 @@ int cluster_agent_start(struct cluster *c, int i)
         args[n++] = c->options.model;
     }
     n += cluster_memory_args(c, i, args + n, memory, sizeof(memory));
+    for (int k = 0; k < 8 && c->options.agent_args[k]; k++)
+        args[n++] = c->options.agent_args[k];
     args[n] = NULL;
     c->agent[i] = c->options.keeper ? cluster_spawn(c, log, "eep-keeper", args)
                                     : cluster_spawn(c, log, "eep-agent", args + 4);
@@ -255,13 +300,19 @@ pid_t cluster_agent_pid(const struct cluster *c, int i)
 
 int cluster_engine_start(struct cluster *c, int i)
 {
-    char socket[192], step[16], busy[16], log[32];
+    char socket[192], step[16], busy[16], log[32], host[24], at[32];
     const char *args[ARGS_MAX] = {"--socket", socket, "--step-ms", step, "--busy-us", busy, "--attach-ms", "30000", NULL};
     int n = 8;
     snprintf(log, sizeof(log), "engine-%d", i);
     snprintf(socket, sizeof(socket), "%s/engine-%d.sock", c->dir, i);
     snprintf(step, sizeof(step), "%d", c->options.step_ms);
     snprintf(busy, sizeof(busy), "%d", c->options.busy_us);
+    if (c->options.network) {
+        network_address(i, host);
+        snprintf(at, sizeof(at), "%s:0", host);
+        args[n++] = "--listen";
+        args[n++] = at;
+    }
     if (c->options.dispatch) {
         args[n++] = "--dispatch";
         args[n++] = c->options.dispatch;
@@ -274,6 +325,8 @@ int cluster_engine_start(struct cluster *c, int i)
             args[n++] = c->options.model;
         }
     }
+    for (int k = 0; k < 4 && c->options.engine_args[k]; k++)
+        args[n++] = c->options.engine_args[k];
     args[n] = NULL;
     c->engine[i] = cluster_spawn(c, log, "tests/eep-engine", args);
     return c->engine[i] > 0 ? 0 : -1;

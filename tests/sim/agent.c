@@ -275,7 +275,8 @@ static struct agent_config config_of(struct sim *s, const struct sim_agent *a)
 {
     struct agent_config config = {.node = a->index / 4, .slots = s->slots,
                                   .can_load = a->index <= s->first_ranks || a->index % 2, .lead_steps_min = 2,
-                                  .step_limit_ns = 5000 * MS};
+                                  .step_limit_ns = 5000 * MS,
+                                  .hang_ns = 3000 * MS};
 
     snprintf(config.id, sizeof config.id, "a%02u", a->index);
     snprintf(config.address, sizeof config.address, "host%u:1", a->index);

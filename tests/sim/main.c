@@ -41,11 +41,13 @@ static const struct {
     {"retire-uncovered", .coordinator = COORDINATOR_BUG_RETIRE_UNCOVERED},
     {"grace-by-own-ack", .coordinator = COORDINATOR_BUG_GRACE_BY_OWN_ACK},
     {"fill-without-grace", .coordinator = COORDINATOR_BUG_FILL_WITHOUT_GRACE},
+    {"count-by-id", .coordinator = COORDINATOR_BUG_COUNT_BY_ID},
     {"wave-bypasses-gate", .sim = SIM_BUG_WAVE_BYPASSES_GATE},
     {"gate-before-intent", .sim = SIM_BUG_GATE_BEFORE_INTENT},
     {"first-step-not-forced", .sim = SIM_BUG_FIRST_STEP_NOT_FORCED},
     {"record-after-actions", .sim = SIM_BUG_RECORD_AFTER_ACTIONS},
     {"readopt-new-page", .sim = SIM_BUG_READOPT_NEW_PAGE},
+    {"journal-replayed", .sim = SIM_BUG_JOURNAL_REPLAYED},
 };
 #define BUGS (sizeof bugs / sizeof *bugs)
 

@@ -105,6 +105,10 @@ static void disk_apply(struct sim *s, struct sim_write *w)
         disk->epoch = from->epoch;
         disk->map_version = from->map_version;
         disk->op = from->op;
+        disk->wanted = from->wanted;
+        disk->paused = from->paused;
+        disk->paused_ms = from->paused_ms;
+        memcpy(disk->paused_why, from->paused_why, sizeof disk->paused_why);
     }
     if (w->parts & DURABLE_VIEW) {
         disk->view = from->view;
@@ -138,6 +142,13 @@ static void first_write_durable(struct sim *s)
 {
     struct sim_process *p = &s->coordinator;
 
+    if (s->options->sim_bug == SIM_BUG_JOURNAL_REPLAYED) {
+        write_free(&p->before);
+        p->before = p->last;
+        p->last = (struct sim_write){.parts = p->writes[0].parts, .durable = calloc(1, sizeof *p->last.durable)};
+        if (!p->last.durable || durable_copy(p->last.durable, p->writes[0].durable) < 0)
+            abort();
+    }
     disk_apply(s, &p->writes[0]);
     write_free(&p->writes[0]);
     memmove(p->writes, p->writes + 1, --p->n_writes * sizeof *p->writes);
@@ -196,6 +207,10 @@ void process_crash(struct sim *s, uint64_t restart_in)
     p->life++;
     if (survives)
         first_write_durable(s);
+    if (p->before.durable)
+        disk_apply(s, &p->before);
+    write_free(&p->before);
+    write_free(&p->last);
     for (uint32_t i = 0; i < p->n_writes; i++)
         write_free(&p->writes[i]);
     p->n_writes = 0;
@@ -218,6 +233,8 @@ void process_done(struct sim *s)
     coordinator_actions_done(&p->actions);
     for (uint32_t i = 0; i < p->n_writes; i++)
         write_free(&p->writes[i]);
+    write_free(&p->before);
+    write_free(&p->last);
     durable_done(&p->disk);
     for (uint32_t i = 0; i < s->n_history; i++)
         op_record_done(&s->history[i]);

@@ -57,6 +57,7 @@ enum sim_bug {
     SIM_BUG_FIRST_STEP_NOT_FORCED,
     SIM_BUG_RECORD_AFTER_ACTIONS, /* the state record is written after the actions of its step */
     SIM_BUG_READOPT_NEW_PAGE,     /* a re-adopting agent begins with the page of a new incarnation */
+    SIM_BUG_JOURNAL_REPLAYED,     /* recovery applies a record of the journal a second time, after later ones */
 };
 
 struct sim_options {
@@ -89,6 +90,7 @@ struct sim_process { /* the coordinator's */
     struct durable disk;
     bool disk_used;
     struct sim_write writes[256];
+    struct sim_write last, before; /* copies of the last two that became durable, for a planted mistake */
     uint32_t n_writes;
     uint64_t last_durable_at;
 };

@@ -1,0 +1,153 @@
+/* Trouble of the machine, with the real daemons under load: a disk under the coordinator's journal that is full, or fails; a
+ * wall clock that steps; no memory on the rank that joins. */
+#include <sys/resource.h>
+
+#include "tests/harness/supervisor.h"
+#include "tests/integration/itest.h"
+
+/* Daemons that are started from now on have this library in them. */
+static void preload(const struct cluster *c, const char *library, const char *name, const char *value)
+{
+    char path[512];
+    setenv("ASAN_OPTIONS", "verify_asan_link_order=0", 1);
+    snprintf(path, sizeof path, "%s/tests/%s", c->bin, library);
+    setenv(name, value, 1);
+    setenv("LD_PRELOAD", path, 1);
+}
+
+static void preload_end(void)
+{
+    unsetenv("LD_PRELOAD");
+    unsetenv("ASAN_OPTIONS");
+}
+
+/* At the n-th write of the journal after its start.  A decision that could not be written is none. */
+START_TEST(a_coordinator_whose_disk_is_full_ends_and_recovers)
+{
+    struct cluster c;
+    char fault[64], *text;
+    int failed = 0;
+    itest_start(&c, (struct cluster_options){.agents = 3, .loaders = 2, .step_ms = 5});
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    for (int n = 1; n <= 7; n++) {
+        int to = itest_ranks(&c) == 2 ? 3 : 2;
+        cluster_signal(&c.coordinator, SIGTERM);
+        ck_assert_int_eq(cluster_wait(&c.coordinator, 10000), 0);
+        snprintf(fault, sizeof fault, "journal.mdb:%s:%d:%s", n % 2 ? "write" : "sync", n, n % 3 ? "enospc" : "eio");
+        preload(&c, "fault_disk.so", "EEP_FAULT", fault);
+        ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+        preload_end();
+        if (!c.coordinator || cluster_wait_agents(&c, 3, 10000) < 0) {
+            (void)cluster_wait(&c.coordinator, 1000);
+            ck_assert_int_eq(c.coordinator, 0); /* it ended at its start */
+            failed++;
+            ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+            ck_assert_int_eq(cluster_wait_agents(&c, 3, 20000), 0);
+            continue;
+        }
+        char ranks[8];
+        snprintf(ranks, sizeof ranks, "%d", to);
+        pid_t scale = cluster_ctl_start(&c, "scale", (const char *[]){"scale", "--to", ranks, NULL});
+        int status = -1, code = -1;
+        for (int i = 0; i < 1000 && status < 0 && code < 0; i++) {
+            status = cluster_wait(&c.coordinator, 5);
+            code = cluster_wait(&scale, 5);
+        }
+        if (status >= 0) { /* the disk was full in the middle: it says so, and the next process settles it */
+            failed++;
+            ck_assert_int_eq(status, 1);
+            text = cluster_read(&c, "coordinator.log");
+            ck_assert_msg(strstr(text, n % 3 ? "No space left on device" : "Input/output error"), "%s", text);
+            free(text);
+            ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+            code = code < 0 ? cluster_wait(&scale, 30000) : code;
+        }
+        ck_assert_msg(code == 0 || code == 6, "exit %d with write %d", code, n);
+        ck_assert_int_eq(cluster_wait_agents(&c, 3, 20000), 0);
+        ck_assert_int_eq(itest_ranks(&c), code == 0 ? to : 5 - to);
+    }
+    ck_assert_int_ge(failed, 3);
+    CTL(&c, 0, "verify");
+    itest_fed(&c);
+    if (!c.coordinator || kill(c.coordinator, 0) != 0)
+        ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+/* A day forwards, two back: no lease ends, no time-out passes, nothing is decided by it. */
+START_TEST(a_clock_that_steps_is_noticed_by_nobody)
+{
+    struct cluster c;
+    char path[192];
+    static const char *const offsets[] = {"86400", "-86400", "0"};
+    char bin[256] = "";
+    const char *folder = getenv("EEP_BIN");
+    snprintf(bin, sizeof bin, "%s", folder ? folder : "build");
+    struct cluster before = {0};
+    snprintf(before.bin, sizeof before.bin, "%s", bin);
+    snprintf(path, sizeof path, "/tmp/eep-clock-%d", (int)getpid());
+    preload(&before, "fault_clock.so", "EEP_FAULT_CLOCK", path);
+    itest_start(&c, (struct cluster_options){.agents = 3, .loaders = 2, .step_ms = 5});
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    for (int i = 0; i < 3; i++) {
+        FILE *f = fopen(path, "we");
+        ck_assert_ptr_nonnull(f);
+        fprintf(f, "%s\n", offsets[i]);
+        fclose(f);
+        cluster_sleep_ms(400);
+        CTL(&c, 0, "scale", "--to", i % 2 ? "2" : "3", "--deadline", "20");
+    }
+    CTL(&c, 0, "history");
+    ck_assert_msg(!strstr(ctl_out, "repair") && !strstr(ctl_out, "aborted"), "%s", ctl_out);
+    char *text = cluster_read(&c, "coordinator.log");
+    ck_assert_msg(!strstr(text, "lost"), "%s", text);
+    free(text);
+    CTL(&c, 0, "verify");
+    itest_fed(&c);
+    preload_end();
+    unlink(path);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+START_TEST(a_new_rank_without_memory_aborts_the_operation_only)
+{
+    struct cluster c;
+    itest_start(&c, (struct cluster_options){.agents = 3, .loaders = 2, .step_ms = 5});
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    char path[64];
+    unsigned long pages = 0;
+    snprintf(path, sizeof path, "/proc/%d/statm", (int)c.agent[2]);
+    FILE *f = fopen(path, "re");
+    ck_assert(f && fscanf(f, "%lu", &pages) == 1);
+    fclose(f);
+    rlim_t now = (rlim_t)pages * (rlim_t)sysconf(_SC_PAGESIZE), none = RLIM_INFINITY;
+    if (now < ((rlim_t)1 << 40)) { /* not a sanitizer's */
+        ck_assert_int_eq(prlimit(c.agent[2], RLIMIT_AS, &(struct rlimit){now + (256 << 10), none}, NULL), 0);
+        CTL(&c, 6, "scale", "--to", "3");
+        CTL_SAYS("gpu2");
+        ck_assert_int_eq(itest_ranks(&c), 2);
+        ck_assert_int_eq(prlimit(c.agent[2], RLIMIT_AS, &(struct rlimit){none, none}, NULL), 0);
+    }
+    CTL(&c, 0, "scale", "--to", "3", "--wait-for-agents=20");
+    CTL(&c, 0, "verify");
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+static void add(TCase *t)
+{
+    tcase_add_test(t, a_coordinator_whose_disk_is_full_ends_and_recovers);
+    tcase_add_test(t, a_clock_that_steps_is_noticed_by_nobody);
+    tcase_add_test(t, a_new_rank_without_memory_aborts_the_operation_only);
+}
+
+int main(void)
+{
+    return itest_main("machine", add, 180);
+}
