@@ -135,11 +135,24 @@ static int setup_up(struct coordinator *c, const struct scale_request *s, struct
     return plan_initial(layers, logical, s->target, slots, &c->op.load_map, err);
 }
 
+static int setup_rebalance(struct coordinator *c, struct err *err)
+{
+    uint32_t n = c->view->n, peers[RANKS_MAX];
+    uint8_t stays[RANKS_MAX];
+    memset(stays, 1, sizeof(stays));
+    for (uint32_t r = 0; r < n; r++)
+        peers[r] = members_find(c, c->view->members[r].id);
+    c->durable.open.kind = OP_REBALANCE;
+    return setup_parties(c, peers, stays, n, n) < 0 ? err_set(err, ERR_NOMEM, "out of memory") : 0;
+}
+
 int setup_scale(struct coordinator *c, const struct scale_request *s, struct err *err)
 {
     int rc = setup_members_ready(c, err);
     if (rc < 0)
         return rc;
+    if (s->rebalance)
+        return setup_rebalance(c, err);
     return c->view && s->target < c->view->n ? setup_down(c, s, err) : setup_up(c, s, err);
 }
 
@@ -175,7 +188,8 @@ int setup_plan(struct coordinator *c, struct err *err)
         joining[i] = i >= r->n_old;
         node[i] = r->parties[i].node;
     }
-    *in = (struct plan_input){.now = now, .leaving = leaving, .joining = joining, .node = node};
+    *in = (struct plan_input){
+        .now = now, .leaving = leaving, .joining = joining, .node = node, .load = balance_load(c)};
     struct plan_options options;
     plan_options_default(&options);
     options.target_balance = c->config.commit_balance;
@@ -192,6 +206,10 @@ int setup_plan(struct coordinator *c, struct err *err)
         if (c->op.plan->moves[i].src == c->op.plan->moves[i].dst)
             c->op.bytes_planned -= c->durable.model->expert_bytes; /* a copy within a rank */
     c->op.round = 0;
+    if (r->kind == OP_REBALANCE)
+        snprintf(c->op.why, sizeof(c->op.why), "%sbalance %.3f -> %.3f (at most %.3f), %llu arrivals",
+                 c->op.automatic ? "automatic: " : "", c->op.plan->balance_before, c->op.plan->balance_after,
+                 c->op.plan->balance_ceiling, (unsigned long long)(c->op.plan->arrivals_before + c->op.plan->arrivals_after));
     return 0;
 }
 

@@ -48,6 +48,8 @@ int cmd_abort(struct ctl *ctl, int argc, char **argv);
 int cmd_watch(struct ctl *ctl, int argc, char **argv);
 int cmd_history(struct ctl *ctl, int argc, char **argv);
 int cmd_verify(struct ctl *ctl, int argc, char **argv);
+int cmd_rebalance(struct ctl *ctl, int argc, char **argv);
+int cmd_load(struct ctl *ctl, int argc, char **argv);
 int cmd_plan(struct ctl *ctl, int argc, char **argv);
 int cmd_kv(struct ctl *ctl, int argc, char **argv);
 int cmd_barrier(struct ctl *ctl, int argc, char **argv);
@@ -90,10 +92,10 @@ int ctl_follow(struct ctl *ctl, uint64_t op, uint32_t timeout_ms);
 #define CTL_RETRY_MS 250
 void ctl_sleep_ms(unsigned ms);
 
-/* ---- scaling (scale.c), for scale and drain ---- */
+/* ---- scaling (scale.c), for scale, drain and rebalance ---- */
 struct scale_options {
-    bool has_target, dry_run, no_wait;
-    uint32_t target, wait_agents_ms, timeout_ms, deadline_ms;
+    bool has_target, dry_run, no_wait, rebalance;
+    uint32_t target, wait_agents_ms, timeout_ms, deadline_ms, mib_s;
     const char *key;
     const char *remove[256];
     size_t n_remove;
