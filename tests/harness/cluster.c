@@ -144,7 +144,7 @@ int cluster_coordinator_start(struct cluster *c)
     const char *args[ARGS_MAX] = {"--listen", c->address, "--state", state, NULL};
     int n = 4;
     snprintf(state, sizeof(state), "%s/state", c->dir);
-    for (int i = 0; i < 16 && c->options.coordinator_args[i]; i++)
+    for (int i = 0; i < ARGS_MAX - 5 && c->options.coordinator_args[i]; i++)
         args[n++] = c->options.coordinator_args[i];
     args[n] = NULL;
     c->coordinator = cluster_spawn(c, "coordinator", "eep-coordinator", args);

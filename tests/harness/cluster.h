@@ -26,7 +26,7 @@ struct cluster_options {
     /* Of the agents; NULL: $EEP_TEST_MEMORY and $EEP_TEST_TRANSPORT, or else "host" (transport "auto" with memory "cuda").
        With "cuda" the agents are spread over the GPUs that there are, and share them. */
     const char *memory, *transport;
-    const char *coordinator_args[16]; /* NULL terminated */
+    const char *coordinator_args[32]; /* NULL terminated */
     const volatile sig_atomic_t *interrupted; /* or NULL: once it is not 0, every wait but cluster_stop's gives up */
 };
 
