@@ -89,6 +89,7 @@ void operation_clear(struct coordinator *c)
     plan_unref(op->plan);
     expert_map_unref((struct expert_map *)(uintptr_t)op->in.now);
     free((double *)(uintptr_t)op->in.load);
+    free((double *)(uintptr_t)op->in.samples);
     free((void *)(uintptr_t)op->in.leaving);
     free((void *)(uintptr_t)op->in.joining);
     free((void *)(uintptr_t)op->in.node);

@@ -164,6 +164,19 @@ int setup_repair(struct coordinator *c, const uint32_t *peers, uint32_t n)
     return setup_parties(c, peers, stays, n, n);
 }
 
+/* What a rebalance is to bring: for the mean of the load, and in the mean of its samples. */
+static void setup_why(struct coordinator *c)
+{
+    const struct plan *p = c->op.plan;
+    char samples[64] = "";
+    if (p->samples_before > 0)
+        snprintf(samples, sizeof(samples), ", of samples %.3f -> %.3f%s", p->samples_before, p->samples_after,
+                 p->joint ? " (jointly)" : "");
+    snprintf(c->op.why, sizeof(c->op.why), "%sbalance %.3f -> %.3f (at most %.3f)%s, %llu arrivals",
+             c->op.automatic ? "automatic: " : "", p->balance_before, p->balance_after, p->balance_ceiling, samples,
+             (unsigned long long)(p->arrivals_before + p->arrivals_after));
+}
+
 /* Plan over parties: the present map, with empty slots for the joiners. */
 int setup_plan(struct coordinator *c, struct err *err)
 {
@@ -190,12 +203,14 @@ int setup_plan(struct coordinator *c, struct err *err)
     }
     *in = (struct plan_input){
         .now = now, .leaving = leaving, .joining = joining, .node = node, .load = balance_load(c)};
+    if (in->load && (in->samples = load_matrix(&c->load)))
+        in->n_samples = load_samples(&c->load);
     struct plan_options options;
     plan_options_default(&options);
     options.target_balance = c->config.commit_balance;
     options.joiners_only = true;                   /* before the commit only WEIGHTS moves anything in a scale-up */
     options.fill = r->kind != OP_SCALE_DOWN;       /* which ends with its commit */
-    int rc = plan_make(in, &options, &c->op.plan, err);
+    int rc = plan_make_window(in, &options, &c->op.plan, err);
     if (rc == 0)
         rc = plan_validate(in, c->op.plan, err);
     if (rc < 0)
@@ -207,9 +222,7 @@ int setup_plan(struct coordinator *c, struct err *err)
             c->op.bytes_planned -= c->durable.model->expert_bytes; /* a copy within a rank */
     c->op.round = 0;
     if (r->kind == OP_REBALANCE)
-        snprintf(c->op.why, sizeof(c->op.why), "%sbalance %.3f -> %.3f (at most %.3f), %llu arrivals",
-                 c->op.automatic ? "automatic: " : "", c->op.plan->balance_before, c->op.plan->balance_after,
-                 c->op.plan->balance_ceiling, (unsigned long long)(c->op.plan->arrivals_before + c->op.plan->arrivals_after));
+        setup_why(c);
     return 0;
 }
 

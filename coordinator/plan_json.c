@@ -513,8 +513,12 @@ static int answer_plan(const struct problem *p, const struct plan_input *in, con
         json_object_set_new(out, "dormant", dormant_json(p, plan->target));
         json_object_set_new(out, "moves", moves_json(p, plan));
         report_json(p, plan, out);
-        if (p->samples > 1)
+        if (p->samples > 1) {
             json_object_set_new(out, "balance_samples", samples_json(p, after));
+            json_object_set_new(out, "balance_samples_before", json_real(plan->samples_before));
+            json_object_set_new(out, "balance_samples_after", json_real(plan->samples_after));
+            json_object_set_new(out, "jointly", json_boolean(plan->joint));
+        }
     }
     free(at_commit);
     free(after);
@@ -530,9 +534,11 @@ static int answer_elastic(const struct problem *p, json_t **ret_output, struct e
                             .leaving = p->leaving,
                             .joining = p->joining,
                             .node = p->nodes > 1 ? p->node : NULL,
-                            .load = p->load};
+                            .load = p->load,
+                            .samples = p->sample,
+                            .n_samples = p->samples > 1 ? p->samples : 0};
     struct plan *plan = NULL;
-    int rc = plan_make(&in, &p->options, &plan, err);
+    int rc = plan_make_window(&in, &p->options, &plan, err);
     if (rc == 0)
         rc = plan_validate(&in, plan, err);
     if (rc == 0)

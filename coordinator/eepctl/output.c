@@ -276,5 +276,8 @@ void ctl_print_plan(const Pb__PlanSummary *plan, FILE *out)
     if (plan->has_balance_after)
         fprintf(out, "  balance: %.3f now, %.3f at the commit, %.3f after it (at most %.3f)\n", plan->balance_before,
                 plan->balance_at_commit, plan->balance_after, plan->balance_ceiling);
+    if (plan->has_samples_after)
+        fprintf(out, "  balance of single samples: %.3f now, %.3f after it, planned for %s\n", plan->samples_before,
+                plan->samples_after, plan->joint ? "them jointly" : "their mean");
     fprintf(out, "  dense weights: %s to each rank that joins\n", ctl_bytes(plan->dense_bytes, a, sizeof a));
 }
