@@ -50,6 +50,7 @@ struct work {
     enum work_kind kind;
     uint64_t op;
     uint32_t round, self, n;
+    uint64_t bandwidth;      /* FILL: bytes per second into a rank; 0 = no limit */
     uint32_t dense_from;     /* WEIGHTS: parties < dense_from hold the dense weights already (senders) */
     struct member *parties;  /* [n], owned */
     struct model *model;     /* references, or NULL */

@@ -228,13 +228,14 @@ static void stage_mapping(struct agent_core *core, struct core_stage *s, const s
     stage_end(core, s, 0, NULL);
 }
 
-static void stage_transfer(struct agent_core *core, struct core_stage *s)
+static void stage_transfer(struct agent_core *core, struct core_stage *s, uint64_t bandwidth)
 {
     if (!core->op.plan) {
         stage_end(core, s, ERR_NOTFOUND, "no plan: MAPPING has not been carried out here");
         return;
     }
-    agent_work_submit(core, s->stage == STAGE_WEIGHTS ? WORK_WEIGHTS : WORK_FILL, s, 0);
+    struct work *w = agent_work_submit(core, s->stage == STAGE_WEIGHTS ? WORK_WEIGHTS : WORK_FILL, s, 0);
+    w->bandwidth = bandwidth;
 }
 
 static void stage_group(struct agent_core *core, struct core_stage *s, struct blob *blob)
@@ -393,7 +394,7 @@ static void stage_start(struct agent_core *core, const struct msg_stage *m)
     case STAGE_GROUP: stage_group(core, s, m->blob); return;
     case STAGE_MAPPING: stage_mapping(core, s, m); return;
     case STAGE_WEIGHTS:
-    case STAGE_FILL: stage_transfer(core, s); return;
+    case STAGE_FILL: stage_transfer(core, s, m->bandwidth); return;
     case STAGE_KV: stage_kv(core, s); return;
     case STAGE_ENGINE_PREPARE: stage_engine_prepare(core, s, m->view); return;
     case STAGE_DRAIN: stage_drain(core, s, m->deadline_ms); return;

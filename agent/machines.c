@@ -47,7 +47,8 @@ static const struct edge new_edges[] = {
     {MS_PREPARE, ME_ABORT, MS_ABORTED},
 };
 
-/* Scale down, a rank that stays; also a survivor of a repair, which goes to the commit without a reshuffle. */
+/* Scale down, a rank that stays; also a survivor of a repair, which goes to the commit without a reshuffle, and a rank of
+ * a rebalance, which ends without a commit. */
 static const struct edge remaining_edges[] = {
     {MS_PREPARE, ME_GROUP_DONE, MS_PREPARE},
     {MS_PREPARE, ME_MAPPING_DONE, MS_PREPARE},
@@ -59,6 +60,8 @@ static const struct edge remaining_edges[] = {
     {MS_EPLB_RESHUFFLE, ME_ENGINE_PREPARE, MS_SWITCH_AND_PREPARE},
     {MS_SWITCH_AND_PREPARE, ME_ENGINE_PREPARE, MS_SWITCH_AND_PREPARE},
     {MS_SWITCH_AND_PREPARE, ME_FLIPPED, MS_SWITCH_AND_PREPARE},
+    {MS_PREPARE, ME_END, MS_COMPLETE},
+    {MS_EPLB_RESHUFFLE, ME_END, MS_COMPLETE},
     {MS_SWITCH_AND_PREPARE, ME_END, MS_COMPLETE},
     {MS_PREPARE, ME_ABORT, MS_ABORTED},
     {MS_EPLB_RESHUFFLE, ME_ABORT, MS_ABORTED},

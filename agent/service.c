@@ -12,6 +12,7 @@
 #include "agent/coordinator_link.h"
 #include "agent/engine_socket.h"
 #include "agent/gpu_share.h"
+#include "agent/load_window.h"
 #include "agent/peer_link.h"
 #include "agent/transport_gpu.h"
 #include "agent/transport_nccl.h"
@@ -35,7 +36,9 @@ struct service {
     struct coordinator_link *coordinator;
     struct peer_links *peers;
     struct worker *worker;
-    struct event *worker_event, *tick;
+    struct event *worker_event, *tick, *load_tick;
+    struct load_window load;
+    uint32_t load_window_ms; /* as the coordinator wants it; 0: not at all */
     struct engine_socket *engine;
     struct agent_actions actions[DEPTH];
     unsigned depth;
@@ -161,9 +164,38 @@ static void on_link_down(void *user)
     service_event(user, &event);
 }
 
+/* What the engine's counters have grown by goes to the coordinator, which may lose it. */
+static void on_load_tick(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    struct service *s = user;
+    struct agent_status status;
+    struct load_counters now = {0};
+    struct msg msg = {.type = MSG_LOAD};
+    agent_core_status(s->core, &status);
+    now.tokens = engine_socket_load(s->engine, &now.layers, &now.slots);
+    now.map_version = status.map_version;
+    now.epoch = status.view && !status.flip_pending ? status.view->epoch : 0;
+    if (load_window_next(&s->load, &now, clock_now_ns(), &msg.load) && status.welcomed)
+        coordinator_link_send(s->coordinator, &msg);
+    msg_done(&msg);
+    if (s->load_window_ms && !s->exited)
+        daemon_timer_in(s->load_tick, s->load_window_ms);
+}
+
+static void load_wanted(struct service *s, uint32_t window_ms)
+{
+    bool first = !s->load_window_ms && window_ms;
+    s->load_window_ms = window_ms;
+    if (first)
+        daemon_timer_in(s->load_tick, window_ms);
+}
+
 static void on_msg(void *user, const struct msg *msg)
 {
     struct service *s = user;
+    if (msg->type == MSG_WELCOME)
+        load_wanted(s, msg->welcome.load_window_ms);
     if (msg->type != MSG_VERIFY)
         log_event(s->log, LOG_LEVEL_DEBUG, "received", "message=%s", msg_type_name(msg->type));
     struct agent_event event = {.type = AE_MSG, .msg = msg};
@@ -446,8 +478,9 @@ static int open_core(struct service *s, struct err *err)
     const struct agent_record *record = adopt_record(s->adopt);
     s->core = record ? agent_core_restore(&s->agent, record, clock_now_ns()) : agent_core_new(&s->agent, clock_now_ns());
     s->tick = event_new(s->config.base, -1, 0, on_tick, s);
+    s->load_tick = event_new(s->config.base, -1, 0, on_load_tick, s);
     s->worker_event = event_new(s->config.base, worker_fd(s->worker), EV_READ | EV_PERSIST, on_worker, s);
-    if (!s->core || !s->tick || !s->worker_event || event_add(s->worker_event, NULL) != 0)
+    if (!s->core || !s->tick || !s->load_tick || !s->worker_event || event_add(s->worker_event, NULL) != 0)
         return err_set(err, ERR_NOMEM, "out of memory");
     return 0;
 }
@@ -522,6 +555,9 @@ void service_close(struct service *s)
         event_free(s->worker_event);
     if (s->tick)
         event_free(s->tick);
+    if (s->load_tick)
+        event_free(s->load_tick);
+    load_window_done(&s->load);
     if (s->worker)
         worker_stop(s->worker);
     if (s->gpu_fd >= 0)

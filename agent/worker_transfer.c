@@ -1,11 +1,14 @@
 /* The worker's groups and transfers: dense weights to joiners, the moves of a round, and proof of what arrived.
  * Worker thread. */
+#include <poll.h>
 #include <stdlib.h>
 
 #include "agent/weights.h"
 #include "agent/worker_internal.h"
 #include "common/clock.h"
 #include "common/digest.h"
+
+#define PACE_MS 100 /* a batch of a limited transfer */
 
 /* ---- calls of the transport: deadline renewed by progress ---- */
 
@@ -109,20 +112,26 @@ static int move_check(const struct worker *w, const struct move *m, struct err *
     return 0;
 }
 
+/* Moves of the plan, by index, that are made together. */
+struct batch {
+    uint32_t from, end;
+    uint64_t bytes; /* the most that come to one party */
+};
+
 /* The moves of one round that we have a part in, in the plan's order: both ends of a pair see the same sequence. */
-static int round_transfers(struct worker *w, const struct job *job, struct transfer **ret_items, size_t *ret_n,
-                           struct err *err)
+static int round_transfers(struct worker *w, const struct job *job, const struct batch *batch,
+                           struct transfer **ret_items, size_t *ret_n, struct err *err)
 {
     const struct plan *plan = job->work.plan;
     uint32_t self = job->work.self;
     size_t n = 0;
-    for (uint32_t i = 0; i < plan->n_moves; i++)
+    for (uint32_t i = batch->from; i < batch->end; i++)
         n += plan->moves[i].round == job->work.round && (plan->moves[i].src == self || plan->moves[i].dst == self);
     struct transfer *items = calloc(n + 1, sizeof *items);
     if (!items)
         return err_set(err, ERR_NOMEM, "out of memory");
     n = 0;
-    for (uint32_t i = 0; i < plan->n_moves; i++) {
+    for (uint32_t i = batch->from; i < batch->end; i++) {
         const struct move *m = &plan->moves[i];
         if (m->round != job->work.round || (m->src != self && m->dst != self))
             continue;
@@ -184,13 +193,14 @@ static int round_found(void *user, const struct slot_claim *claim, int rc, struc
 }
 
 /* Slots that were not digested as they came - local copies, and all of them on GPUs - are read again together. */
-static int round_verify(struct worker *w, const struct job *job, const struct slot_in *slots, size_t n, struct err *err)
+static int round_verify(struct worker *w, const struct job *job, const struct batch *batch,
+                        const struct slot_in *slots, size_t n, struct err *err)
 {
     const struct work *work = &job->work;
     struct slot_claim *claims = calloc(n + 1, sizeof *claims);
     size_t item = 0, n_claims = 0;
     int rc = claims ? 0 : err_set(err, ERR_NOMEM, "out of memory");
-    for (uint32_t i = 0; i < work->plan->n_moves && rc == 0; i++) {
+    for (uint32_t i = batch->from; i < batch->end && rc == 0; i++) {
         const struct move *m = &work->plan->moves[i];
         if (m->round != work->round || (m->src != work->self && m->dst != work->self))
             continue;
@@ -210,12 +220,12 @@ static int round_verify(struct worker *w, const struct job *job, const struct sl
     return rc;
 }
 
-static int round_move(struct worker *w, const struct job *job, struct transfer_state *t, uint64_t *bytes,
-                      struct err *err)
+static int batch_move(struct worker *w, const struct job *job, const struct batch *batch, struct transfer_state *t,
+                      uint64_t *bytes, struct err *err)
 {
     struct transfer *items = NULL;
     size_t n = 0;
-    int rc = round_transfers(w, job, &items, &n, err);
+    int rc = round_transfers(w, job, batch, &items, &n, err);
     if (rc < 0)
         return rc;
     uint64_t received = 0;
@@ -233,10 +243,62 @@ static int round_move(struct worker *w, const struct job *job, struct transfer_s
     t->call.arrived = NULL;
     *bytes += received;
     if (rc == 0)
-        rc = round_verify(w, job, slots, n, err);
+        rc = round_verify(w, job, batch, slots, n, err);
 free_items:
     free(slots);
     free(items);
+    return rc;
+}
+
+/* ---- pace ---- */
+
+/* From `from` on as much as may come to a party in PACE_MS, at least one expert each; without a limit all of the plan.
+ * Every party computes the same batches: the calls of the transport are made by all of them together. */
+static struct batch batch_next(const struct worker *w, const struct work *work, uint32_t from)
+{
+    const struct plan *plan = work->plan;
+    struct batch batch = {.from = from, .end = plan->n_moves};
+    uint64_t expert = w->weights->model->expert_bytes, most = work->bandwidth / 1000 * PACE_MS, into[RANKS_MAX] = {0};
+    for (uint32_t i = from; i < plan->n_moves && work->bandwidth; i++) {
+        const struct move *m = &plan->moves[i];
+        if (m->round != work->round || m->src == m->dst || m->dst >= RANKS_MAX)
+            continue;
+        if (into[m->dst] && into[m->dst] + expert > most) {
+            batch.end = i;
+            break;
+        }
+        into[m->dst] += expert;
+        batch.bytes = into[m->dst] > batch.bytes ? into[m->dst] : batch.bytes;
+    }
+    return batch;
+}
+
+/* Until the batch has taken as long as the bandwidth asks for, but not so long that a peer which does not wait with us
+ * would run into its deadline. */
+static int pace_wait(const struct worker *w, const struct work *work, const struct batch *batch, uint64_t begun_ns,
+                     struct err *err)
+{
+    uint64_t ms = batch->bytes * 1000 / work->bandwidth, spent_ms = (clock_now_ns() - begun_ns) / 1000000;
+    if (ms > w->config.transfer_timeout_ms / 4)
+        ms = w->config.transfer_timeout_ms / 4;
+    struct pollfd cancel = {.fd = w->cancel_fd, .events = POLLIN};
+    if (ms > spent_ms && poll(&cancel, 1, (int)(ms - spent_ms)) > 0)
+        return err_set(err, ERR_ABORTED, "the transfer was cancelled");
+    return 0;
+}
+
+static int round_move(struct worker *w, const struct job *job, struct transfer_state *t, uint64_t *bytes,
+                      struct err *err)
+{
+    struct batch batch = {0};
+    int rc = 0;
+    do {
+        uint64_t begun_ns = clock_now_ns();
+        batch = batch_next(w, &job->work, batch.end);
+        rc = batch_move(w, job, &batch, t, bytes, err);
+        if (rc == 0 && batch.bytes)
+            rc = pace_wait(w, &job->work, &batch, begun_ns, err);
+    } while (rc == 0 && batch.end < job->work.plan->n_moves);
     return rc;
 }
 

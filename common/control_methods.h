@@ -36,6 +36,7 @@ enum control_method {
     CONTROL_BARRIER_SHOW,
     CONTROL_PAUSE,
     CONTROL_RESTART,
+    CONTROL_LOAD,
     CONTROL_METHODS
 };
 

@@ -12,6 +12,9 @@ void msg_done(struct msg *msg)
         blob_unref(msg->stage_done.blob);
         model_unref(msg->stage_done.model);
         break;
+    case MSG_LOAD:
+        free(msg->load.tokens);
+        break;
     case MSG_WELCOME:
         view_unref(msg->welcome.view);
         break;
@@ -51,6 +54,19 @@ static struct member *members_duplicate(const struct member *from, uint32_t n)
     return to;
 }
 
+static uint64_t *tokens_duplicate(const struct msg_load *from)
+{
+    size_t n = (size_t)from->layers * from->slots;
+    uint64_t *to = n ? malloc(n * sizeof *to) : NULL;
+    if (n && !to) {
+        fputs("out of memory while copying a message\n", stderr);
+        abort();
+    }
+    if (n)
+        memcpy(to, from->tokens, n * sizeof *to);
+    return to;
+}
+
 void msg_copy(struct msg *ret_copy, const struct msg *msg)
 {
     memcpy(ret_copy, msg, sizeof *msg);
@@ -58,6 +74,9 @@ void msg_copy(struct msg *ret_copy, const struct msg *msg)
     case MSG_STAGE_DONE:
         blob_ref(ret_copy->stage_done.blob);
         model_ref(ret_copy->stage_done.model);
+        break;
+    case MSG_LOAD:
+        ret_copy->load.tokens = tokens_duplicate(&msg->load);
         break;
     case MSG_WELCOME:
         view_ref(ret_copy->welcome.view);
@@ -108,6 +127,8 @@ const char *msg_type_name(enum msg_type type)
         return "VERIFIED";
     case MSG_LEAVE:
         return "LEAVE";
+    case MSG_LOAD:
+        return "LOAD";
     case MSG_WELCOME:
         return "WELCOME";
     case MSG_EVICTED:
@@ -149,6 +170,8 @@ const char *op_kind_name(enum op_kind kind)
         return "scale-down";
     case OP_REPAIR:
         return "repair";
+    case OP_REBALANCE:
+        return "rebalance";
     }
     return "unknown";
 }

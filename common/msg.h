@@ -49,6 +49,7 @@ enum msg_type {
     MSG_MAP_ACK,
     MSG_VERIFIED,
     MSG_LEAVE,      /* SIGTERM of an agent: asks to be drained */
+    MSG_LOAD,       /* tokens per slot of a window */
     /* coordinator to agent */
     MSG_WELCOME = 32,
     MSG_EVICTED,    /* this incarnation is out: revoke and detach the engine, drop the weights, start anew */
@@ -65,8 +66,9 @@ enum msg_type {
     MSG_VERIFY,
 };
 
-enum op_kind { OP_START = 1, OP_SCALE_UP, OP_SCALE_DOWN, OP_REPAIR };
-/* OP_START is the cold start: every party is new and loads from the checkpoint, or its engine seals. */
+enum op_kind { OP_START = 1, OP_SCALE_UP, OP_SCALE_DOWN, OP_REPAIR, OP_REBALANCE };
+/* OP_START is the cold start: every party is new and loads from the checkpoint, or its engine seals.  OP_REBALANCE
+ * keeps the members: GROUP_ID, GROUP, MAPPING, the rounds, OP_END; every party is ROLE_REMAINING. */
 
 enum op_role { ROLE_EXISTING = 1, ROLE_NEW, ROLE_REMAINING, ROLE_REMOVING };
 
@@ -169,8 +171,15 @@ struct msg_verified {
     char text[256]; /* the first mismatch */
 };
 
+struct msg_load {
+    uint64_t epoch, map_version; /* of the whole window */
+    uint32_t layers, slots, window_ms;
+    uint64_t *tokens; /* [layers][slots] of this rank, owned */
+};
+
 struct msg_welcome {
     uint32_t lease_ms, heartbeat_ms, indoubt_ms;
+    uint32_t load_window_ms; /* LOAD is wanted this often; 0 = not at all */
     struct view *view; /* the committed one; NULL before the first */
     bool member;       /* this incarnation is in it */
 };
@@ -197,6 +206,7 @@ struct msg_stage {
     uint64_t plan_digest;/* MAPPING: expert_map_digest(plan->target) */
     struct view *view;   /* ENGINE_PREPARE: proposed, epoch 0 */
     struct blob *blob;   /* GROUP */
+    uint64_t bandwidth;  /* FILL: bytes per second that a rank may receive; 0 = no limit */
 };
 struct msg_notify {
     uint64_t op;
@@ -237,6 +247,7 @@ struct msg {
         struct msg_map_ack map_ack;
         struct msg_verify verify;
         struct msg_verified verified;
+        struct msg_load load;
         struct msg_welcome welcome;
         struct msg_evicted evicted;
         struct msg_op_begin op_begin;

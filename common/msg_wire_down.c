@@ -16,6 +16,8 @@ static Pb__Welcome *welcome_to_pb(const struct msg_welcome *m, bool *ok)
     pb->heartbeat_ms = m->heartbeat_ms;
     pb->indoubt_ms = m->indoubt_ms;
     pb->member = m->member;
+    pb->has_load_window_ms = m->load_window_ms != 0;
+    pb->load_window_ms = m->load_window_ms;
     if (m->view && !(pb->view = view_to_pb(m->view)))
         *ok = false;
     return pb;
@@ -50,6 +52,8 @@ static Pb__StageStart *stage_to_pb(const struct msg_stage *m, bool *ok)
     pb->deadline_ms = m->deadline_ms;
     pb->load = m->load;
     pb->plan_digest = m->plan_digest;
+    pb->has_bandwidth = m->bandwidth != 0;
+    pb->bandwidth = m->bandwidth;
     if ((m->map && !(pb->map = expert_map_to_pb(m->map))) || (m->plan && !(pb->plan = plan_to_pb(m->plan))) ||
         (m->view && !(pb->view = view_to_pb(m->view))) || !msg_blob_to_bytes(m->blob, &pb->has_blob, &pb->blob))
         *ok = false;
@@ -217,6 +221,7 @@ static int welcome_from_pb(const Pb__Welcome *pb, struct msg_welcome *m, struct 
     m->heartbeat_ms = pb->heartbeat_ms;
     m->indoubt_ms = pb->indoubt_ms;
     m->member = pb->member;
+    m->load_window_ms = pb->has_load_window_ms ? pb->load_window_ms : 0;
     if (pb->member && !pb->view)
         return err_set(err, ERR_PROTOCOL, "a member of no view");
     return pb->view ? view_from_pb(pb->view, &m->view, err) : 0;
@@ -268,6 +273,7 @@ static int stage_from_pb(const Pb__StageStart *pb, struct msg_stage *m, struct e
     m->deadline_ms = pb->deadline_ms;
     m->load = pb->load;
     m->plan_digest = pb->plan_digest;
+    m->bandwidth = pb->has_bandwidth ? pb->bandwidth : 0;
     if (rc == 0 && pb->map)
         rc = expert_map_from_pb(pb->map, &m->map, err);
     if (rc == 0 && pb->plan)

@@ -141,6 +141,26 @@ static Pb__MapAck *map_ack_to_pb(const struct msg_map_ack *m)
     return pb;
 }
 
+static Pb__Load *load_to_pb(const struct msg_load *m, bool *ok)
+{
+    Pb__Load *pb = pb_new(&pb__load__descriptor);
+    if (!pb)
+        return NULL;
+    pb->epoch = m->epoch;
+    pb->map_version = m->map_version;
+    pb->layers = m->layers;
+    pb->slots = m->slots;
+    pb->window_ms = m->window_ms;
+    size_t n = (size_t)m->layers * m->slots;
+    pb->tokens = n ? malloc(n * sizeof *pb->tokens) : NULL;
+    if (pb->tokens)
+        memcpy(pb->tokens, m->tokens, n * sizeof *pb->tokens);
+    else if (n)
+        *ok = false;
+    pb->n_tokens = pb->tokens ? n : 0;
+    return pb;
+}
+
 /* All bodies are pointers in one union: any of them tells whether there was memory. */
 Pb__AgentUp *msg_to_up(const struct msg *msg)
 {
@@ -192,6 +212,10 @@ Pb__AgentUp *msg_to_up(const struct msg *msg)
     case MSG_LEAVE:
         up->body_case = PB__AGENT_UP__BODY_LEAVE;
         ok = (up->leave = pb_new(&pb__empty__descriptor)) != NULL;
+        break;
+    case MSG_LOAD:
+        up->body_case = PB__AGENT_UP__BODY_LOAD;
+        ok = (up->load = load_to_pb(&msg->load, &ok)) && ok;
         break;
     default:
         ok = false;
@@ -290,6 +314,23 @@ static int verified_from_pb(const Pb__Verified *pb, struct msg_verified *m, stru
     return pb_string(pb->text, m->text, sizeof m->text, "text", err);
 }
 
+static int load_from_pb(const Pb__Load *pb, struct msg_load *m, struct err *err)
+{
+    size_t n = pb->n_tokens;
+    if (!n || (uint64_t)pb->layers * pb->slots != n)
+        return err_set(err, ERR_PROTOCOL, "%zu token counts for %u layers of %u slots", n, pb->layers, pb->slots);
+    m->tokens = malloc(n * sizeof *m->tokens);
+    if (!m->tokens)
+        return err_set(err, ERR_NOMEM, "out of memory");
+    memcpy(m->tokens, pb->tokens, n * sizeof *m->tokens);
+    m->epoch = pb->epoch;
+    m->map_version = pb->map_version;
+    m->layers = pb->layers;
+    m->slots = pb->slots;
+    m->window_ms = pb->window_ms;
+    return 0;
+}
+
 int msg_from_up(const Pb__AgentUp *up, struct msg *ret_msg, struct err *err)
 {
     switch (up->body_case) {
@@ -331,6 +372,9 @@ int msg_from_up(const Pb__AgentUp *up, struct msg *ret_msg, struct err *err)
     case PB__AGENT_UP__BODY_LEAVE:
         ret_msg->type = MSG_LEAVE;
         return 0;
+    case PB__AGENT_UP__BODY_LOAD:
+        ret_msg->type = MSG_LOAD;
+        return load_from_pb(up->load, &ret_msg->load, err);
     default:
         return err_set(err, ERR_PROTOCOL, "no body that this version knows");
     }

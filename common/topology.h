@@ -146,6 +146,9 @@ struct plan {
     uint64_t bound_balance;
     /* mean over layers of the mean load of a rank over the highest */
     double balance_before, balance_at_commit, balance_after, balance_ceiling;
+    /* of a window: the mean of its samples' balances now and at the end, 0 = there were none; planned for them jointly */
+    double samples_before, samples_after;
+    bool joint;
 };
 struct plan *plan_new(uint32_t parties, uint32_t n_moves, uint32_t n_retires);
 struct plan *plan_ref(struct plan *plan);

@@ -116,6 +116,8 @@ static void control_scale(struct session *session, const struct frame *frame, co
     struct server *s = session->server;
     struct scale_request scale = {
         .target = request->has_target ? request->target : ranks_without(s, request->n_remove),
+        .rebalance = request->has_rebalance && request->rebalance,
+        .mib_s = request->has_mib_s ? request->mib_s : 0,
         .n_remove = (uint32_t)request->n_remove,
         .remove = (const char *const *)request->remove,
         .dry_run = request->dry_run,
@@ -127,7 +129,7 @@ static void control_scale(struct session *session, const struct frame *frame, co
         frame_fail(session, frame, ERR_LIMIT, "a view has at most 256 ranks");
         return;
     }
-    if (!request->has_target && !request->n_remove) {
+    if (!request->has_target && !request->n_remove && !scale.rebalance) {
         frame_fail(session, frame, ERR_INVALID, "neither a number of ranks nor an agent to remove is given");
         return;
     }
@@ -147,7 +149,7 @@ static void control_scale(struct session *session, const struct frame *frame, co
         op_record_done(&search.known);
         return;
     }
-    log_event(s->log, LOG_LEVEL_INFO, "scale-requested", "by=%s target=%u removes=%u key=%s dry_run=%d",
+    log_event(s->log, LOG_LEVEL_INFO, scale.rebalance ? "rebalance-requested" : "scale-requested", "by=%s target=%u removes=%u key=%s dry_run=%d",
               rpc_conn_name(session->conn), scale.target, scale.n_remove, scale.key, scale.dry_run);
     struct coordinator_event event = {.type = CE_SCALE, .request = call->request, .scale = &scale,
                                       .known = search.found ? &search.known : NULL};
@@ -251,8 +253,8 @@ static void verify_reply(struct call *call, const struct coordinator_action *a)
 void control_reply(struct server *s, const struct coordinator_action *a)
 {
     struct call *call = call_find(s, a->request);
-    if (!call) { /* an agent asked (LEAVE), or the operator's connection is gone */
-        log_event(s->log, a->code < 0 ? LOG_LEVEL_WARN : LOG_LEVEL_DEBUG, a->request ? "unheard" : "leave-answered",
+    if (!call) { /* an agent (LEAVE) or the balance policy asked, or the operator's connection is gone */
+        log_event(s->log, a->code < 0 ? LOG_LEVEL_WARN : LOG_LEVEL_DEBUG, a->request ? "unheard" : "own-answered",
                   "op=%llu code=%s what=%s", (unsigned long long)a->op, err_code_name(a->code), a->text);
         return;
     }
@@ -309,6 +311,7 @@ static const struct {
     [CONTROL_BARRIER_SHOW] = {control_barrier_show, true},
     [CONTROL_PAUSE] = {control_pause, false},
     [CONTROL_RESTART] = {control_restart, false},
+    [CONTROL_LOAD] = {control_load, true},
 };
 
 void control_frame(struct session *session, const struct frame *frame)

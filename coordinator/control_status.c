@@ -73,6 +73,15 @@ void control_plan_summary(const struct server *s, const struct plan *plan, Pb__P
     pb->bound_fill = plan->bound_fill;
     pb->expert_bytes = status.model ? status.model->expert_bytes : 0;
     pb->dense_bytes = status.model ? status.model->dense_bytes : 0;
+    pb->has_balance_before = pb->has_balance_at_commit = pb->has_balance_after = pb->has_balance_ceiling = 1;
+    pb->balance_before = plan->balance_before;
+    pb->balance_at_commit = plan->balance_at_commit;
+    pb->balance_after = plan->balance_after;
+    pb->balance_ceiling = plan->balance_ceiling;
+    pb->has_samples_before = pb->has_samples_after = pb->has_joint = plan->samples_before > 0;
+    pb->samples_before = plan->samples_before;
+    pb->samples_after = plan->samples_after;
+    pb->joint = plan->joint;
 }
 
 #define PHASES_MAX 32

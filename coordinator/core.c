@@ -25,6 +25,12 @@ void coordinator_config_default(struct coordinator_config *ret_config)
         .slots = 0,
         .min_ranks = 2,
         .commit_balance = 0.98,
+        .load_window_ms = 5000,
+        .load_horizon_ms = 300000,
+        .load_samples = 16,
+        .rebalance_after_ms = 60000,
+        .rebalance_every_ms = 600000,
+        .rebalance_horizon_ms = 1800000,
     };
 }
 
@@ -144,6 +150,7 @@ struct coordinator *coordinator_new(const struct coordinator_config *config, con
     c->config = *config;
     c->now_ns = now_ns;
     c->writes_end = &c->writes;
+    balance_init(c);
     arrivals_init(&c->map_acks);
     arrivals_init(&c->commit.promised);
     arrivals_init(&c->commit.flipped);
@@ -178,6 +185,7 @@ void coordinator_free(struct coordinator *c)
     arrivals_done(&c->commit.flipped);
     arrivals_done(&c->map_acks);
     arrivals_done(&c->verify.missing);
+    load_done(&c->load);
     op_record_done(&c->last.record);
     plan_unref((struct plan *)(uintptr_t)c->last.plan);
     durable_done(&c->durable);
@@ -269,6 +277,9 @@ static void message(struct coordinator *c, uint64_t conn, const struct msg *m)
     case MSG_LEAVE:
         upkeep_leave(c, peer);
         break;
+    case MSG_LOAD:
+        balance_window(c, peer, &m->load);
+        break;
     default: {
         struct coordinator_action *a = core_act(c, CA_CLOSE);
         a->conn = conn;
@@ -359,6 +370,7 @@ void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coord
     if (c->torn && !was_torn)
         c->torn_ns = c->now_ns;
     upkeep_check(c);
+    balance_tick(c);
     service_log(c, was_torn, was_degraded);
     if (c->changed) {
         core_act(c, CA_CHANGED);
@@ -387,6 +399,7 @@ uint64_t coordinator_deadline(const struct coordinator *c)
     }
     if (c->verify.request)
         d = earlier(d, c->verify.deadline_ns);
+    d = earlier(d, balance_deadline(c));
     if (repair_waits(c))
         d = earlier(d, c->retry_ns);
     return earlier(d, upkeep_deadline(c));

@@ -13,6 +13,7 @@
 
 #include "common/msg.h"
 #include "coordinator/durable.h"
+#include "coordinator/load.h"
 #include "coordinator/planner.h"
 
 struct coordinator;
@@ -34,6 +35,15 @@ struct coordinator_config {
     uint32_t scale_back;       /* 1: after a repair, scale back to the former number of ranks as spares are there; 0 */
     uint32_t restart_after_ms; /* a view with lost experts, whose ranks have all ended, is given up after this, and
                                   started anew from the checkpoint; 0 = only when an operator says so */
+    uint32_t load_window_ms;   /* agents report the load this often; 5000 */
+    uint32_t load_horizon_ms;  /* it is kept for so long, in so many samples; 300000, 16 */
+    uint32_t load_samples;
+    /* rebalance without being asked: off unless rebalance_below > 0; see core_balance.c */
+    double rebalance_below;        /* balance; 0 */
+    uint32_t rebalance_after_ms;   /* once it has been lower for so long; 60000 */
+    uint32_t rebalance_every_ms;   /* at most so often; 600000 */
+    uint32_t rebalance_horizon_ms; /* what it gains is counted for so long; 1800000 */
+    uint32_t rebalance_mib_s;      /* MiB per second into a rank, of every rebalance; 0 = no limit; 0 */
 };
 void coordinator_config_default(struct coordinator_config *ret_config);
 
@@ -60,6 +70,9 @@ struct scale_request {
     uint32_t timeout_ms;        /* of the whole operation before its decision; 0 = none but the stages' own */
     bool drain;                 /* `remove` shall serve no more: done already if none of them does */
     bool unattended;            /* by the coordinator itself */
+    bool rebalance;             /* the same ranks, the experts placed anew: target, remove, wait_agents_ms mean nothing */
+    bool automatic;             /* rebalance: nobody has asked for it */
+    uint32_t mib_s;             /* rebalance: MiB per second into a rank; 0 = as configured */
 };
 
 struct coordinator_event {
@@ -151,6 +164,12 @@ struct coordinator_status {
 };
 void coordinator_status(const struct coordinator *core, uint64_t now_ns, struct coordinator_status *ret_status);
 bool coordinator_agent(const struct coordinator *core, uint64_t now_ns, size_t i, struct agent_info *ret_info);
+
+/* What the agents have reported, borrowed until the next step. */
+const struct load_history *coordinator_load(const struct coordinator *core);
+/* Is a rebalance worth its bytes by the policy of core_balance.c?  Says why, either way. */
+bool balance_worth(const struct coordinator_config *config, const struct plan *plan, uint64_t expert_bytes,
+                   char *ret_why, size_t size);
 
 /* Mistakes that the simulator plants; 0 in production. */
 enum coordinator_bug {

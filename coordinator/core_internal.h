@@ -81,6 +81,8 @@ struct operation {
     struct plan_input in;       /* arrays owned, map referenced */
     struct view *proposed;
     uint32_t round;             /* next round to run */
+    uint32_t mib_s;             /* rebalance: into a rank; 0 = no limit */
+    bool automatic;
     uint64_t accept;            /* request that waits to hear that the operation is accepted; 0 = none */
     uint64_t *progress;         /* [n] bytes of the running stage */
     uint64_t *expected;         /* [n] how many there will be, where only the agent knows; counted into bytes_planned */
@@ -125,6 +127,8 @@ struct coordinator {
     struct pending_write *writes, **writes_end;
     struct { uint64_t request, id; struct arrivals missing; uint64_t slots, dense, bytes, bad, deadline_ns; char text[256]; } verify;
     uint64_t last_verify;
+    struct load_history load;
+    struct { uint64_t next_ns, below_ns, began_ns; } balance; /* the policy: next look; low since; last one began (0 = never) */
     uint64_t now_ns, wall_ms;
     char degraded[256];
     uint64_t torn_ns;           /* when `torn` became true last */
@@ -147,6 +151,13 @@ void core_reply(struct coordinator *c, uint64_t request, int code, uint64_t op, 
 void core_journal(struct coordinator *c, unsigned parts, enum continuation what);
 struct msg *core_send(struct coordinator *c, uint32_t peer, enum msg_type type); /* NULL when not connected */
 void core_names(const struct coordinator *c, const struct arrivals *set, char *ret_text, size_t size);
+
+/* core_balance.c */
+void balance_init(struct coordinator *c);
+void balance_window(struct coordinator *c, uint32_t peer, const struct msg_load *window);
+double *balance_load(const struct coordinator *c); /* [layers][logical]; the caller frees it; NULL = nothing is known */
+void balance_tick(struct coordinator *c);
+uint64_t balance_deadline(const struct coordinator *c);
 
 /* core_verify.c */
 void verify_start(struct coordinator *c, uint64_t request);
@@ -189,6 +200,7 @@ const char *commit_state_name(enum commit_state state);
 /* core_operation.c, core_stages.c, core_phases.c, core_recover.c: the life of an operation */
 void operation_scale(struct coordinator *c, uint64_t request, const struct scale_request *scale,
                      const struct op_record *known);
+void operation_drop(struct coordinator *c); /* one that was set up and is not to be */
 void operation_abort_request(struct coordinator *c, uint64_t request, uint64_t op);
 void operation_open_repair(struct coordinator *c, uint32_t ranks);
 void operation_opened(struct coordinator *c, uint64_t op);

@@ -136,6 +136,7 @@ static void members_welcome(struct coordinator *c, uint32_t peer)
     m->welcome.lease_ms = c->config.lease_ms;
     m->welcome.heartbeat_ms = c->config.heartbeat_ms;
     m->welcome.indoubt_ms = c->config.indoubt_ms;
+    m->welcome.load_window_ms = c->config.load_window_ms;
     m->welcome.view = view_ref(c->view);
     m->welcome.member = members_rank(c, peer) >= 0;
 }

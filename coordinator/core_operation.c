@@ -5,6 +5,7 @@
  *                (RETIRE GRACE FILL)* FINISH
  *   scale down   OPEN GROUP_ID GROUP MAPPING (RETIRE GRACE FILL)* DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH
  *   repair       OPEN PROMISE DECIDE GO FINISH
+ *   rebalance    OPEN GROUP_ID GROUP MAPPING (RETIRE GRACE FILL)* FINISH
  *
  * Before DECIDE any failure aborts: the old membership serves on with the latest committed map.  From DECIDE on the
  * operation only goes forward; a failure after the commit leaves slots unfilled, never a rank out. */
@@ -88,6 +89,8 @@ void operation_clear(struct coordinator *c)
     blob_unref(op->group_id);
     plan_unref(op->plan);
     expert_map_unref((struct expert_map *)(uintptr_t)op->in.now);
+    free((double *)(uintptr_t)op->in.load);
+    free((double *)(uintptr_t)op->in.samples);
     free((void *)(uintptr_t)op->in.leaving);
     free((void *)(uintptr_t)op->in.joining);
     free((void *)(uintptr_t)op->in.node);
@@ -118,7 +121,7 @@ void operation_open_repair(struct coordinator *c, uint32_t ranks)
     operation_open(c);
 }
 
-static void operation_drop(struct coordinator *c)
+void operation_drop(struct coordinator *c)
 {
     operation_clear(c);
     op_record_done(&c->durable.open);
@@ -138,7 +141,12 @@ static bool operation_same_key(struct coordinator *c, uint64_t request, const st
         r = known;
     if (!r)
         return false;
-    if (r->target != s->target)
+    bool rebalance = r->kind == OP_REBALANCE;
+    if (rebalance != s->rebalance)
+        core_reply(c, request, ERR_CONFLICT, r->op, r->outcome, NULL,
+                   "operation id %s belongs to operation %llu, a %s: use another id", s->key, (unsigned long long)r->op,
+                   op_kind_name(r->kind));
+    else if (!rebalance && r->target != s->target)
         core_reply(c, request, ERR_CONFLICT, r->op, r->outcome, NULL,
                    "operation id %s belongs to operation %llu, a scale to %u: use another id for %u", s->key,
                    (unsigned long long)r->op, r->target, s->target);
@@ -176,6 +184,11 @@ static int operation_dry_run(struct coordinator *c, uint64_t request, struct err
     uint32_t stay = 0;
     for (uint32_t i = 0; i < r->n; i++)
         stay += r->stays[i];
+    if (r->kind == OP_REBALANCE) {
+        core_reply(c, request, 0, 0, OUTCOME_DONE, c->op.plan, "would move %llu bytes; %s",
+                   (unsigned long long)c->op.bytes_planned, c->op.why);
+        return 0;
+    }
     core_reply(c, request, 0, 0, OUTCOME_DONE, c->op.plan, "would scale from %u to %u ranks and move %llu bytes",
                c->view->n, stay, (unsigned long long)c->op.bytes_planned);
     return 0;
@@ -199,15 +212,19 @@ void operation_scale(struct coordinator *c, uint64_t request, const struct scale
                    (unsigned long long)r->op, op_kind_name(r->kind), r->target, op_phase_name(c->op.phase));
         return;
     }
+    if (s->rebalance && n == 0) {
+        core_reply(c, request, ERR_NOTFOUND, 0, 0, NULL, "no view is committed yet, so there is nothing to rebalance");
+        return;
+    }
     if (s->target == 0 && n == 0 && s->n_remove) {
         core_reply(c, request, ERR_NOTFOUND, 0, 0, NULL, "no view is committed yet, so there is no rank to take away");
         return;
     }
-    if (s->target == 0) {
+    if (s->target == 0 && !s->rebalance) {
         core_reply(c, request, ERR_INVALID, 0, 0, NULL, "0 ranks cannot serve: scale to 1 or more");
         return;
     }
-    if (s->target == n && s->n_remove == 0) {
+    if (s->target == n && s->n_remove == 0 && !s->rebalance) {
         core_reply(c, request, 0, 0, OUTCOME_DONE, NULL, "%u ranks already: nothing to do", n);
         return;
     }
@@ -228,7 +245,9 @@ void operation_scale(struct coordinator *c, uint64_t request, const struct scale
         c->op.wait_ns = c->now_ns + s->wait_agents_ms * MS;
     }
     snprintf(c->durable.open.key, sizeof(c->durable.open.key), "%s", s->key);
-    c->durable.open.target = s->target;
+    c->durable.open.target = s->rebalance ? n : s->target;
+    c->op.automatic = s->automatic;
+    c->op.mib_s = s->mib_s ? s->mib_s : c->config.rebalance_mib_s;
     c->op.waits_for_agents = wait;
     c->op.accept = request;
     c->op.unattended = s->unattended;

@@ -48,6 +48,18 @@ void operation_draining(struct coordinator *c, bool draining)
     c->changed = true;
 }
 
+/* What only changes the routing needs no group. */
+static void operation_plan_rebalance(struct coordinator *c)
+{
+    struct err err = {0};
+    if (setup_plan(c, &err) < 0)
+        operation_abort(c, "no plan: %s", err.text);
+    else if (c->op.plan->n_moves)
+        operation_stage(c, PHASE_GROUP_ID, STAGE_GROUP_ID);
+    else
+        rounds_run(c);
+}
+
 static void operation_begin(struct coordinator *c)
 {
     struct operation *op = &c->op;
@@ -70,6 +82,9 @@ static void operation_begin(struct coordinator *c)
             operation_ask(c, STAGE_DRAIN, i);
         }
         operation_stage(c, PHASE_GROUP_ID, STAGE_GROUP_ID);
+        break;
+    case OP_REBALANCE:
+        operation_plan_rebalance(c);
         break;
     case OP_REPAIR:
         operation_phase(c, PHASE_PROMISE, "repair");
@@ -148,13 +163,13 @@ void operation_next(struct coordinator *c)
         operation_stage(c, PHASE_GROUP, STAGE_GROUP);
         break;
     case PHASE_GROUP:
-        if (setup_plan(c, &err) < 0)
+        if (r->kind != OP_REBALANCE && setup_plan(c, &err) < 0)
             operation_abort(c, "no plan: %s", err.text);
         else
             operation_stage(c, PHASE_MAPPING, STAGE_MAPPING);
         break;
     case PHASE_MAPPING:
-        if (r->kind == OP_SCALE_DOWN) {
+        if (r->kind == OP_SCALE_DOWN || r->kind == OP_REBALANCE) {
             rounds_run(c);
             break;
         }
@@ -190,7 +205,7 @@ void operation_next(struct coordinator *c)
 /* All rounds of this side of the commit are done. */
 void operation_rounds_done(struct coordinator *c)
 {
-    if (c->op.decided) {
+    if (c->op.decided || c->durable.open.kind == OP_REBALANCE) {
         operation_end(c, OUTCOME_DONE, c->op.why);
         return;
     }

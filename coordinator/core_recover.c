@@ -79,7 +79,7 @@ void operation_recover(struct coordinator *c)
                 abort();
         }
     recover_parties(c);
-    bool decided = k->epoch && k->op == r->op && (k->kind != FLIP_MAP || recover_is_committed(c));
+    bool decided = r->kind != OP_REBALANCE && k->epoch && k->op == r->op && (k->kind != FLIP_MAP || recover_is_committed(c));
     c->op.phase = PHASE_OPEN;
     c->op.announced = true;
     core_log(c, CORE_WARN, "recovered operation %llu (%s to %u ranks), %s", (unsigned long long)r->op,

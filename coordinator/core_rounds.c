@@ -13,10 +13,16 @@
 
 #include "coordinator/core_internal.h"
 
+/* With no commit ahead the last round is activated by a map of its own. */
+static bool rounds_last(const struct coordinator *c)
+{
+    return c->op.decided || c->durable.open.kind == OP_REBALANCE;
+}
+
 static uint32_t rounds_limit(const struct coordinator *c)
 {
     const struct plan *p = c->op.plan;
-    return c->op.decided ? p->rounds_before + p->rounds_after : p->rounds_before;
+    return rounds_last(c) ? p->rounds_before + p->rounds_after : p->rounds_before;
 }
 
 static bool rounds_replicated(const struct coordinator *c)
@@ -85,7 +91,7 @@ static void rounds_grace(struct coordinator *c)
 
 void rounds_run(struct coordinator *c)
 {
-    if (c->op.round >= rounds_limit(c) && !c->op.decided) {
+    if (c->op.round >= rounds_limit(c) && !rounds_last(c)) {
         operation_rounds_done(c); /* the commit's own map activates what the last round filled */
         return;
     }

@@ -138,11 +138,24 @@ static int setup_up(struct coordinator *c, const struct scale_request *s, struct
     return plan_initial(layers, logical, s->target, slots, &c->op.load_map, err);
 }
 
+static int setup_rebalance(struct coordinator *c, struct err *err)
+{
+    uint32_t n = c->view->n, peers[RANKS_MAX];
+    uint8_t stays[RANKS_MAX];
+    memset(stays, 1, sizeof(stays));
+    for (uint32_t r = 0; r < n; r++)
+        peers[r] = members_find(c, c->view->members[r].id);
+    c->durable.open.kind = OP_REBALANCE;
+    return setup_parties(c, peers, stays, n, n) < 0 ? err_set(err, ERR_NOMEM, "out of memory") : 0;
+}
+
 int setup_scale(struct coordinator *c, const struct scale_request *s, struct err *err)
 {
     int rc = setup_members_ready(c, err);
     if (rc < 0)
         return rc;
+    if (s->rebalance)
+        return setup_rebalance(c, err);
     return c->view && s->target < c->view->n ? setup_down(c, s, err) : setup_up(c, s, err);
 }
 
@@ -152,6 +165,19 @@ int setup_repair(struct coordinator *c, const uint32_t *peers, uint32_t n)
     memset(stays, 1, sizeof(stays));
     c->durable.open.kind = OP_REPAIR;
     return setup_parties(c, peers, stays, n, n);
+}
+
+/* What a rebalance is to bring: for the mean of the load, and in the mean of its samples. */
+static void setup_why(struct coordinator *c)
+{
+    const struct plan *p = c->op.plan;
+    char samples[64] = "";
+    if (p->samples_before > 0)
+        snprintf(samples, sizeof(samples), ", of samples %.3f -> %.3f%s", p->samples_before, p->samples_after,
+                 p->joint ? " (jointly)" : "");
+    snprintf(c->op.why, sizeof(c->op.why), "%sbalance %.3f -> %.3f (at most %.3f)%s, %llu arrivals",
+             c->op.automatic ? "automatic: " : "", p->balance_before, p->balance_after, p->balance_ceiling, samples,
+             (unsigned long long)(p->arrivals_before + p->arrivals_after));
 }
 
 /* Plan over parties: the present map, with empty slots for the joiners. */
@@ -178,13 +204,16 @@ int setup_plan(struct coordinator *c, struct err *err)
         joining[i] = i >= r->n_old;
         node[i] = r->parties[i].node;
     }
-    *in = (struct plan_input){.now = now, .leaving = leaving, .joining = joining, .node = node};
+    *in = (struct plan_input){
+        .now = now, .leaving = leaving, .joining = joining, .node = node, .load = balance_load(c)};
+    if (in->load && (in->samples = load_matrix(&c->load)))
+        in->n_samples = load_samples(&c->load);
     struct plan_options options;
     plan_options_default(&options);
     options.target_balance = c->config.commit_balance;
     options.joiners_only = true;                   /* before the commit only WEIGHTS moves anything in a scale-up */
     options.fill = r->kind != OP_SCALE_DOWN;       /* which ends with its commit */
-    int rc = plan_make(in, &options, &c->op.plan, err);
+    int rc = plan_make_window(in, &options, &c->op.plan, err);
     if (rc == 0)
         rc = plan_validate(in, c->op.plan, err);
     if (rc < 0)
@@ -195,6 +224,8 @@ int setup_plan(struct coordinator *c, struct err *err)
         if (c->op.plan->moves[i].src == c->op.plan->moves[i].dst)
             c->op.bytes_planned -= c->durable.model->expert_bytes; /* a copy within a rank */
     c->op.round = 0;
+    if (r->kind == OP_REBALANCE)
+        setup_why(c);
     return 0;
 }
 

@@ -64,6 +64,9 @@ void operation_ask(struct coordinator *c, enum op_stage stage, uint32_t i)
     case STAGE_ENGINE_PREPARE:
         s->view = view_ref(op->proposed);
         break;
+    case STAGE_FILL:
+        s->bandwidth = c->durable.open.kind == OP_REBALANCE ? (uint64_t)op->mib_s << 20 : 0;
+        break;
     case STAGE_GRACE:
         s->step = op->stage_step;
         if (c->bug == COORDINATOR_BUG_GRACE_BY_OWN_ACK)
@@ -199,12 +202,15 @@ void operation_progress(struct coordinator *c, uint32_t peer, const struct msg_p
     int party = operation_party(c, peer);
     if (party < 0 || p->op != c->durable.open.op)
         return;
+    /* A rebalance nobody waits for: what does not get on is given up, whoever says that he lives. */
+    bool stuck = c->durable.open.kind == OP_REBALANCE && p->bytes <= c->op.progress[party];
     c->op.progress[party] = p->bytes;
     if (p->total) {
         c->op.bytes_planned += p->total - c->op.expected[party];
         c->op.expected[party] = p->total;
     }
-    if (c->op.deadline_ns && (c->op.phase == PHASE_WEIGHTS || c->op.phase == PHASE_FILL || c->op.phase == PHASE_ALLOCATE))
+    if (!stuck && c->op.deadline_ns &&
+        (c->op.phase == PHASE_WEIGHTS || c->op.phase == PHASE_FILL || c->op.phase == PHASE_ALLOCATE))
         c->op.deadline_ns = c->now_ns + c->config.transfer_ms * MS;
     c->changed = true;
 }

@@ -30,7 +30,7 @@ struct options {
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
-       KEY_FOREGROUND, KEY_SCALE_BACK, KEY_NUMBER };
+       KEY_REBALANCE_BELOW, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
 static const struct number {
@@ -48,11 +48,30 @@ static const struct number {
     NUMBER("restart-after-ms", "MS", restart_after_ms, 0, 86400000,
            "when experts are lost and every agent that held them has ended, give the view up after this and start anew "
            "from the checkpoint by itself (0: wait for `eepctl restart`)"),
+    NUMBER("load-window-ms", "MS", load_window_ms, 10, 3600000, "agents report the load of their experts this often (5000)"),
+    NUMBER("load-horizon-ms", "MS", load_horizon_ms, 100, 604800000, "the load is kept for so long (300000)"),
+    NUMBER("load-samples", "N", load_samples, 1, LOAD_SAMPLES_MAX, "in so many samples (16)"),
+    NUMBER("rebalance-after-ms", "MS", rebalance_after_ms, 0, 604800000,
+           "with --rebalance-below: once it has been lower for so long (60000)"),
+    NUMBER("rebalance-every-ms", "MS", rebalance_every_ms, 0, 604800000, "at most so often (600000)"),
+    NUMBER("rebalance-horizon-ms", "MS", rebalance_horizon_ms, 1000, 604800000,
+           "what it gains is counted for so long, against what moving costs (1800000)"),
+    NUMBER("rebalance-mib-s", "MIB", rebalance_mib_s, 0, 1u << 24,
+           "a rebalance moves at most so many MiB per second into a rank (0: no limit)"),
     NUMBER("slots", "N", slots, 0, 65536, "expert slots per rank and layer (0: as many as --min-ranks ranks need)"),
     NUMBER("min-ranks", "N", min_ranks, 1, 256, "the smallest number of ranks that shall hold all experts (2)"),
 #undef NUMBER
 };
 #define N_NUMBERS (sizeof numbers / sizeof numbers[0])
+
+static double parse_balance(struct argp_state *state, const char *what, const char *arg)
+{
+    char *end;
+    double balance = strtod(arg, &end);
+    if (*end || end == arg || !(balance > 0 && balance <= 1))
+        argp_error(state, "%s is '%s': it must be a number above 0 and at most 1", what, arg);
+    return balance;
+}
 
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
@@ -89,14 +108,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_FOREGROUND: return 0;
     case KEY_SCALE_BACK: o->core.scale_back = 1; return 0;
-    case KEY_COMMIT_BALANCE: {
-        char *end;
-        double balance = strtod(arg, &end);
-        if (*end || end == arg || !(balance > 0 && balance <= 1))
-            argp_error(state, "--commit-balance is '%s': it must be a number above 0 and at most 1", arg);
-        o->core.commit_balance = balance;
-        return 0;
-    }
+    case KEY_COMMIT_BALANCE: o->core.commit_balance = parse_balance(state, "--commit-balance", arg); return 0;
+    case KEY_REBALANCE_BELOW: o->core.rebalance_below = parse_balance(state, "--rebalance-below", arg); return 0;
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
             argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
@@ -143,6 +156,9 @@ static void parse_options(int argc, char **argv, struct options *o)
          "filled afterwards (0.98)", 0},
         {"scale-back", KEY_SCALE_BACK, 0, 0,
          "after a repair, scale back by itself to the ranks that were asked for, as soon as agents are spare", 0},
+        {"rebalance-below", KEY_REBALANCE_BELOW, "B", 0,
+         "rebalance without being asked when the mean load of a rank over the highest stays below B, if it is worth the "
+         "bytes (default: never)", 0},
         {"foreground", KEY_FOREGROUND, 0, 0, "stay in the foreground (always so)", 0},
         OPTIONS_HELP(-1),
     };

@@ -193,10 +193,39 @@ static int current_layer(struct problem *p, const json_t *row, uint32_t layer, s
         p->now->held[at] = (int32_t)e;
         p->now->live[at] = e >= 0;
     }
-    for (uint32_t e = 0; e < p->logical; e++)
-        if (expert_map_live_count(p->now, layer, (int32_t)e, NULL) == 0)
-            return err_set(err, ERR_INVALID, "expert %u of layer %u is nowhere in `current`: it is lost already", e,
-                           layer);
+    return 0;
+}
+
+/* What lies in a slot of `current` without being routed to, as in the output. */
+static int problem_dormant(struct problem *p, const json_t *input, struct err *err)
+{
+    const json_t *dormant = json_object_get(input, "dormant"), *item;
+    size_t i;
+    if (dormant && !json_is_array(dormant))
+        return err_set(err, ERR_INVALID, "`dormant` must be an array of [layer, slot, expert]");
+    json_array_foreach(dormant, i, item)
+    {
+        json_int_t v[3] = {-1, -1, -1};
+        for (size_t k = 0; k < 3 && json_array_size(item) == 3; k++)
+            v[k] = json_is_integer(json_array_get(item, k)) ? json_integer_value(json_array_get(item, k)) : -1;
+        if (v[0] < 0 || v[0] >= p->layers || v[1] < 0 || v[1] >= (json_int_t)p->old * p->slots)
+            return err_set(err, ERR_INVALID, "item %zu of `dormant` names no layer and slot of `current`", i);
+        size_t at = expert_map_at(p->now, (uint32_t)v[0], (uint32_t)v[1] / p->slots, (uint32_t)v[1] % p->slots);
+        if (p->now->held[at] < 0 || p->now->held[at] != v[2])
+            return err_set(err, ERR_INVALID, "item %zu of `dormant` names another expert than `current`", i);
+        p->now->live[at] = 0;
+    }
+    return 0;
+}
+
+/* Every expert must be routed to somewhere. */
+static int problem_covered(const struct problem *p, struct err *err)
+{
+    for (uint32_t layer = 0; layer < p->layers; layer++)
+        for (uint32_t e = 0; e < p->logical; e++)
+            if (expert_map_live_count(p->now, layer, (int32_t)e, NULL) == 0)
+                return err_set(err, ERR_INVALID, "expert %u of layer %u is nowhere in `current`: it is lost already", e,
+                               layer);
     return 0;
 }
 
@@ -265,6 +294,10 @@ static int problem_current(struct problem *p, const json_t *input, struct err *e
     rc = problem_parties(p, input, err);
     for (uint32_t layer = 0; layer < p->layers && rc == 0; layer++)
         rc = current_layer(p, json_array_get(current, layer), layer, err);
+    if (rc == 0)
+        rc = problem_dormant(p, input, err);
+    if (rc == 0)
+        rc = problem_covered(p, err);
     return rc;
 }
 
@@ -480,8 +513,12 @@ static int answer_plan(const struct problem *p, const struct plan_input *in, con
         json_object_set_new(out, "dormant", dormant_json(p, plan->target));
         json_object_set_new(out, "moves", moves_json(p, plan));
         report_json(p, plan, out);
-        if (p->samples > 1)
+        if (p->samples > 1) {
             json_object_set_new(out, "balance_samples", samples_json(p, after));
+            json_object_set_new(out, "balance_samples_before", json_real(plan->samples_before));
+            json_object_set_new(out, "balance_samples_after", json_real(plan->samples_after));
+            json_object_set_new(out, "jointly", json_boolean(plan->joint));
+        }
     }
     free(at_commit);
     free(after);
@@ -497,9 +534,11 @@ static int answer_elastic(const struct problem *p, json_t **ret_output, struct e
                             .leaving = p->leaving,
                             .joining = p->joining,
                             .node = p->nodes > 1 ? p->node : NULL,
-                            .load = p->load};
+                            .load = p->load,
+                            .samples = p->sample,
+                            .n_samples = p->samples > 1 ? p->samples : 0};
     struct plan *plan = NULL;
-    int rc = plan_make(&in, &p->options, &plan, err);
+    int rc = plan_make_window(&in, &p->options, &plan, err);
     if (rc == 0)
         rc = plan_validate(&in, plan, err);
     if (rc == 0)

@@ -104,6 +104,8 @@ static int planner_init(struct planner *p, const struct plan_input *in, const st
     if (!p->final || !p->party_of || !p->weight || !p->rounds || !p->commit || !p->target)
         return err_set(err, ERR_NOMEM, "no memory to plan %u layers of %u parties", p->layers, p->parties);
     rc = planner_parties(p, in, err);
+    if (in->n_samples && !(p->samples = calloc((size_t)in->n_samples * p->logical, sizeof *p->samples)))
+        return err_set(err, ERR_NOMEM, "no memory for %u samples of load", in->n_samples);
     return rc < 0 ? rc : place_init(&p->place, p->n_final, p->slots, p->logical, p->options.cross_cost, err);
 }
 
@@ -125,6 +127,7 @@ int plan_make(const struct plan_input *in, const struct plan_options *options, s
     free(p.final);
     free(p.party_of);
     free(p.weight);
+    free(p.samples);
     free(p.rounds);
     free(p.steps);
     free(p.dips);

@@ -11,6 +11,9 @@ struct plan_input {
     const uint8_t *joining;       /* [parties]; NULL = nobody */
     const uint32_t *node;         /* [parties]; NULL = all on one node */
     const double *load;           /* [layers][logical]; NULL or all zero = spread evenly */
+    /* Beside it: samples whose balances are to be good one by one; load is their mean then. */
+    const double *samples; /* [n_samples][layers][logical] */
+    uint32_t n_samples;    /* 0 = none */
 };
 
 /* How the elastic planner trades; plan_options_default gives what stands behind each. */
@@ -28,6 +31,11 @@ void plan_options_default(struct plan_options *ret_options);
  * NULL: the defaults.  ERR_LIMIT when the experts do not fit. */
 int plan_make(const struct plan_input *in, const struct plan_options *options, struct plan **ret_plan,
               struct err *err) MUST_CHECK;
+
+/* The same for a window: with four samples or more, jointly for all of them when that holds out better than their mean on
+ * samples left aside.  The plan says which, and its balances by sample. */
+int plan_make_window(const struct plan_input *in, const struct plan_options *options, struct plan **ret_plan,
+                     struct err *err) MUST_CHECK;
 
 /* Where a cold start puts the experts: every one at least once, replicas spread evenly.  held and live are set. */
 int plan_initial(uint32_t layers, uint32_t logical, uint32_t ranks, uint32_t slots, struct expert_map **ret_map,

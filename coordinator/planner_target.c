@@ -55,6 +55,9 @@ static bool layer_weights(struct planner *p, uint32_t layer)
         sum += load[e];
     for (uint32_t e = 0; e < p->logical; e++)
         p->weight[e] = sum > 0 ? load[e] : 1;
+    for (uint32_t k = 0; k < p->in->n_samples; k++)
+        memcpy(p->samples + (size_t)k * p->logical, p->in->samples + ((size_t)k * p->layers + layer) * p->logical,
+               p->logical * sizeof *p->samples);
     return sum > 0;
 }
 
@@ -261,7 +264,22 @@ static void layer_room(struct planner *p, const int32_t *held, const uint8_t *li
     }
 }
 
-static void layer_commit(struct planner *p, uint32_t layer, enum effort effort, double peak_now)
+/* Balance of the samples one by one, as far as an arrival buys so much of it. */
+#define SAMPLES_LAMBDA 0.0005
+
+static void layer_joint(struct planner *p, bool held_only)
+{
+    const struct place_joint goal = {.samples = p->in->n_samples,
+                                     .weight = p->samples,
+                                     .balance = p->options.target_balance,
+                                     .lambda = fmax(p->options.lambda, SAMPLES_LAMBDA),
+                                     .peak_max = p->peak_max,
+                                     .held_only = held_only};
+    if (goal.samples)
+        place_joint(&p->place, &goal);
+}
+
+static void layer_commit(struct planner *p, uint32_t layer, enum effort effort)
 {
     const struct expert_map *now = p->in->now;
     int32_t *held = row_of(p, p->commit->held, layer);
@@ -272,7 +290,7 @@ static void layer_commit(struct planner *p, uint32_t layer, enum effort effort, 
                               .lambda = p->options.lambda,
                               .arrivals_max = effort == EFFORT_COVER ? 0 : UINT32_MAX,
                               .work = WORK_LAYER,
-                              .peak_max = p->n_leaving ? INFINITY : peak_now};
+                              .peak_max = p->peak_max};
     p->place.crowd = 0.5;
     p->place.rigid = effort == EFFORT_RIGID;
     if (p->n_joining && !p->n_leaving) {
@@ -280,6 +298,8 @@ static void layer_commit(struct planner *p, uint32_t layer, enum effort effort, 
         p->place.crowd = PLACE_NEVER;
     }
     place_solve(&p->place, &goal);
+    if (effort == EFFORT_FULL || effort == EFFORT_RIGID)
+        layer_joint(p, false);
     layer_slots(p, held, live, live_of(p, now->live, layer));
     layer_leavers(p, layer, p->commit);
 }
@@ -296,6 +316,7 @@ static void layer_target(struct planner *p, uint32_t layer, enum effort effort)
     if (!p->options.fill)
         return;
     place_fill(&p->place);
+    layer_joint(p, true);
     layer_slots(p, held, live, live_of(p, p->commit->live, layer));
     layer_dormant(p, held);
 }
@@ -316,6 +337,7 @@ static int layer_plan(struct planner *p, uint32_t layer, struct err *err)
     bool loaded = layer_weights(p, layer);
     double mean, peak_now = planner_peak(p, row_of(p, now->held, layer), live_of(p, now->live, layer), serving, &mean);
     p->balance_before += balance_of(mean, peak_now);
+    p->peak_max = p->n_leaving ? INFINITY : peak_now;
     layer_start(p, row_of(p, now->held, layer), live_of(p, now->live, layer), NULL);
     layer_bounds(p);
     int rc = ERR_CONFLICT;
@@ -323,7 +345,7 @@ static int layer_plan(struct planner *p, uint32_t layer, struct err *err)
     /* bytes are not spent on the balance of a layer that is idle, save on what joiners must get */
     for (int effort = loaded || p->n_joining ? EFFORT_FULL : EFFORT_COVER; effort < EFFORTS && rc == ERR_CONFLICT;
          effort++) {
-        layer_commit(p, layer, (enum effort)effort, peak_now);
+        layer_commit(p, layer, (enum effort)effort);
         layer_target(p, layer, (enum effort)effort);
         peak = planner_peak(p, row_of(p, p->target->held, layer), live_of(p, p->target->live, layer), p->final, NULL);
         if (p->n_leaving == 0 && peak > peak_now * (1 + 1e-9))

@@ -6,6 +6,7 @@
 #ifndef EEP_COORDINATOR_PLANNER_WORK_H
 #define EEP_COORDINATOR_PLANNER_WORK_H
 
+#include "coordinator/place_joint.h"
 #include "coordinator/place_solve.h"
 #include "coordinator/planner.h"
 
@@ -36,6 +37,8 @@ struct planner {
     uint32_t *party_of;                     /* [n_final]: of a final rank */
     struct expert_map *commit, *target;
     double *weight; /* [logical] of the layer at hand: all 1 without load */
+    double *samples; /* [n_samples][logical] of the layer at hand; NULL without */
+    double peak_max; /* that the layer may have at most */
     struct place place;
     struct step *steps;
     size_t n_steps, cap_steps;

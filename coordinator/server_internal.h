@@ -113,6 +113,9 @@ void control_watch_view(struct session *session, const struct frame *frame, cons
 void control_serve_watchers(struct server *server);
 void control_plan_summary(const struct server *server, const struct plan *plan, Pb__PlanSummary *ret_summary);
 
+/* ---- control_load.c: the load of the experts ---- */
+void control_load(struct session *session, const struct frame *frame, const ProtobufCMessage *request);
+
 /* ---- store_edge.c: keys, queues, leases, barriers ---- */
 int store_edge_open(struct server *server, struct err *err) MUST_CHECK;
 void store_edge_close(struct server *server);

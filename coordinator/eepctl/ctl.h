@@ -51,6 +51,8 @@ int cmd_restart(struct ctl *ctl, int argc, char **argv);
 int cmd_watch(struct ctl *ctl, int argc, char **argv);
 int cmd_history(struct ctl *ctl, int argc, char **argv);
 int cmd_verify(struct ctl *ctl, int argc, char **argv);
+int cmd_rebalance(struct ctl *ctl, int argc, char **argv);
+int cmd_load(struct ctl *ctl, int argc, char **argv);
 int cmd_plan(struct ctl *ctl, int argc, char **argv);
 int cmd_model(struct ctl *ctl, int argc, char **argv);
 int cmd_kv(struct ctl *ctl, int argc, char **argv);
@@ -103,10 +105,10 @@ int ctl_follow(struct ctl *ctl, uint64_t op, uint32_t timeout_ms);
 #define CTL_RETRY_MS 250
 void ctl_sleep_ms(unsigned ms);
 
-/* ---- scaling (scale.c), for scale and drain ---- */
+/* ---- scaling (scale.c), for scale, drain and rebalance ---- */
 struct scale_options {
-    bool has_target, dry_run, no_wait, drain;
-    uint32_t target, wait_agents_ms, timeout_ms, deadline_ms;
+    bool has_target, dry_run, no_wait, drain, rebalance;
+    uint32_t target, wait_agents_ms, timeout_ms, deadline_ms, mib_s;
     const char *key;
     const char *remove[256];
     size_t n_remove;

@@ -19,6 +19,8 @@ const struct ctl_command ctl_commands[] = {
     {"watch", cmd_watch, "follow an operation to its end"},
     {"history", cmd_history, "operations that have ended"},
     {"verify", cmd_verify, "compare all weights with their digests"},
+    {"load", cmd_load, "what the experts were asked for of late, and the balance"},
+    {"rebalance", cmd_rebalance, "place the experts anew by the load, while serving"},
     {"plan", cmd_plan, "run a placement planner on a file, offline"},
     {"model", cmd_model, "what is in a checkpoint folder, offline"},
     {"kv", cmd_kv, "the key-value store: get, put, add, cas, del, list, watch, queue, stat"},

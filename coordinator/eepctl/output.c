@@ -218,6 +218,7 @@ const char *ctl_kind(Pb__OpKind kind)
     case PB__OP_KIND__SCALE_UP: return "scale-up";
     case PB__OP_KIND__SCALE_DOWN: return "scale-down";
     case PB__OP_KIND__REPAIR: return "repair";
+    case PB__OP_KIND__REBALANCE: return "rebalance";
     default: return "?";
     }
 }
@@ -236,8 +237,8 @@ const char *ctl_outcome(Pb__OpOutcome outcome)
 void ctl_print_operation(const Pb__Operation *op, FILE *out)
 {
     char a[32], b[32];
-    fprintf(out, "operation %llu: %s to %u ranks, %s", (unsigned long long)op->op, ctl_kind(op->kind), op->target,
-            ctl_outcome(op->outcome));
+    fprintf(out, "operation %llu: %s %s %u ranks, %s", (unsigned long long)op->op, ctl_kind(op->kind),
+            op->kind == PB__OP_KIND__REBALANCE ? "of" : "to", op->target, ctl_outcome(op->outcome));
     if (op->outcome == PB__OP_OUTCOME__RUNNING) {
         fprintf(out, ", phase %s for %s", op->phase, ctl_duration(op->phase_age_ms * 1000000, a, sizeof a));
         if (op->rounds)
@@ -282,5 +283,11 @@ void ctl_print_plan(const Pb__PlanSummary *plan, FILE *out)
             ctl_bytes(arrivals * plan->expert_bytes, a, sizeof a));
     fprintf(out, "  bounds: hard %llu arrivals, fill %llu arrivals\n", (unsigned long long)plan->bound_hard,
             (unsigned long long)plan->bound_fill);
+    if (plan->has_balance_after)
+        fprintf(out, "  balance: %.3f now, %.3f at the commit, %.3f after it (at most %.3f)\n", plan->balance_before,
+                plan->balance_at_commit, plan->balance_after, plan->balance_ceiling);
+    if (plan->has_samples_after)
+        fprintf(out, "  balance of single samples: %.3f now, %.3f after it, planned for %s\n", plan->samples_before,
+                plan->samples_after, plan->joint ? "them jointly" : "their mean");
     fprintf(out, "  dense weights: %s to each rank that joins\n", ctl_bytes(plan->dense_bytes, a, sizeof a));
 }

@@ -154,6 +154,10 @@ int scale_run(struct ctl *ctl, struct scale_options *o)
     request.dry_run = o->dry_run;
     request.wait_agents_ms = o->wait_agents_ms;
     request.timeout_ms = o->deadline_ms;
+    request.has_rebalance = o->rebalance;
+    request.rebalance = o->rebalance;
+    request.has_mib_s = o->mib_s != 0;
+    request.mib_s = o->mib_s;
     request.has_drain = request.drain = o->drain;
     if (scale_accepted(ctl, o, own_key, &request, &reply, &err) < 0)
         return ctl_fail(&err);

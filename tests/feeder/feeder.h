@@ -23,6 +23,7 @@ struct feeder_options {
     uint32_t concurrency, max_tokens, finish_ms;
     uint64_t requests;    /* 0 = no such end */
     uint64_t duration_ms; /* 0 = no such end */
+    uint64_t drift_ms;    /* 0 = all prompts in turn */
 };
 
 /* An engine that the view names, or named. */

@@ -89,6 +89,15 @@ static bool issuing(const struct feeder *f)
     return f->stopped_ns == 0 && (f->options.requests == 0 || f->figures.issued < f->options.requests);
 }
 
+/* All in turn; drifting: a quarter of them, and another quarter after a while. */
+static uint32_t next_prompt(const struct feeder *f)
+{
+    uint64_t quarter = f->prompts > 4 ? f->prompts / 4 : 1, drift_ms = f->options.drift_ms;
+    if (!drift_ms)
+        return (uint32_t)(f->figures.issued % f->prompts);
+    return (uint32_t)((clock_now_ms() / drift_ms * quarter + f->figures.issued % quarter) % f->prompts);
+}
+
 void jobs_pump(struct feeder *f)
 {
     for (uint32_t i = 0; i < f->options.concurrency; i++) {
@@ -98,7 +107,7 @@ void jobs_pump(struct feeder *f)
             if (!issuing(f))
                 continue;
             *job = (struct job){.number = f->figures.issued,
-                                .prompt = (uint32_t)(f->figures.issued % f->prompts),
+                                .prompt = next_prompt(f),
                                 .issued_ns = clock_now_ns()};
             if (!job_send(f, job))
                 return;

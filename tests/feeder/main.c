@@ -21,6 +21,7 @@ enum {
     KEY_REQUESTS,
     KEY_DURATION,
     KEY_TOKENS,
+    KEY_DRIFT,
     KEY_UNTIL,
     KEY_REPORT,
     KEY_STATUS,
@@ -36,6 +37,7 @@ static const struct argp_option option_table[] = {
     {"duration", KEY_DURATION, "S", 0, "stop issuing after so many seconds", 0},
     {"until-file", KEY_UNTIL, "PATH", 0, "stop issuing when this file exists", 0},
     {"max-tokens", KEY_TOKENS, "N", 0, "tokens per request (default: all that the reference knows)", 0},
+    {"drift", KEY_DRIFT, "S", 0, "a quarter of the prompts only, another one every so many seconds: skewed load", 0},
     {"report", KEY_REPORT, "FILE", 0, "write the summary here (default: standard output)", 0},
     {"status", KEY_STATUS, "FILE", 0, "rewrite this file with the counts every 200 ms", 0},
     {"finish", KEY_FINISH, "S", 0, "how long requests in flight may take after the end (default 60)", 0},
@@ -76,6 +78,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_UNTIL:
         o->until_file = arg;
+        return 0;
+    case KEY_DRIFT:
+        o->drift_ms = number(state, arg, 1000, 1e9);
         return 0;
     case KEY_TOKENS:
         o->max_tokens = (uint32_t)number(state, arg, 1, 65536);

@@ -176,7 +176,7 @@ int cluster_coordinator_start(struct cluster *c)
         args[n++] = CLUSTER_COORDINATOR_TCP;
         args[n++] = "--insecure";
     }
-    for (int i = 0; i < 24 && c->options.coordinator_args[i]; i++)
+    for (int i = 0; i < 32 && c->options.coordinator_args[i]; i++)
         args[n++] = c->options.coordinator_args[i];
     args[n] = NULL;
     c->coordinator = cluster_spawn(c, "coordinator", "eep-coordinator", args);

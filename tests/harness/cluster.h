@@ -26,7 +26,7 @@ struct cluster_options {
     /* Of the agents; NULL: $EEP_TEST_MEMORY and $EEP_TEST_TRANSPORT, or else "host" (transport "auto" with memory "cuda").
        With "cuda" the agents are spread over the GPUs that there are, and share them. */
     const char *memory, *transport;
-    const char *coordinator_args[24]; /* NULL terminated */
+    const char *coordinator_args[32]; /* NULL terminated */
     const char *agent_args[8];        /* the same, for every agent */
     const char *engine_args[4];       /* of engines that are started from now on */
     const char *network;              /* every process on a host of its own: struct network's name; NULL = loopback */

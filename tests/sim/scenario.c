@@ -83,6 +83,7 @@ void scenario_start(struct sim *s)
         s->p_pair = sim_chance(s, 900) ? 0 : sim_chance(s, 500) ? 1000 : 50;
     }
     s->ops_left = (uint32_t)sim_between(s, 2, s->n > 8 ? 3 : 7);
+    load_start(s);
     s->agents = calloc(s->n, sizeof *s->agents);
     s->covered = calloc((size_t)s->layers * s->logical, 1);
     if (!s->agents || !s->covered) {
@@ -162,11 +163,22 @@ void scenario_reply(struct sim *s, const struct coordinator_action *reply)
 
 void scenario_ended(struct sim *s, const struct op_record *record)
 {
+    s->rebalances += record->kind == OP_REBALANCE && record->outcome == OUTCOME_DONE;
     if (s->final_stage != 2 || record->op != s->final_op)
         return;
     if (record->outcome != OUTCOME_DONE)
         sim_fail(s, "promise 6: the last operation ends as %u: %s", record->outcome, record->why);
     s->final_stage = 3;
+}
+
+static void ask_rebalance(struct sim *s)
+{
+    struct scale_request rebalance = {.rebalance = true};
+    struct coordinator_event event = {
+        .type = CE_SCALE, .request = ++s->request, .scale = &rebalance, .wall_ms = s->now / MS};
+
+    sim_note(s, "OPERATOR rebalance, request %" PRIu64, s->request);
+    process_event(s, &event);
 }
 
 static void operate(struct sim *s)
@@ -189,6 +201,10 @@ static void operate(struct sim *s)
     }
     if (*s->last_key && sim_chance(s, 150)) {
         ask(s, s->last_target, s->last_key, 0, NULL);
+        return;
+    }
+    if (view && s->load_every && sim_chance(s, 400)) {
+        ask_rebalance(s);
         return;
     }
     if (!view)

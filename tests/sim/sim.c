@@ -245,6 +245,7 @@ static void dispatch(struct sim *s, struct sim_event *e)
     case SE_FAULT:
     case SE_REQUEST:
     case SE_PROBE: scenario_event(s, e); return;
+    case SE_LOAD: load_report(s); return;
     }
     assert(0 && "unknown event");
 }

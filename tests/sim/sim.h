@@ -8,6 +8,7 @@
  *   worker.c    allocation, groups, transfers: what every slot really holds
  *   engine.c    engines: the gate one atomic step at a time, all-to-all steps, waves, requests
  *   check.c     the invariants (listed there), checked where the thing that could break them happens
+ *   load.c      what agents report of the load of their experts
  *   scenario.c  what a seed means: sizes, delays, the operator's commands, faults, the quiet at the end
  *   main.c      the command line */
 #ifndef EEP_TESTS_SIM_H
@@ -34,7 +35,7 @@ enum sim_event_kind {
     SE_WORK_END, SE_MOVE_BEGIN, SE_MOVE_END,
     SE_ENGINE, SE_STEP_END, SE_DEVICE_DONE, SE_REVOKE, SE_ENGINE_DEATH, SE_ENGINE_FAILS, SE_ATTACH, SE_DRAIN_DEADLINE,
     SE_RESUME, SE_ORPHAN,
-    SE_OPERATOR, SE_FAULT, SE_REQUEST, SE_PROBE,
+    SE_OPERATOR, SE_FAULT, SE_REQUEST, SE_PROBE, SE_LOAD,
 };
 
 struct sim_event {
@@ -209,6 +210,8 @@ struct sim {
     struct sim_key keys[SIM_KEYS];
     struct { uint64_t request; int key; } asked[32];
     uint32_t n_keys, n_asked;
+    uint64_t load_every, loads; /* ns between reports of load, 0 = there are none; reports so far */
+    uint64_t rebalances;        /* that have ended as done */
     uint64_t ops_done, ops_aborted, ops_refused, flips, resets, reset_times[SIM_RESETS];
     /* the world */
     struct sim_process coordinator;
@@ -302,6 +305,10 @@ bool check_is_quiet(struct sim *s, char *ret_why, size_t size);
 const struct sim_commit *check_commit(const struct sim *s, uint64_t epoch);
 struct sim_step *check_step(struct sim *s, uint64_t step);
 bool check_void(const struct sim *s, const struct sim_agent *a, uint64_t view);
+
+/* load.c */
+void load_start(struct sim *s);   /* what the seed means: is load reported, does the coordinator rebalance by itself */
+void load_report(struct sim *s);  /* every agent of the view says what its slots got */
 
 /* scenario.c */
 void scenario_start(struct sim *s);

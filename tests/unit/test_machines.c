@@ -36,9 +36,9 @@ static const struct row new_rank[] = {
 
 static const struct row remaining[] = {
     {"PREPARE", .group_done = "PREPARE", .mapping_done = "PREPARE", .kv_done = "PREPARE", .reshuffle = "EPLB_RESHUFFLE",
-     .engine_prepare = "SWITCH_AND_PREPARE", .abort = "ABORTED"},
+     .engine_prepare = "SWITCH_AND_PREPARE", .end = "COMPLETE", .abort = "ABORTED"},
     {"EPLB_RESHUFFLE", .reshuffle = "EPLB_RESHUFFLE", .kv_done = "EPLB_RESHUFFLE",
-     .engine_prepare = "SWITCH_AND_PREPARE", .abort = "ABORTED"},
+     .engine_prepare = "SWITCH_AND_PREPARE", .end = "COMPLETE", .abort = "ABORTED"},
     {"SWITCH_AND_PREPARE", .engine_prepare = "SWITCH_AND_PREPARE", .flipped = "SWITCH_AND_PREPARE", .end = "COMPLETE",
      .abort = "ABORTED"},
     {0},

@@ -256,6 +256,19 @@ START_TEST(small_ones_up)
         struct msg_verified *a = &m.verified, *b = &got.verified;
         EQ(request), EQ(slots), EQ(dense), EQ(bytes), EQ(bad), EQS(text);
     }
+    {
+        uint64_t tokens[6] = {0, 1, 300, UINT64_MAX, 4, 5};
+        struct msg m = {.type = MSG_LOAD, .load = {1, 2, 3, 2, 500, tokens}};
+        struct msg got = there_and_back(&m);
+        struct msg_load *a = &m.load, *b = &got.load;
+        EQ(epoch), EQ(map_version), EQ(layers), EQ(slots), EQ(window_ms);
+        ck_assert_int_eq(memcmp(b->tokens, tokens, sizeof tokens), 0);
+        struct msg copy;
+        msg_copy(&copy, &got);
+        msg_done(&got);
+        ck_assert_int_eq(memcmp(copy.load.tokens, tokens, sizeof tokens), 0);
+        msg_done(&copy);
+    }
 }
 END_TEST
 
@@ -313,16 +326,16 @@ END_TEST
 START_TEST(views_and_maps)
 {
     {
-        struct msg m = {.type = MSG_WELCOME, .welcome = {1, 2, 3, view_make(3), true}};
+        struct msg m = {.type = MSG_WELCOME, .welcome = {1, 2, 3, 4, view_make(3), true}};
         struct msg got = there_and_back(&m);
         struct msg_welcome *a = &m.welcome, *b = &got.welcome;
-        EQ(lease_ms), EQ(heartbeat_ms), EQ(indoubt_ms), EQ(member);
+        EQ(lease_ms), EQ(heartbeat_ms), EQ(indoubt_ms), EQ(load_window_ms), EQ(member);
         same_view(a->view, b->view);
         msg_done(&got);
         msg_done(&m);
     }
     {
-        struct msg got = there_and_back(&(struct msg){.type = MSG_WELCOME, .welcome = {1, 2, 3, NULL, false}});
+        struct msg got = there_and_back(&(struct msg){.type = MSG_WELCOME, .welcome = {1, 2, 3, 0, NULL, false}});
         ck_assert_ptr_null(got.welcome.view);
     }
     {
@@ -381,7 +394,8 @@ static struct msg stage_make(void)
                               .step = 4,
                               .deadline_ms = 5,
                               .load = true,
-                              .plan_digest = 6}};
+                              .plan_digest = 6,
+                              .bandwidth = 7}};
     m.stage.map = map_make(1);
     m.stage.plan = plan_make_some(2);
     m.stage.view = view_make(2);
@@ -394,7 +408,7 @@ START_TEST(stage)
     struct msg m = stage_make();
     struct msg got = there_and_back(&m);
     struct msg_stage *a = &m.stage, *b = &got.stage;
-    EQ(op), EQ(stage), EQ(round), EQ(attempt), EQ(step), EQ(deadline_ms), EQ(load), EQ(plan_digest);
+    EQ(op), EQ(stage), EQ(round), EQ(attempt), EQ(step), EQ(deadline_ms), EQ(load), EQ(plan_digest), EQ(bandwidth);
     same_map(a->map, b->map);
     same_plan(a->plan, b->plan);
     same_view(a->view, b->view);
@@ -524,6 +538,7 @@ START_TEST(bad_small_things)
     refused(&(struct msg){.type = MSG_PREPARE, .prepare = {.epoch = 1}}, "kind");
     refused(&(struct msg){.type = MSG_GO, .go = {.epoch = 1, .kind = FLIP_VIEW}}, "view");
     refused(&(struct msg){.type = MSG_WELCOME, .welcome = {.member = true}}, "view");
+    refused(&(struct msg){.type = MSG_LOAD}, "token counts");
     refused(&(struct msg){.type = MSG_STAGE_DONE, .stage_done = {.stage = STAGE_KV, .code = 1}}, "code");
     refused(&(struct msg){.type = MSG_STAGE_DONE, .stage_done = {.stage = STAGE_KV, .code = -1000}}, "code");
     struct msg got;
@@ -637,7 +652,7 @@ START_TEST(control_methods)
         [CONTROL_LEASE_KEEP] = "LeaseKeep",    [CONTROL_LEASE_END] = "LeaseEnd",
         [CONTROL_QUEUE_PUSH] = "QueuePush",    [CONTROL_QUEUE_POP] = "QueuePop",
         [CONTROL_QUEUE_LENGTH] = "QueueLength", [CONTROL_BARRIER_LIST] = "BarrierList",
-        [CONTROL_BARRIER_SHOW] = "BarrierShow",
+        [CONTROL_BARRIER_SHOW] = "BarrierShow", [CONTROL_LOAD] = "Load",
     };
     ck_assert_uint_eq(pb__control__descriptor.n_methods, CONTROL_METHODS);
     for (unsigned i = 0; i < CONTROL_METHODS; i++)

@@ -156,10 +156,13 @@ static void group_make(uint32_t n)
     worker_result_done(&id);
 }
 
+static uint64_t bandwidth; /* of what transfer_submit asks for; 0 = no limit */
+
 static void transfer_submit(enum work_kind kind, uint32_t i, uint32_t n, struct plan *plan, struct model *model,
                             uint32_t round, uint64_t *ret_id)
 {
     struct work work = work_new(kind, i);
+    work.bandwidth = bandwidth;
     work_parties(&work, n);
     work.plan = plan_ref(plan);
     work.model = model_ref(model);
@@ -220,11 +223,16 @@ START_TEST(a_joiner_receives_everything_from_its_peers)
         ck_assert_msg(r.code == 0, "%s", r.text);
         ck_assert_uint_eq(r.bytes, i < 2 ? 0 : model->dense_bytes + LAYERS * 4 * model->expert_bytes);
     }
+    bandwidth = _i ? 20 * model->expert_bytes : 0; /* two experts in a batch, which takes 100 ms */
+    uint64_t begun = clock_now_ns();
     for (uint32_t i = 0; i < 3; i++)
         transfer_submit(WORK_FILL, i, 3, plan, model, 1, &ids[i]);
+    bandwidth = 0;
     for (uint32_t i = 0; i < 3; i++) {
         struct worker_result r = result_wait(world.workers[i], ids[i]);
         ck_assert_msg(r.code == 0, "%s", r.text);
+        if (_i) /* however many arrive: not faster than that */
+            ck_assert_uint_ge((clock_now_ns() - begun) / 1000000, LAYERS * 1000 / 20 - 10);
         ck_assert_uint_eq(r.bytes, i == 1 ? 0 : LAYERS * model->expert_bytes);
         for (uint32_t k = 0; k < plan->n_moves; k++) {
             const struct move *m = &plan->moves[k];
@@ -640,7 +648,7 @@ int main(void)
     TCase *t = tcase_create("worker");
     tcase_add_checked_fixture(t, setup, teardown);
     tcase_set_timeout(t, 60);
-    tcase_add_test(t, a_joiner_receives_everything_from_its_peers);
+    tcase_add_loop_test(t, a_joiner_receives_everything_from_its_peers, 0, 2);
     tcase_add_test(t, verify_counts_every_mismatch);
     tcase_add_test(t, what_arrives_broken_is_noticed);
     tcase_add_test(t, a_slot_is_written_once_in_a_round);
