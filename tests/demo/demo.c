@@ -17,6 +17,7 @@
 #include "tests/demo/demo.h"
 
 #define START_MS 30000 /* for all agents and engines; on a GPU each begins with a context */
+#define OTHER_START_MS 180000 /* engines of another kind, which may have much to import first */
 
 static volatile sig_atomic_t interrupted;
 
@@ -199,10 +200,11 @@ static int demo_run(struct demo *d, json_t **ret_base, json_t **ret_report, int 
                                 .coordinator_args = {"--slots", "8", NULL}};
     if (cluster_start(c, &o) < 0 || cluster_all_start(c) < 0)
         return -1;
-    if (cluster_wait_agents(c, d->agents, START_MS) < 0) {
+    int start_ms = getenv("EEP_ENGINE") ? OTHER_START_MS : START_MS;
+    if (cluster_wait_agents(c, d->agents, start_ms) < 0) {
         if (!interrupted) {
             fprintf(stderr, "the agents and engines did not come up within %d s; the last line of each log:\n",
-                    START_MS / 1000);
+                    start_ms / 1000);
             cluster_logs_show(c);
         }
         return -1;

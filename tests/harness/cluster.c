@@ -23,6 +23,7 @@
 
 #define ARGS_MAX 64
 #define CLUSTER_COORDINATOR_TCP "10.77.0.1:7420"
+#define ENGINE   "tests/eep-engine"
 
 uint64_t cluster_now_ms(void)
 {
@@ -60,10 +61,19 @@ static void cluster_preload(const struct cluster *c)
 /* A child whose stdout and stderr go to dir/<log>.out and dir/<log>.log. */
 static pid_t cluster_spawn(const struct cluster *c, const char *log, const char *program, const char *const *args)
 {
-    char path[512], out[256], err[256];
-    const char *argv[ARGS_MAX + 2];
+    char path[512], out[256], err[256], shell[1024];
+    const char *argv[ARGS_MAX + 5];
     int n = 0;
-    snprintf(path, sizeof(path), "%s/%s", c->bin, program);
+    const char *engine = strcmp(program, ENGINE) == 0 ? getenv("EEP_ENGINE") : NULL;
+    if (engine) { /* a command line instead: the shell takes it apart, and becomes it */
+        snprintf(path, sizeof(path), "/bin/sh");
+        snprintf(shell, sizeof(shell), "exec %s \"$@\"", engine);
+        argv[n++] = path;
+        argv[n++] = "-c";
+        argv[n++] = shell;
+    } else {
+        snprintf(path, sizeof(path), "%s/%s", c->bin, program);
+    }
     snprintf(out, sizeof(out), "%s/%s.out", c->dir, log);
     snprintf(err, sizeof(err), "%s/%s.log", c->dir, log);
     argv[n++] = path;
@@ -328,7 +338,7 @@ int cluster_engine_start(struct cluster *c, int i)
     for (int k = 0; k < 4 && c->options.engine_args[k]; k++)
         args[n++] = c->options.engine_args[k];
     args[n] = NULL;
-    c->engine[i] = cluster_spawn(c, log, "tests/eep-engine", args);
+    c->engine[i] = cluster_spawn(c, log, ENGINE, args);
     return c->engine[i] > 0 ? 0 : -1;
 }
 

@@ -1,0 +1,19 @@
+"""A safetensors file by numpy alone; bf16 as uint16."""
+import json
+import struct
+
+import numpy
+
+from eep.memory import DTYPES
+
+
+def load(path) -> dict:
+    data = open(path, "rb").read()
+    length = struct.unpack("<Q", data[:8])[0]
+    tensors = {}
+    for name, t in json.loads(data[8:8 + length]).items():
+        if name != "__metadata__":
+            size, kind, _ = DTYPES[t["dtype"]]
+            begin, end = t["data_offsets"]
+            tensors[name] = numpy.frombuffer(data[8 + length + begin:8 + length + end], kind or f"<u{size}").reshape(t["shape"])
+    return tensors
