@@ -200,6 +200,11 @@ void control_status(struct session *session, const struct frame *frame, const Pr
     if (status.degraded[0] && status.degraded_since_ns) {
         reply.has_degraded_for_ms = 1;
         reply.degraded_for_ms = (clock_now_ns() - status.degraded_since_ns) / 1000000;
+        reply.degraded_awaits = status.missing;
+        if (status.gives_up_ns) {
+            reply.has_gives_up_in_ms = 1;
+            reply.gives_up_in_ms = status.gives_up_ns > clock_now_ns() ? (status.gives_up_ns - clock_now_ns()) / 1000000 : 0;
+        }
     }
     if (status.model) {
         reply.has_layers = reply.has_logical = reply.has_slots = 1;

@@ -294,15 +294,8 @@ static void message(struct coordinator *c, uint64_t conn, const struct msg *m)
 static void service_log(struct coordinator *c, bool was_torn, const char *was_degraded)
 {
     if (c->degraded[0] && strcmp(c->degraded, was_degraded) != 0) {
-        char missing[256] = "";
-        for (uint32_t r = 0; c->view && r < c->view->n; r++) {
-            const struct member *m = &c->view->members[r];
-            uint32_t p = setup_fault(c, r) ? members_find(c, m->id) : NOBODY;
-            size_t used = strlen(missing);
-            if (p != NOBODY)
-                snprintf(missing + used, sizeof(missing) - used, "%s%s (%s)", used ? ", " : "", m->id,
-                         c->peers[p].conn && !c->peers[p].engine ? "no engine" : "lost");
-        }
+        char missing[256];
+        repair_missing(c, missing, sizeof(missing));
         core_log(c, CORE_ERROR, "not serving: %s; waits for %s", c->degraded, missing[0] ? missing : "its ranks");
     }
     if (was_torn && !c->torn)

@@ -157,6 +157,8 @@ struct coordinator_status {
     const struct op_info *last; /* the one that ended last (record.op 0 = none), also while the next one runs */
     char degraded[256];       /* "" or why the view does not serve everything */
     uint64_t degraded_since_ns;
+    char missing[256];        /* whom a degraded view waits for: "gpu1 (lost)" */
+    uint64_t gives_up_ns;     /* when it is given up by itself; 0 = it is not */
     uint32_t wanted;          /* ranks that an operator has asked for last; 0 = none yet */
     bool paused;
     const char *paused_why;

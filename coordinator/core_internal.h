@@ -251,6 +251,7 @@ void rounds_flipped(struct coordinator *c);   /* a FLIP_MAP has settled */
 void repair_check(struct coordinator *c);
 void repair_torn(struct coordinator *c, uint32_t peer, const struct msg_engine *engine); /* a step failed there */
 bool repair_waits(const struct coordinator *c); /* for retry_ns */
+void repair_missing(const struct coordinator *c, char *ret_text, size_t size); /* "gpu1 (lost), gpu2 (no engine)" */
 void repair_resume(struct coordinator *c);
 void repair_committed(struct coordinator *c); /* those who are not in the view any more are put out */
 

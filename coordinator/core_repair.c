@@ -5,6 +5,7 @@
  * the view waits for the lost rank: its agent may come back with the weights, its engine may attach again.  A step can
  * also be torn without a loss, when engines cannot reach one another: then all of them retry it in a new view. */
 #include <stdio.h>
+#include <string.h>
 
 #include "coordinator/core_internal.h"
 
@@ -124,6 +125,21 @@ void repair_torn(struct coordinator *c, uint32_t peer, const struct msg_engine *
 bool repair_waits(const struct coordinator *c)
 {
     return c->torn && c->now_ns < c->retry_ns;
+}
+
+void repair_missing(const struct coordinator *c, char *ret_text, size_t size)
+{
+    ret_text[0] = '\0';
+    for (uint32_t r = 0; c->view && r < c->view->n; r++) {
+        const struct member *m = &c->view->members[r];
+        uint32_t p = setup_fault(c, r) ? members_find(c, m->id) : NOBODY;
+        size_t used = strlen(ret_text);
+        if (p == NOBODY)
+            continue;
+        bool here = c->peers[p].conn && c->peers[p].member.incarnation == m->incarnation;
+        snprintf(ret_text + used, size - used, "%s%s (%s)", used ? ", " : "", m->id,
+                 here && !c->peers[p].engine ? "no engine" : "lost");
+    }
 }
 
 static void repair_pace(struct coordinator *c)

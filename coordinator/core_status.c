@@ -56,6 +56,10 @@ void coordinator_status(const struct coordinator *c, uint64_t now_ns, struct coo
         ret->op = c->last;
     memcpy(ret->degraded, c->degraded, sizeof(ret->degraded));
     ret->degraded_since_ns = c->torn_ns;
+    if (c->degraded[0])
+        repair_missing(c, ret->missing, sizeof(ret->missing));
+    if (c->lost_ns && c->config.restart_after_ms)
+        ret->gives_up_ns = c->lost_ns + 1000000ULL * c->config.restart_after_ms;
     ret->wanted = c->durable.wanted;
     ret->paused = c->durable.paused;
     ret->paused_why = c->durable.paused_why;

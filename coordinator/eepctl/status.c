@@ -77,9 +77,15 @@ static void print_status(const Pb__StatusReply *s, const Pb__AgentsReply *agents
     if (*s->view->degraded) {
         char since[32];
         printf("degraded: %s", s->view->degraded);
-        if (s->has_degraded_for_ms)
-            printf(", for %s", ctl_duration(s->degraded_for_ms * 1000000, since, sizeof since));
         putchar('\n');
+        if (s->degraded_awaits && *s->degraded_awaits)
+            printf("  awaited: %s, since %s ago", s->degraded_awaits,
+                   ctl_duration(s->degraded_for_ms * 1000000, since, sizeof since));
+        if (s->has_gives_up_in_ms)
+            printf(", for %s more, then the view is given up\n",
+                   ctl_duration(s->gives_up_in_ms * 1000000, since, sizeof since));
+        else if (s->degraded_awaits && *s->degraded_awaits)
+            printf(", without limit; if it does not come back, `eepctl restart` gives the view up\n");
     }
     if (s->has_wanted && s->view->epoch && s->wanted > s->view->n_members)
         printf("%u ranks were asked for\n", s->wanted);

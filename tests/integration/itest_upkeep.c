@@ -155,6 +155,8 @@ START_TEST(a_view_that_is_lost_can_be_given_up_and_starts_anew)
     cluster_signal(&c.agent[1], SIGKILL);
     cluster_signal(&c.engine[1], SIGKILL);
     itest_wait_status(&c, "no copy", 10000);
+    CTL_SAYS("awaited: gpu1 (lost), since ");
+    CTL_SAYS("`eepctl restart` gives the view up");
     cluster_agent_start(&c, 1);
     cluster_engine_start(&c, 1);
     CTL(&c, 0, "restart");

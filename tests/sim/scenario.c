@@ -73,6 +73,7 @@ void scenario_start(struct sim *s)
     size_world(s);
     time_world(s);
     s->faulty = s->options->faults && sim_chance(s, 700);
+    s->config.scale_back = s->faulty && sim_chance(s, 300);
     if (s->faulty) {
         s->p_duplicate = sim_chance(s, 300) ? 200 : 0;
         s->p_target = sim_chance(s, 600) ? 60 : 0;
@@ -181,6 +182,14 @@ static void ask_rebalance(struct sim *s)
     process_event(s, &event);
 }
 
+static void pause_operations(struct sim *s, bool pause)
+{
+    struct coordinator_event event = {.type = CE_PAUSE, .request = ++s->request, .yes = pause, .wall_ms = s->now / MS};
+
+    sim_note(s, "OPERATOR %s, request %" PRIu64, pause ? "pause" : "resume", s->request);
+    process_event(s, &event);
+}
+
 static void operate(struct sim *s)
 {
     const struct view *view = s->coordinator.disk.view;
@@ -197,6 +206,10 @@ static void operate(struct sim *s)
         struct coordinator_event event = {.type = CE_ABORT, .request = ++s->request, .wall_ms = s->now / MS};
         sim_note(s, "OPERATOR abort, request %" PRIu64, s->request);
         process_event(s, &event);
+        return;
+    }
+    if (s->coordinator.disk.paused ? sim_chance(s, 600) : sim_chance(s, 60)) {
+        pause_operations(s, !s->coordinator.disk.paused);
         return;
     }
     if (*s->last_key && sim_chance(s, 150)) {
@@ -448,6 +461,11 @@ static void probe_calm(struct sim *s)
 {
     char why[300];
     bool quiet = check_is_quiet(s, why, sizeof why);
+
+    if (s->coordinator.up && s->coordinator.disk.paused) {
+        pause_operations(s, false);
+        return;
+    }
 
     s->quiet_probes = quiet ? s->quiet_probes + 1 : 0;
     quiet = s->quiet_probes > 4; /* what is still under way has arrived */
