@@ -48,6 +48,8 @@ struct place {
     bool rigid;    /* what is held and unique stays where it is */
     bool wide;     /* polishing looks at more ranks */
     bool swap;     /* polishing may replace arrivals */
+    uint32_t over; /* polishing may overwrite what is held, up to so many arrivals */
+    bool fills;    /* empty slots are to be filled anyway: an arrival there costs nothing */
     uint64_t work; /* candidates looked at: a measure of time that is the same everywhere */
     bool broken;   /* out of memory: the log is incomplete */
 };
@@ -73,9 +75,15 @@ static inline enum place_tier place_tier(const struct place *p, uint32_t rank, u
     return (enum place_tier)p->tier[(size_t)expert * p->ranks + rank];
 }
 
+/* The tier to reckon with. */
+static inline enum place_tier place_price(const struct place *p, uint32_t rank, uint32_t expert)
+{
+    return p->fills && p->room[rank] > 0 ? TIER_HELD : place_tier(p, rank, expert);
+}
+
 static inline double place_cost(const struct place *p, uint32_t rank, uint32_t expert)
 {
-    enum place_tier tier = place_tier(p, rank, expert);
+    enum place_tier tier = place_price(p, rank, expert);
     return p->cost[tier] + (tier != TIER_HELD && p->room[rank] <= 0 ? p->crowd : 0);
 }
 

@@ -19,10 +19,12 @@ enum change_kind {
     CHANGE_RELOCATE,
     CHANGE_REPLACE,
     CHANGE_EVICT,
-    CHANGE_EXCHANGE
+    CHANGE_EXCHANGE,
+    CHANGE_ROTATE
 };
 
-/* x leaves or is added: from `from`, onto `to`; z leaves `to` (EXCHANGE: for `from`). */
+/* x leaves or is added: from `from`, onto `to`; z leaves `to` (EXCHANGE: for `from`; ROTATE: for the rank in the upper
+ * half of z, neither has more than 16 bits, and small is fast here). */
 struct change {
     enum change_kind kind;
     uint32_t from, to, x, z;
@@ -64,6 +66,12 @@ static void change_apply(struct place *p, const struct change *c)
         place_remove(p, c->from, c->x);
         place_add(p, c->to, c->x);
         place_add(p, c->from, c->z);
+        break;
+    case CHANGE_ROTATE:
+        place_remove(p, c->to, c->z & UINT16_MAX);
+        place_remove(p, c->from, c->x);
+        place_add(p, c->to, c->x);
+        place_add(p, c->z >> 16, c->z & UINT16_MAX);
         break;
     }
 }
@@ -111,7 +119,7 @@ static void polish_pair(struct place *p, uint32_t hottest, uint32_t to, uint32_t
 {
     double a = p->share[x], top = p->load[hottest], low = p->load[to];
     p->work++;
-    enum place_tier at = place_tier(p, hottest, x), there = place_tier(p, to, x);
+    enum place_tier at = place_tier(p, hottest, x), there = place_price(p, to, x);
     if (there == TIER_HELD && !place_full(p, to)) {
         double dy = p->more[x], after = low + a - dy;
         double max = fmax(after, others_max(p, x, to, -dy));
@@ -127,13 +135,31 @@ static void polish_pair(struct place *p, uint32_t hottest, uint32_t to, uint32_t
         uint32_t z = item[i];
         double d = a - p->share[z];
         if (d <= 0 || fmax(top - d, low + d) >= best->value || place_on(p, hottest, z) ||
-            place_tier(p, hottest, z) > place_tier(p, to, z))
+            place_tier(p, hottest, z) > place_tier(p, to, z) ||
+            (at == TIER_HELD && place_tier(p, hottest, z) != TIER_HELD && place_closed(p, hottest) &&
+             p->arrivals >= p->over))
             continue;
         change_offer(best, (struct change){CHANGE_EXCHANGE, hottest, to, x, z, fmax(top - d, low + d)});
     }
 }
 
-/* A redundant replica on another rank gives way to x, for nothing. */
+/* x arrives in the place of z, which goes back to where it is held. */
+static void polish_rotate(struct place *p, uint32_t hottest, uint32_t to, uint32_t x, uint32_t z, struct change *best)
+{
+    double a = p->share[x], c = p->share[z], top = p->load[hottest] - a, low = p->load[to] + a - c;
+    if (top >= best->value || low >= best->value)
+        return;
+    const uint8_t *tier = p->tier + (size_t)z * p->ranks, *end = tier + p->ranks;
+    for (const uint8_t *at = tier; at < end && (at = memchr(at, TIER_HELD, (size_t)(end - at))) != NULL; at++) {
+        uint32_t home = (uint32_t)(at - tier);
+        double there = (home == hottest ? top : p->load[home]) + c;
+        if (there < best->value && home != to && !place_on(p, home, z) && (home == hottest || !place_full(p, home)))
+            change_offer(best,
+                         (struct change){CHANGE_ROTATE, hottest, to, x, z | home << 16, fmax(fmax(top, low), there)});
+    }
+}
+
+/* A replica on another rank gives way to x, for nothing: one that is redundant, or that has somewhere else to go. */
 static void polish_there(struct place *p, uint32_t hottest, uint32_t to, uint32_t x, struct change *best)
 {
     const uint16_t *item = p->item + (size_t)to * p->slots;
@@ -143,7 +169,11 @@ static void polish_there(struct place *p, uint32_t hottest, uint32_t to, uint32_
     for (uint32_t i = 0; i < p->items[to]; i++) {
         uint32_t z = item[i];
         enum place_tier tier = place_tier(p, to, z);
-        if (tier < there || p->count[z] < 2)
+        if (tier < there)
+            continue;
+        if (p->fills && tier != TIER_HELD)
+            polish_rotate(p, hottest, to, x, z, best);
+        if (p->count[z] < 2)
             continue;
         double left = low - p->share[z], dz = p->less[z];
         double with_z = place_on(p, hottest, z) ? dz : 0;
@@ -151,7 +181,7 @@ static void polish_there(struct place *p, uint32_t hottest, uint32_t to, uint32_
             double max = fmax(fmax(left + b, top - dy + with_z), others_max(p, z, to, dz));
             change_offer(best, (struct change){CHANGE_REPLACE, hottest, to, x, z, max});
         }
-        if (there <= at && left + a < best->value && top - a + with_z < best->value) {
+        if ((p->fills || there <= at) && left + a < best->value && top - a + with_z < best->value) {
             double max = fmax(fmax(left + a, top - a + with_z), others_max(p, z, to, dz));
             change_offer(best, (struct change){CHANGE_EVICT, hottest, to, x, z, max});
         }
@@ -204,7 +234,7 @@ static bool polish_step(struct place *p, uint32_t hottest)
         for (uint32_t k = 0; k < n_cold && p->load[cold[k]] < best.value; k++) {
             if (place_on(p, cold[k], x))
                 continue;
-            if (arrived && place_tier(p, cold[k], x) != TIER_HELD)
+            if ((arrived || (p->fills && p->room[cold[k]] > 0)) && place_tier(p, cold[k], x) != TIER_HELD)
                 polish_pair(p, hottest, cold[k], x, &best);
             if (p->swap)
                 polish_there(p, hottest, cold[k], x, &best);

@@ -1,6 +1,8 @@
 /* Bounds, several starts, and the fill.  Pure. */
 #include "coordinator/place_solve.h"
 
+#include "coordinator/place_joint.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -189,20 +191,40 @@ void place_solve(struct place *p, const struct place_goal *goal)
 
 /* ---- fill ---- */
 
-/* Only what is free: by phi, which can cross what the maximum cannot, and by the maximum. */
-static void place_settle(struct place *p)
+/* Neither the maximum nor phi: a high power of the loads, in turn with the maximum while that gains. */
+static void settle_joint(struct place *p, const struct place_style *by_max, double limit)
+{
+    const struct place_joint goal = {
+        .samples = 1, .weight = p->weight, .balance = 0.9995, .peak_max = INFINITY, .held_only = true};
+    double was;
+    int turns = 0;
+    do {
+        was = place_max(p);
+        place_joint(p, &goal);
+        place_shift(p, by_max, limit, UINT32_MAX, 0);
+    } while (++turns < 3 && place_max(p) < was * (1 - 1e-4));
+}
+
+/* Without more arrivals than into empty slots: by phi, which can cross what the maximum cannot, and by the maximum.
+ * What is to arrive may still become something else. */
+static void place_settle(struct place *p, bool thorough)
 {
     static const struct place_style by_max = {
         .hot = 4, .cold = 8, .piece = 1, .polish = true, .wide = true, .swap = true};
     static const struct place_style by_phi = {.hot = 4, .cold = 8, .piece = 1};
-    p->swap = false;
-    double node = p->cost[TIER_NODE], cross = p->cost[TIER_CROSS], limit = p->mean * 1.0005;
+    double node = p->cost[TIER_NODE], cross = p->cost[TIER_CROSS], crowd = p->crowd, limit = p->mean * 1.0005;
+    p->fills = true;
+    p->crowd = PLACE_NEVER;
     p->cost[TIER_NODE] = p->cost[TIER_CROSS] = PLACE_NEVER;
     place_shift(p, &by_max, limit, UINT32_MAX, 0);
     place_shift(p, &by_phi, limit, UINT32_MAX, 0);
     place_shift(p, &by_max, limit, UINT32_MAX, 0);
+    if (thorough)
+        settle_joint(p, &by_max, limit);
     p->cost[TIER_NODE] = node;
     p->cost[TIER_CROSS] = cross;
+    p->crowd = crowd;
+    p->fills = false;
 }
 
 /* What has arrived is held from now on. */
@@ -221,17 +243,22 @@ static uint32_t fill_room(const struct place *p)
     return (uint32_t)room;
 }
 
-/* Each time onto the coldest rank with an empty slot, what the fewest ranks hold, of that the largest replica: a second
- * copy of everything is what a death and a later scale-down need. */
-static bool fill_rest(struct place *p)
+static uint16_t *fill_holders(const struct place *p)
 {
     uint16_t *holders = calloc(p->experts, sizeof *holders);
-    if (!holders)
-        return false;
-    for (uint32_t e = 0; e < p->experts; e++)
+    for (uint32_t e = 0; holders && e < p->experts; e++)
         for (uint32_t r = 0; r < p->ranks; r++)
-            holders[e] = (uint16_t)(holders[e] + (place_tier(p, r, e) == TIER_HELD));
-    for (;;) {
+            holders[e] = (uint16_t)(holders[e] + (place_tier(p, r, e) == TIER_HELD || place_on(p, r, e)));
+    return holders;
+}
+
+/* Each time onto the coldest rank with an empty slot, what the fewest ranks hold, of that the largest replica: a second
+ * copy of everything is what a death and a later scale-down need.  dormant: held, but not routed to. */
+static void fill_rest(struct place *p, bool dormant)
+{
+    uint16_t *holders = fill_holders(p);
+    p->broken |= !holders;
+    while (holders) {
         uint32_t to = p->ranks, best = p->experts;
         for (uint32_t r = 0; r < p->ranks; r++)
             if (p->room[r] > 0 && !place_full(p, r) && (to == p->ranks || p->load[r] < p->load[to]))
@@ -249,30 +276,56 @@ static bool fill_rest(struct place *p)
             p->room[to] = 0; /* it holds them all */
             continue;
         }
-        place_add(p, to, best);
+        if (dormant) {
+            p->tier[(size_t)best * p->ranks + to] = TIER_HELD;
+            p->room[to]--;
+        } else {
+            place_add(p, to, best);
+        }
         holders[best]++;
     }
     free(holders);
-    fill_hold(p);
-    return true;
 }
+
+/* Is every expert on two ranks or more? */
+static bool fill_is_redundant(struct place *p)
+{
+    uint16_t *holders = fill_holders(p);
+    bool redundant = holders != NULL;
+    for (uint32_t e = 0; e < p->experts && redundant; e++)
+        redundant = holders[e] > 1;
+    p->broken |= !holders;
+    free(holders);
+    return redundant;
+}
+
+#define FILL_ENOUGH 0.998 /* balance below which the fill may also overwrite what is held ... */
+#define FILL_OVER   14    /* ... with so many times fewer arrivals than into empty slots */
 
 void place_fill(struct place *p)
 {
     static const struct place_style useful = {
         .hot = 2, .cold = 8, .piece = 0.5, .leave = 0.9, .polish = true, .wide = true};
     fill_hold(p);
-    uint32_t room = fill_room(p);
-    if (room) {
-        place_shift(p, &useful, p->mean * 1.001, p->arrivals + room, 0);
-        fill_hold(p);
-    }
+    uint32_t room = fill_room(p), arrivals = p->arrivals;
+    if (room)
+        place_shift(p, &useful, p->mean * 1.001, arrivals + room, 0);
     double before = place_max(p);
     size_t start = p->n_log;
-    p->broken |= !fill_rest(p);
-    place_settle(p);
+    fill_rest(p, false);
+    bool redundant = fill_is_redundant(p);
+    if (redundant)
+        fill_hold(p); /* a death that loses nothing is worth more than the last percent */
+    place_settle(p, room > 0);
     if (place_max(p) > before) { /* the rest stays dormant */
         place_rewind(p, start);
-        place_settle(p);
+        place_settle(p, room > 0);
     }
+    if (room && !redundant && place_balance(p) < FILL_ENOUGH) {
+        p->over = arrivals + room + room / FILL_OVER;
+        place_settle(p, room > 0);
+        p->over = 0;
+    }
+    fill_hold(p);
+    fill_rest(p, true);
 }
