@@ -4,7 +4,7 @@
  * the clock starts, over KEYS keys with values of VALUE_BYTES.  Each case runs ROUNDS times, the servers in turn; the
  * medians are shown.  Without redis-server the eep side alone is measured, and it is said.
  *
- * usage: bench_store [--seconds S] [--million] [--durable] */
+ * usage: bench_store [--seconds S] [--million] [--durable] [--only TEXT]   TEXT: in the name of a case */
 #include <fcntl.h>
 #include <stdio.h>
 #include <sys/epoll.h>
@@ -38,9 +38,10 @@ struct conn {
 struct side {
     bool redis;
     char address[128];
+    pid_t pid;
 };
 struct result {
-    double rate, p50_us, p99_us;
+    double rate, p50_us, p99_us, cpu_us; /* cpu_us: the server's processor time for each request, all its threads */
 };
 
 /* ---- requests and answers ---- */
@@ -115,6 +116,16 @@ static size_t answer_bytes(bool redis, const uint8_t *in, size_t have)
 }
 
 /* ---- the load ---- */
+
+/* Processor time that a process has used, in nanoseconds. */
+static uint64_t cpu_ns(pid_t pid)
+{
+    clockid_t clock;
+    struct timespec t = {0};
+    if (clock_getcpuclockid(pid, &clock) != 0 || clock_gettime(clock, &t) != 0)
+        return 0;
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
 
 static uint32_t seed = 12345;
 static uint32_t random_u32(void)
@@ -197,6 +208,7 @@ static struct result load(const struct side *side, const struct request *request
         }
     }
     uint64_t begin = clock_now_ns(), end = begin + (uint64_t)(seconds * 1e9), answers = 0, now = begin;
+    uint64_t cpu = cpu_ns(side->pid);
     for (unsigned i = 0; i < n_conns; i++)
         conn_send(&conns[i], requests, n_requests, depth);
     while (count ? answers < count : now < end) {
@@ -215,12 +227,13 @@ static struct result load(const struct side *side, const struct request *request
             exit(1);
         }
     }
+    cpu = cpu_ns(side->pid) - cpu;
     for (unsigned i = 0; i < n_conns; i++)
         close(conns[i].fd);
     close(epoll);
     free(conns);
     return (struct result){(double)answers * 1e9 / (double)(now - begin), percentile(answers, 0.5),
-                           percentile(answers, 0.99)};
+                           percentile(answers, 0.99), (double)cpu / 1e3 / (double)answers};
 }
 
 /* ---- redis ---- */
@@ -247,6 +260,7 @@ static bool redis_start(struct redis *r, const char *dir, int port, bool durable
         _exit(127);
     }
     r->side.redis = true;
+    r->side.pid = r->pid;
     snprintf(r->side.address, sizeof r->side.address, "127.0.0.1:%d", port);
     for (int i = 0; i < 300; i++) {
         int fd, status;
@@ -293,10 +307,16 @@ static void requests_free(struct request *requests, unsigned n)
     free(requests);
 }
 
+static const char *only = "";
+
 static void compare(const char *what, const struct side *eep, const struct side *redis, enum op op, bool durable,
                     unsigned conns, unsigned depth, double seconds, unsigned n_keys)
 {
     struct result results[2][ROUNDS];
+    char name[80];
+    snprintf(name, sizeof name, "%s %s, %u conn, depth %u", what, op_names[op], conns, depth);
+    if (!strstr(name, only))
+        return;
     struct request *ours = requests_make(false, op, n_keys, !durable);
     struct request *theirs = redis ? requests_make(true, op, n_keys, false) : NULL;
     for (int round = 0; round < ROUNDS; round++) {
@@ -310,11 +330,11 @@ static void compare(const char *what, const struct side *eep, const struct side 
         qsort(results[1], ROUNDS, sizeof results[1][0], by_rate);
         b = &results[1][ROUNDS / 2];
     }
-    printf("| %s %s, %u conn, depth %u | %.0f | %.0f | %.0f |", what, op_names[op], conns, depth, a->rate, a->p50_us, a->p99_us);
+    printf("| %s | %.0f | %.0f | %.0f | %.2f |", name, a->rate, a->p50_us, a->p99_us, a->cpu_us);
     if (b)
-        printf(" %.0f | %.0f | %.0f | %.2f |\n", b->rate, b->p50_us, b->p99_us, a->rate / b->rate);
+        printf(" %.0f | %.0f | %.0f | %.2f | %.2f |\n", b->rate, b->p50_us, b->p99_us, b->cpu_us, a->rate / b->rate);
     else
-        printf(" - | - | - | - |\n");
+        printf(" - | - | - | - | - |\n");
     fflush(stdout);
     requests_free(ours, n_keys);
     if (theirs)
@@ -340,8 +360,10 @@ int main(int argc, char **argv)
             million = true;
         else if (strcmp(argv[i], "--durable") == 0)
             only_durable = true;
+        else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc)
+            only = argv[++i];
         else {
-            fprintf(stderr, "usage: bench_store [--seconds S] [--million] [--durable]\n");
+            fprintf(stderr, "usage: bench_store [--seconds S] [--million] [--durable] [--only TEXT]\n");
             return 2;
         }
     }
@@ -358,12 +380,14 @@ int main(int argc, char **argv)
         fprintf(stderr, "eep-coordinator does not start\n");
         return 1;
     }
-    struct side eep = {0};
+    struct side eep = {.pid = d.pid};
     snprintf(eep.address, sizeof eep.address, "%s", d.address);
-    printf(have ? "Values of %d bytes, %d keys; requests a second and microseconds, medians of %d rounds.\n\n"
+    printf(have ? "Values of %d bytes, %d keys; requests a second, microseconds (processor: of the server, for each "
+                  "request), medians of %d rounds.\n\n"
                 : "redis-server is not here (apt-get install redis-server): eep alone.  Values of %d bytes, %d keys, medians "
                   "of %d rounds.\n\n", VALUE_BYTES, KEYS, ROUNDS);
-    printf("| case | eep /s | p50 | p99 | redis /s | p50 | p99 | ratio |\n|---|---|---|---|---|---|---|---|\n");
+    printf("| case | eep /s | p50 | p99 | processor | redis /s | p50 | p99 | processor | ratio |\n"
+           "|---|---|---|---|---|---|---|---|---|---|\n");
     fill(&eep, KEYS);
     if (have)
         fill(&memory.side, KEYS);
