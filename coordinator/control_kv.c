@@ -49,17 +49,14 @@ void control_kv_set(struct session *session, const struct frame *frame, const Pr
     struct store_edge *edge = session->server->edge;
     struct store_put put = put_of(request->key, &request->value, request->ephemeral, request->lease);
     Pb__KvSetReply done = PB__KV_SET_REPLY__INIT;
-    struct store_value value = {0};
     struct err err;
     int rc = put.ephemeral ? 0 : edge_may_write(edge, &err);
     if (rc == 0)
         rc = store_set(edge->store, &put, &done.revision, &err);
-    if (rc == 0)
-        rc = store_get(edge->store, put.key, &value, NULL, &err); /* its batch; an ephemeral one may follow a durable */
     if (rc < 0)
         fail(session, frame, 0, &err);
     else
-        reply(session, frame, value.batch, &done.base);
+        reply(session, frame, store_changed_batch(edge->store), &done.base);
     edge_changed(edge);
 }
 

@@ -56,6 +56,8 @@ int store_set(struct store *s, const struct store_put *put, uint64_t *ret_revisi
 /* All or nothing, in one batch.  *ret_revision: of the last one. */
 int store_set_all(struct store *s, const struct store_put *puts, size_t n, uint64_t *ret_revision,
                   struct err *err) MUST_CHECK;
+/* What the last successful set, add, append or swap has made may be told when this batch is on disk; 0 = at once. */
+uint64_t store_changed_batch(const struct store *s);
 /* ERR_NOTFOUND, and then *ret_batch (when given) is the batch after which "missing" may be told. */
 int store_get(const struct store *s, const char *key, struct store_value *ret_value, uint64_t *ret_batch,
               struct err *err) MUST_CHECK;

@@ -5,11 +5,24 @@
 /* Out of memory is told by hh.tbl == NULL after an addition, not by exit(). */
 #define HASH_NONFATAL_OOM        1
 #define uthash_nonfatal_oom(elt) ((void)(elt))
+/* Eight bytes at a time: uthash's own goes byte by byte, and every call of the store looks up a key. */
+#define HASH_FUNCTION(key, len, hash) ((hash) = store_hash(key, len))
 #include <uthash.h>
+/* Growing at chains of 6 instead of 10: what a look-up costs is the memory that its chain is in, and each link of it is
+ * somewhere else. */
+#undef HASH_BKT_CAPACITY_THRESH
+#define HASH_BKT_CAPACITY_THRESH 6U
 
 #include "common/deadlines.h"
+#include "common/digest.h"
 #include "common/topology.h"
 #include "coordinator/store.h"
+
+static inline unsigned store_hash(const void *key, size_t len)
+{
+    uint64_t digest = digest_bytes(key, len, 0);
+    return (unsigned)(digest ^ digest >> 32);
+}
 
 struct hold;
 
@@ -121,6 +134,7 @@ struct store {
 
     struct store_batch batch;
     uint64_t deleted_batch; /* the last batch that took a durable key away */
+    uint64_t changed_batch; /* of the entry that was changed last */
 };
 
 struct entry *store_find(const struct store *s, const char *key);

@@ -572,6 +572,9 @@ START_TEST(batches)
     set("d", "2");
     ck_assert_int_eq(get("d", &value), 0);
     ck_assert_uint_eq(value.batch, 2); /* nor that an ephemeral one has taken its place */
+    ck_assert_uint_eq(store_changed_batch(store), 2);
+    set("e", "2");
+    ck_assert_uint_eq(store_changed_batch(store), 0);
     ck_assert_str_eq(batch_text(), "2:d= ");
     ck_assert_int_eq(put_durable("d", "3", NULL), 0);
     set("d", "4"); /* durable no more */
