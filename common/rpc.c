@@ -186,8 +186,8 @@ static bool conn_listens(struct rpc_conn *conn)
 static size_t conn_frames(struct rpc_conn *conn, const uint8_t *data, size_t len, size_t *ret_need)
 {
     size_t at = 0;
+    struct err err;
     while (at < len && conn_listens(conn)) {
-        struct err err = {0};
         struct frame frame;
         uint32_t limit = conn->state == RPC_READY ? FRAME_LIMIT : FRAME_LIMIT_HANDSHAKE;
         int rc = frame_parse(data + at, len - at, limit, &frame, ret_need, &err);

@@ -115,6 +115,16 @@ size_t rpc_budget(size_t len);
 int rpc_unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data, size_t len, size_t budget,
                ProtobufCMessage **ret_msg, struct err *err) MUST_CHECK;
 void rpc_unpack_free(ProtobufCMessage *msg); /* takes NULL */
+/* The same, the unpacked form in memory that is used again: no allocation for a small message.  One message at a time;
+ * it ends with rpc_scratch_free, not with rpc_unpack_free. */
+struct rpc_scratch {
+    size_t used;  /* 0 = free */
+    bool spilled; /* a part is malloc'ed */
+    _Alignas(16) uint8_t bytes[4096];
+};
+int rpc_unpack_scratch(struct rpc_scratch *scratch, const ProtobufCMessageDescriptor *type, const uint8_t *data,
+                       size_t len, ProtobufCMessage **ret_msg, struct err *err) MUST_CHECK;
+void rpc_scratch_free(struct rpc_scratch *scratch, ProtobufCMessage *msg);
 /* The error that an ERROR frame carries, set in err; returns its code (ERR_PROTOCOL when it is unreadable). */
 int rpc_error_of(const uint8_t *data, size_t len, struct err *err);
 

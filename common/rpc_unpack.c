@@ -9,6 +9,7 @@
 struct budget {
     size_t left;
     bool exceeded;
+    struct rpc_scratch *scratch; /* NULL = malloc only */
 };
 
 /* Counts what is asked for, not what is in use: unpacking frees little on its way. */
@@ -20,13 +21,30 @@ static void *budget_alloc(void *user, size_t size)
         return NULL;
     }
     budget->left -= size;
-    return malloc(size);
+    struct rpc_scratch *scratch = budget->scratch;
+    if (!scratch)
+        return malloc(size);
+    size_t aligned = (size + 15) & ~(size_t)15;
+    if (aligned > sizeof scratch->bytes - scratch->used) {
+        scratch->spilled = true;
+        return malloc(size);
+    }
+    void *data = scratch->bytes + scratch->used;
+    scratch->used += aligned;
+    return data;
 }
 
 static void budget_free(void *user, void *data)
 {
-    (void)user;
-    free(data);
+    const struct rpc_scratch *scratch = ((struct budget *)user)->scratch;
+    const uint8_t *at = data;
+    if (!scratch || at < scratch->bytes || at >= scratch->bytes + sizeof scratch->bytes)
+        free(data);
+}
+
+static ProtobufCAllocator allocator_of(struct budget *budget)
+{
+    return (ProtobufCAllocator){.alloc = budget_alloc, .free = budget_free, .allocator_data = budget};
 }
 
 size_t rpc_budget(size_t len)
@@ -68,13 +86,12 @@ static const char *unknown_enum(const ProtobufCMessage *msg)
     return NULL;
 }
 
-int rpc_unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data, size_t len, size_t budget,
-               ProtobufCMessage **ret_msg, struct err *err)
+static int unpack(struct budget *budget, const ProtobufCMessageDescriptor *type, const uint8_t *data, size_t len,
+                  ProtobufCMessage **ret_msg, struct err *err)
 {
-    struct budget state = {.left = budget ? budget : rpc_budget(len)};
-    ProtobufCAllocator allocator = {.alloc = budget_alloc, .free = budget_free, .allocator_data = &state};
+    ProtobufCAllocator allocator = allocator_of(budget);
     ProtobufCMessage *msg = protobuf_c_message_unpack(type, &allocator, len, data);
-    if (!msg && state.exceeded)
+    if (!msg && budget->exceeded)
         return err_set(err, ERR_PROTOCOL, "a message %s of %zu bytes asks for more memory than its length warrants",
                        type->short_name, len);
     if (!msg)
@@ -89,10 +106,38 @@ int rpc_unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data, size
     return 0;
 }
 
+int rpc_unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data, size_t len, size_t budget,
+               ProtobufCMessage **ret_msg, struct err *err)
+{
+    struct budget state = {.left = budget ? budget : rpc_budget(len)};
+    return unpack(&state, type, data, len, ret_msg, err);
+}
+
+int rpc_unpack_scratch(struct rpc_scratch *scratch, const ProtobufCMessageDescriptor *type, const uint8_t *data,
+                       size_t len, ProtobufCMessage **ret_msg, struct err *err)
+{
+    struct budget state = {.left = rpc_budget(len), .scratch = scratch};
+    scratch->used = 0;
+    scratch->spilled = false;
+    int rc = unpack(&state, type, data, len, ret_msg, err);
+    if (rc < 0)
+        scratch->used = 0; /* what had spilled is freed */
+    return rc;
+}
+
+void rpc_scratch_free(struct rpc_scratch *scratch, ProtobufCMessage *msg)
+{
+    struct budget state = {.scratch = scratch};
+    ProtobufCAllocator allocator = allocator_of(&state);
+    if (scratch->spilled)
+        protobuf_c_message_free_unpacked(msg, &allocator);
+    scratch->used = 0;
+}
+
 void rpc_unpack_free(ProtobufCMessage *msg)
 {
     if (msg)
-        protobuf_c_message_free_unpacked(msg, NULL); /* budget_alloc is malloc */
+        protobuf_c_message_free_unpacked(msg, NULL); /* without a scratch, budget_alloc is malloc */
 }
 
 int rpc_error_of(const uint8_t *data, size_t len, struct err *err)

@@ -302,10 +302,11 @@ void control_frame(struct session *session, const struct frame *frame)
         frame_fail(session, frame, ERR_DENIED, text);
         return;
     }
-    if (rpc_unpack(method->input, frame->payload, frame->header.length, 0, &request, &err) < 0) {
+    struct rpc_scratch *scratch = &session->server->scratch;
+    if (rpc_unpack_scratch(scratch, method->input, frame->payload, frame->header.length, &request, &err) < 0) {
         frame_fail(session, frame, err.code, err.text);
         return;
     }
-    methods[frame->header.method].run(session, frame, request);
-    rpc_unpack_free(request);
+    methods[frame->header.method].run(session, frame, request); /* makes no callback: the scratch is its alone */
+    rpc_scratch_free(scratch, request);
 }

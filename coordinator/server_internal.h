@@ -72,6 +72,7 @@ struct server {
     size_t view_packed_len;
     uint64_t view_version;
     struct store_edge *edge;       /* store_edge.c */
+    struct rpc_scratch scratch;    /* of the call that is being carried out */
 };
 
 /* ---- server.c ---- */

@@ -624,6 +624,81 @@ START_TEST(blocking_client)
 END_TEST
 
 /* A listener that accepts nothing: the deadline holds. */
+/* Small and large messages in turn: what fits is in the scratch, what does not is malloc'ed and freed (ASan looks). */
+START_TEST(unpacking_into_scratch)
+{
+    static struct rpc_scratch scratch;
+    static const size_t sizes[] = {10, 100000, 0, 3000, 4096, 50};
+    uint8_t *value = malloc(100000), *packed = malloc(110000);
+    memset(value, 'v', 100000);
+    for (size_t i = 0; i < 2 * sizeof sizes / sizeof *sizes; i++) {
+        Pb__KvSetRequest set = PB__KV_SET_REQUEST__INIT;
+        ProtobufCMessage *message;
+        struct err err = {0};
+        set.key = (char *)"key";
+        set.value.data = value;
+        set.value.len = sizes[i % (sizeof sizes / sizeof *sizes)];
+        size_t len = pb__kv_set_request__pack(&set, packed);
+        ck_assert_int_eq(rpc_unpack_scratch(&scratch, set.base.descriptor, packed, len - 1, &message, &err),
+                         ERR_PROTOCOL);
+        ck_assert_int_eq(rpc_unpack_scratch(&scratch, set.base.descriptor, packed, len, &message, &err), 0);
+        const Pb__KvSetRequest *got = (const Pb__KvSetRequest *)message;
+        ck_assert_str_eq(got->key, "key");
+        ck_assert_uint_eq(got->value.len, set.value.len);
+        ck_assert_int_eq(memcmp(got->value.data, value, set.value.len ? set.value.len : 0), 0);
+        ck_assert((const uint8_t *)got->key > scratch.bytes &&
+                  (const uint8_t *)got->key < scratch.bytes + sizeof scratch.bytes);
+        rpc_scratch_free(&scratch, message);
+        ck_assert_uint_eq(scratch.used, 0);
+    }
+    free(value);
+    free(packed);
+}
+END_TEST
+
+/* Its peer takes nothing for a while: cut off by the stall alone, far below any limit in bytes; one that takes a little
+ * now and then lives. */
+START_TEST(stalled_readers_are_cut_off)
+{
+    for (int reads = 0; reads < 2; reads++) {
+        struct world w;
+        world_open(&w, "", "");
+        int fd, small = 4096;
+        ck_assert_int_eq(address_connect(unix_address, 1000, &fd, NULL), 0);
+        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+        Pb__Hello hello = PB__HELLO__INIT;
+        hello.protocol = RPC_PROTOCOL_VERSION;
+        hello.role = PB__ROLE__READER;
+        hello.cluster = hello.agent = hello.software = (char *)"";
+        uint8_t data[128];
+        struct frame_header header = {(uint32_t)pb__hello__pack(&hello, data + FRAME_HEADER_BYTES), FRAME_HANDSHAKE, 0,
+                                      0};
+        frame_header_put(data, &header);
+        ck_assert_int_gt(write(fd, data, FRAME_HEADER_BYTES + header.length), 0);
+        run_until(&w, &w.server.readies, 1);
+        rpc_conn_limit(w.server.conn, 1u << 20, 32u << 20, 500);
+        size_t bytes = 4u << 20;
+        char *zeros = calloc(1, bytes);
+        ck_assert_int_eq(rpc_conn_send_bytes(w.server.conn, FRAME_MESSAGE, 0, 0, zeros, bytes), 0);
+        for (int i = 0; reads && i < 15; i++) { /* three times as long as it may stall */
+            size_t want = 200000;
+            run_ms(&w, 100);
+            for (ssize_t n = 1; want > 0 && n > 0; want -= n > 0 ? (size_t)n : 0) {
+                n = recv(fd, zeros, want, MSG_DONTWAIT);
+                run_ms(&w, 1);
+            }
+        }
+        ck_assert_int_eq(w.server.closes, 0);
+        run_until(&w, &w.server.closes, 1);
+        ck_assert_int_eq(w.server.code, ERR_LIMIT);
+        ck_assert_msg(strstr(w.server.why, "too slowly"), "%s", w.server.why);
+        free(zeros);
+        close(fd);
+        world_close(&w);
+    }
+}
+END_TEST
+
 START_TEST(client_deadline)
 {
     int fd;
@@ -657,6 +732,8 @@ int main(void)
     tcase_add_test(tc, address_texts);
     tcase_add_test(tc, blocking_client);
     tcase_add_test(tc, client_deadline);
+    tcase_add_test(tc, unpacking_into_scratch);
+    tcase_add_test(tc, stalled_readers_are_cut_off);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
