@@ -73,6 +73,14 @@ void address_tune(int fd)
     setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
 }
 
+void address_probe(int fd)
+{
+    int idle = 5, interval = 2, count = 3; /* idle + count * interval = ADDRESS_PROBE_S */
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
+    setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &count, sizeof count);
+}
+
 /* ---- unix sockets ---- */
 
 static void unix_sockaddr(const struct address *a, struct sockaddr_un *ret_sun)

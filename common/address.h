@@ -38,5 +38,9 @@ int address_connect(const char *text, int timeout_ms, int *ret_fd, struct err *e
 
 /* Options that every connected socket of ours has: no delay, keep-alive.  No effect on unix sockets. */
 void address_tune(int fd);
+/* For a connection on which the other end may rightly be silent for long: one whose host has vanished is noticed within
+ * ADDRESS_PROBE_S, instead of hours.  No effect on unix sockets. */
+#define ADDRESS_PROBE_S 11
+void address_probe(int fd);
 
 #endif

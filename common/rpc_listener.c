@@ -47,6 +47,7 @@ static void on_accept(struct evconnlistener *ev, evutil_socket_t fd, struct sock
     conn->listener = listener;
     listener->n_conns++;
     address_tune(fd);
+    address_probe(fd); /* who has vanished must not count as arrived at a barrier, or as a waiter, for hours */
     peer_text(sa, conn->name, sizeof conn->name);
 }
 

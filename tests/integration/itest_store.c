@@ -2,10 +2,13 @@
  * recorded history checked for linearizability, and an ugly network. */
 #include <check.h>
 #include <fcntl.h>
+#include <net/if.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
@@ -512,6 +515,159 @@ START_TEST(ugly_network)
 }
 END_TEST
 
+/* The connection is reset after the commit and before the acknowledgement, again and again: the addition, retried under its
+ * id until it is answered, counts once. */
+START_TEST(reset_before_the_acknowledgement)
+{
+    start();
+    struct rpc_client *c = client_open(5000);
+    ck_assert_ptr_nonnull(c);
+    for (int round = 1; round <= 20; round++) {
+        char id[16];
+        Pb__KvAddRequest add = PB__KV_ADD_REQUEST__INIT;
+        snprintf(id, sizeof id, "id-%d", round);
+        add.key = (char *)"reset-sum";
+        add.amount = 1;
+        add.request = id;
+        size_t len;
+        uint8_t *frame = caller_frame(FRAME_CALL, CONTROL_KV_ADD, 1, &add.base, &len);
+        for (int try = 0; try < 3; try++) {
+            struct linger now = {.l_onoff = 1, .l_linger = 0};
+            int fd = caller_connect(d.address);
+            ck_assert_int_ge(fd, 0);
+            ck_assert_int_eq(send(fd, frame, len, MSG_NOSIGNAL), (ssize_t)len);
+            uint32_t value; /* an answer to another is behind the addition's in the disk's queue: it was committed */
+            ck_assert_int_ge(kv_get(c, "reset-sum", &value), 0);
+            setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+            close(fd);
+        }
+        free(frame);
+        ProtobufCMessage *reply = NULL;
+        ck_assert_int_eq(rpc_client_call(c, CONTROL_KV_ADD, &add.base, 10000, &reply, NULL), 0);
+        ck_assert_int_eq(((Pb__KvAddReply *)reply)->value, round);
+        rpc_unpack_free(reply);
+    }
+    rpc_client_free(c);
+}
+END_TEST
+
+static size_t resident_bytes(pid_t pid)
+{
+    char path[64];
+    size_t pages = 0;
+    snprintf(path, sizeof path, "/proc/%d/statm", (int)pid);
+    FILE *f = fopen(path, "r");
+    ck_assert(f && fscanf(f, "%*u %zu", &pages) == 1);
+    fclose(f);
+    return pages * (size_t)sysconf(_SC_PAGESIZE);
+}
+
+/* It asks and asks and reads nothing: it is read from no more, little is buffered for it, and others are served.  When it
+ * reads at last, every answer is there. */
+START_TEST(slow_reader)
+{
+    enum { CALLS = 3000, VALUE = 100000 };
+    start();
+    struct rpc_client *c = client_open(5000);
+    uint8_t *value = calloc(1, VALUE);
+    ck_assert_int_eq(kv_set(c, "big", value, VALUE), 0);
+    size_t before = resident_bytes(d.pid), len, sent = 0;
+    Pb__KvGetRequest get = PB__KV_GET_REQUEST__INIT;
+    get.key = (char *)"big";
+    uint8_t *frame = caller_frame(FRAME_CALL, CONTROL_KV_GET, 1, &get.base, &len);
+    uint8_t *many = malloc(len * CALLS), *in = malloc(1 << 20);
+    for (size_t i = 0; i < CALLS; i++)
+        memcpy(many + i * len, frame, len);
+    int fd = caller_connect(d.address);
+    ck_assert_int_ge(fd, 0);
+    for (int idle = 0; sent < len * CALLS && idle < 50;) { /* as much as it and the kernel take */
+        ssize_t n = send(fd, many + sent, len * CALLS - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+        sent += n > 0 ? (size_t)n : 0;
+        idle = n > 0 ? 0 : idle + 1;
+        usleep(n > 0 ? 0 : 2000);
+    }
+    ck_assert(serves());
+    usleep(200000);
+    ck_assert_uint_lt(resident_bytes(d.pid), before + ((size_t)16 << 20)); /* of 300 MB of answers */
+    size_t want = sent / len * (size_t)VALUE, have = 0;
+    while (have < want) {
+        struct pollfd p = {.fd = fd, .events = POLLIN};
+        ck_assert_int_eq(poll(&p, 1, 10000), 1);
+        ssize_t n = recv(fd, in, 1 << 20, 0);
+        ck_assert_int_gt(n, 0);
+        have += (size_t)n;
+    }
+    close(fd);
+    rpc_client_free(c);
+    free(value);
+    free(frame);
+    free(many);
+    free(in);
+}
+END_TEST
+
+/* ---- a network that swallows everything ---- */
+
+static bool loopback(bool up)
+{
+    struct ifreq lo = {.ifr_name = "lo", .ifr_flags = (short)(up ? IFF_UP | IFF_RUNNING : 0)};
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    bool ok = fd >= 0 && ioctl(fd, SIOCSIFFLAGS, &lo) == 0;
+    if (fd >= 0)
+        close(fd);
+    return ok;
+}
+
+static size_t arrived(struct rpc_client *c, const char *barrier)
+{
+    Pb__BarrierShowRequest request = PB__BARRIER_SHOW_REQUEST__INIT;
+    ProtobufCMessage *reply = NULL;
+    request.name = (char *)barrier;
+    if (rpc_client_call(c, CONTROL_BARRIER_SHOW, &request.base, 5000, &reply, NULL) < 0)
+        return 0; /* nobody waits at it */
+    size_t n = ((Pb__BarrierInfo *)reply)->arrived;
+    rpc_unpack_free(reply);
+    return n;
+}
+
+/* The network of one that waits at a barrier swallows everything, also the end of its connection.  Others are served, and it
+ * does not count as arrived for long. */
+START_TEST(blackhole)
+{
+    if (unshare(CLONE_NEWNET) < 0 && unshare(CLONE_NEWUSER | CLONE_NEWNET) < 0) {
+        printf("blackhole: not tested: no network namespaces here (%s)\n", strerror(errno));
+        return;
+    }
+    ck_assert(loopback(true));
+    start();
+    struct rpc_client *c = client_open(5000); /* by the unix socket */
+    Pb__BarrierRequest arrival = PB__BARRIER_REQUEST__INIT;
+    arrival.name = (char *)"hole";
+    arrival.size = 2;
+    arrival.member = (char *)"0";
+    arrival.deadline_ms = 600000;
+    size_t len;
+    uint8_t *frame = caller_frame(FRAME_CALL, CONTROL_BARRIER_ARRIVE, 1, &arrival.base, &len);
+    int fd = caller_connect(d.address);
+    ck_assert_int_ge(fd, 0);
+    ck_assert_int_eq(send(fd, frame, len, MSG_NOSIGNAL), (ssize_t)len);
+    for (int i = 0; i < 500 && arrived(c, "hole") == 0; i++)
+        usleep(10000);
+    ck_assert_uint_eq(arrived(c, "hole"), 1);
+    ck_assert(loopback(false));
+    close(fd);
+    ck_assert(serves());
+    int ms = 0;
+    for (; ms < 4000 * ADDRESS_PROBE_S && arrived(c, "hole"); ms += 100)
+        usleep(100000);
+    ck_assert_msg(arrived(c, "hole") == 0, "after %d ms it still counts as arrived", ms);
+    ck_assert(serves());
+    rpc_client_free(c);
+    free(frame);
+    ck_assert_int_eq(daemon_process_stop(&d, SIGTERM), 0);
+}
+END_TEST
+
 /* Out of descriptors: who is connected is served, the others wait until there are some again. */
 START_TEST(out_of_descriptors)
 {
@@ -549,6 +705,9 @@ int main(void)
     tcase_add_loop_test(tc, histories_are_linearizable, 0, 3);
     tcase_add_test(tc, retried_additions_count_once);
     tcase_add_test(tc, ugly_network);
+    tcase_add_test(tc, reset_before_the_acknowledgement);
+    tcase_add_test(tc, slow_reader);
+    tcase_add_test(tc, blackhole);
     tcase_add_test(tc, out_of_descriptors);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
