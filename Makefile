@@ -157,6 +157,7 @@ HARNESS   := $(call obj,$(filter-out $(GPU_OUT) tests/harness/fault_disk.c,$(wil
 $(BUILD)/tests/fault_disk.so: tests/harness/fault_disk.c
 	@mkdir -p $(@D)
 	$(CC) $(CSTD) $(WARN) -O1 -g -fPIC -shared -o $@ $< -ldl
+$(BUILD)/tests/test_journal_faults: | $(BUILD)/tests/fault_disk.so
 $(BUILD)/tests/test_%: tests/unit/test_%.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(filter %.o,$^) $(TEST_LIBS) $(CHECK_LIBS) $(LIBS)
