@@ -63,6 +63,9 @@ for program in test_transport_gpu nccl_abort $(cd "$tests/bin/tests" && ls | gre
     timeout 300 env -i "$tests/bin/tests/$program" >"$d/$program.log" 2>&1 || rc=$?
     [ $rc = 0 ] || [ $rc = 77 ] || fail "$program: exit status $rc"
 done
+for file in $(grep -ho 'tests/gpu/[a-z_]*\.[a-z]*' "$tests"/tests/gpu/*.sh | sort -u); do
+    [ -e "$tests/$file" ] || fail "a script of tests/gpu runs $file, which is not in the bundle"
+done
 pass "test programs"
 
 # As `make install` does it, and the static library besides.

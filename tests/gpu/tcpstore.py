@@ -4,7 +4,8 @@
 usage: tcpstore.py store HOST PORT        every call of the store, PrefixStore, the polling barrier
        tcpstore.py job BACKEND RANKS HOST PORT    a process group (gloo or nccl) of RANKS processes
        tcpstore.py suite HOST PORT        those of PyTorch's own store tests that take any store
-       tcpstore.py bench HOST PORT        get, add, check and the polling barrier, against PyTorch's own server
+       tcpstore.py bench HOST PORT PROGRAM ADDRESS    get, add, check and the polling barrier, against PyTorch's own server:
+                                          with its client in Python, and with one in C (bench_tcpstore; ADDRESS: of eep)
 Exit status 0: as it should be; 77: PyTorch or its back end is not here.
 """
 import os
@@ -182,8 +183,13 @@ def bench_barrier(host, port, size):
     return sorted(times)[len(times) // 2] * 1000
 
 
-def bench(host, port):
+def bench(host, port, program, address):
     own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    if os.access(program, os.X_OK):
+        subprocess.run([program, f"{host}:{port}", address, f"127.0.0.1:{own.port}"], check=True)
+        print(flush=True)
+    else:
+        print(f"{program} is not here: only with PyTorch's client")
     print("| calls a second | eep, TCPStore's protocol | PyTorch's own server | ratio |\n|---|---|---|---|")
     for clients in (1, 4):
         for what in ("get", "add", "check"):
@@ -206,7 +212,7 @@ def main():
     elif what == "suite":
         check_suite(args[0], int(args[1]))
     elif what == "bench":
-        bench(args[0], int(args[1]))
+        bench(args[0], int(args[1]), args[2], args[3])
     elif what == "bench-client":
         bench_client(args[0], int(args[1]), args[2])
     else:

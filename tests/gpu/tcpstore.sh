@@ -7,12 +7,12 @@ set -u
 cd "$(dirname "$0")/../.."
 BUILD=${1:-build} PYTHON=${PYTHON:-python3} RANKS=${RANKS:-4}
 dir=$(mktemp -d)
-"$BUILD/eep-coordinator" --state "$dir/state" --listen "unix:$dir/c.sock" --tcpstore-listen 127.0.0.1:0/job \
+"$BUILD/eep-coordinator" --state "$dir/state" --listen 127.0.0.1:0 --tcpstore-listen 127.0.0.1:0/job \
     --tcpstore-listen 127.0.0.1:0/suite --tcpstore-grace-ms 500 --port-file "$dir/ports" 2>"$dir/log" &
 pid=$!
 trap 'kill $pid 2>/dev/null; wait $pid 2>/dev/null; rm -rf "$dir"' EXIT
 for _ in $(seq 100); do [ -s "$dir/ports" ] && break; sleep 0.1; done
-port=$(sed -n '2s/.*://p' "$dir/ports") suite=$(sed -n '3s/.*://p' "$dir/ports")
+own=$(sed -n 1p "$dir/ports") port=$(sed -n '2s/.*://p' "$dir/ports") suite=$(sed -n '3s/.*://p' "$dir/ports")
 [ -n "$port" ] || { echo "eep-coordinator did not start:"; cat "$dir/log"; exit 1; }
 passed=0 failed=0 skipped=0
 run() {
@@ -28,7 +28,7 @@ for backend in gloo nccl; do
     done
 done
 run suite 127.0.0.1 "$suite"
-[ -z "${BENCH:-}" ] || { sleep 1.5; run bench 127.0.0.1 "$port"; }
+[ -z "${BENCH:-}" ] || { sleep 1.5; run bench 127.0.0.1 "$port" "$BUILD/tests/bench_tcpstore" "$own"; }
 grep cut-off "$dir/log"
 printf '%d passed, %d failed, %d skipped\n' $passed $failed $skipped
 [ $failed = 0 ]
