@@ -29,8 +29,12 @@
 
 static void conn_in_free(struct tcpconn *conn)
 {
-    conn->space->t->in_bytes -= conn->cap;
-    free(conn->in);
+    struct tcpstore *t = conn->space->t;
+    t->in_bytes -= conn->cap;
+    if (conn->cap == READ_BYTES && !t->spare)
+        t->spare = conn->in; /* for the next one to read: nearly every command comes and goes in one piece */
+    else
+        free(conn->in);
     conn->in = NULL;
     conn->cap = 0;
 }
@@ -100,7 +104,13 @@ static bool conn_room(struct tcpconn *conn, size_t need)
     if (conn->cap && want < 2 * conn->cap) /* twice, so that a long command in many pieces costs its length once */
         want = 2 * conn->cap;
     struct tcpstore *t = conn->space->t;
-    uint8_t *in = t->in_bytes - conn->cap + want <= IN_BYTES_MAX ? realloc(conn->in, want) : NULL;
+    uint8_t *in = NULL;
+    if (!conn->cap && want == READ_BYTES && t->spare) {
+        in = t->spare;
+        t->spare = NULL;
+    } else if (t->in_bytes - conn->cap + want <= IN_BYTES_MAX) {
+        in = realloc(conn->in, want);
+    }
     if (!in)
         return false;
     t->in_bytes += want - conn->cap;
@@ -394,6 +404,7 @@ void tcpstore_close(struct tcpstore *t)
     }
     if (t->pause)
         event_free(t->pause);
+    free(t->spare);
     free(t->listeners);
     free(t);
 }

@@ -56,6 +56,7 @@ struct tcpstore {
     struct tcpconn *conns;
     uint64_t last_id;
     size_t in_bytes; /* of all conns' `in` */
+    uint8_t *spare;  /* an `in` of the usual size that nobody uses now; or NULL */
 };
 
 void tcpconn_send(struct tcpconn *conn, const void *data, size_t len);
