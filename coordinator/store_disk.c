@@ -1,5 +1,9 @@
 /* The store's durable keys on disk.  `queue` guards the lists between the loop and the writer; it is never held during
- * a transaction.  The environment is the writer's alone once it runs. */
+ * a transaction.  The environment is the writer's alone once it runs.
+ *
+ * A commit writes pages, flushes them, and writes the page that makes them valid, which has to be flushed as well.  With
+ * MDB_NOMETASYNC LMDB leaves that second flush to whatever flush comes next: to that of the next commit when there is one,
+ * which saves it, or to one of its own when nobody else writes.  Until then the batch is *settling*, and not reported. */
 #include "coordinator/store_disk.h"
 
 #include <errno.h>
@@ -40,6 +44,8 @@ struct store_disk {
     bool started, stop;
     pthread_t writer;
     struct waiting *waiting, *writing; /* oldest first; writing: in the transaction now */
+    uint64_t settling, settling_first; /* committed and not flushed: its last batch, 0 = none; its first revision */
+    bool settles;                      /* commits have to settle (STORE_FSYNC) */
     size_t waiting_bytes;
     uint64_t done; /* number of the last batch on disk */
     struct err failed;
@@ -139,40 +145,69 @@ static int write_list(struct store_disk *d, const struct waiting *list, uint64_t
 
 /* ---- the writer ---- */
 
+static void writer_tell(struct store_disk *d)
+{
+    ssize_t ignored = write(d->event_fd, &(uint64_t){1}, sizeof(uint64_t));
+    (void)ignored; /* fails only when the counter is full: readable all the same */
+}
+
+/* With the queue locked, also on return: what waits, in one transaction.  Its flush is also that of what was settling. */
+static void writer_commit(struct store_disk *d)
+{
+    struct waiting *w, *next, *list = d->writing = d->waiting;
+    d->waiting = NULL;
+    pthread_mutex_unlock(&d->queue);
+    uint64_t number = list->prev->batch.number, revision = d->revision_next;
+    if (list->prev->batch.last_revision + REVISION_AHEAD / 2 > revision)
+        revision += REVISION_AHEAD;
+    int rc = write_list(d, list, revision);
+
+    pthread_mutex_lock(&d->queue);
+    if (rc != 0) {
+        mdb_file_err(&d->failed, rc, FILE_NAME, "a write has failed");
+    } else if (d->settles) {
+        d->done = d->settling ? d->settling : d->done;
+        d->settling = number;
+        d->settling_first = list->batch.first_revision;
+    } else {
+        d->done = number;
+    }
+    d->writing = NULL;
+    DL_FOREACH_SAFE(list, w, next) {
+        d->waiting_bytes -= w->batch.bytes;
+        store_batch_done(&w->batch);
+        free(w);
+    }
+    writer_tell(d);
+}
+
+/* With the queue locked, also on return: nobody else writes. */
+static void writer_settle(struct store_disk *d)
+{
+    pthread_mutex_unlock(&d->queue);
+    int rc = mdb_env_sync(d->env, 1);
+    pthread_mutex_lock(&d->queue);
+    if (rc == 0)
+        d->done = d->settling;
+    else
+        mdb_file_err(&d->failed, rc, FILE_NAME, "a write has failed");
+    d->settling = 0;
+    writer_tell(d);
+}
+
 static void *writer_main(void *arg)
 {
     struct store_disk *d = arg;
     pthread_mutex_lock(&d->queue);
     for (;;) {
-        if (!d->waiting || d->failed.code) {
-            if (d->stop)
-                break;
-            pthread_cond_wait(&d->more, &d->queue);
-            continue;
-        }
-        d->writing = d->waiting;
-        d->waiting = NULL;
-        pthread_mutex_unlock(&d->queue);
-
-        struct waiting *w, *next, *list = d->writing;
-        uint64_t number = list->prev->batch.number, revision = d->revision_next;
-        if (list->prev->batch.last_revision + REVISION_AHEAD / 2 > revision)
-            revision += REVISION_AHEAD;
-        int rc = write_list(d, list, revision);
-
-        pthread_mutex_lock(&d->queue);
-        if (rc == 0)
-            d->done = number;
+        if (d->waiting && !d->failed.code)
+            writer_commit(d);
+        else if (d->settling && !d->failed.code)
+            writer_settle(d);
+        else if (d->stop)
+            break;
         else
-            mdb_file_err(&d->failed, rc, FILE_NAME, "a write has failed");
-        d->writing = NULL;
-        DL_FOREACH_SAFE(list, w, next) {
-            d->waiting_bytes -= w->batch.bytes;
-            store_batch_done(&w->batch);
-            free(w);
-        }
-        ssize_t ignored = write(d->event_fd, &(uint64_t){1}, sizeof(uint64_t));
-        (void)ignored; /* fails only when the counter is full: readable all the same */
+            pthread_cond_wait(&d->more, &d->queue);
     }
     pthread_mutex_unlock(&d->queue);
     return NULL;
@@ -222,7 +257,7 @@ int store_disk_done(struct store_disk *d, uint64_t *ret_batch, uint64_t *ret_fir
             *err = d->failed;
     } else {
         *ret_batch = d->done;
-        *ret_first_revision = first ? first->batch.first_revision : UINT64_MAX;
+        *ret_first_revision = d->settling ? d->settling_first : first ? first->batch.first_revision : UINT64_MAX;
     }
     pthread_mutex_unlock(&d->queue);
     return rc;
@@ -320,17 +355,20 @@ int store_disk_open(const char *dir, enum store_durability durability, struct st
     struct store_disk *d = calloc(1, sizeof *d);
     if (!d)
         return err_set(err, ERR_NOMEM, "no memory for the store's file");
+    d->settles = durability == STORE_FSYNC;
     pthread_mutex_init(&d->queue, NULL);
     pthread_cond_init(&d->more, NULL);
     d->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = d->event_fd < 0 ? err_set(err, ERR_NOMEM, "eventfd: %s", strerror(errno)) : 0;
     if (rc == 0)
-        rc = mdb_file_open(dir, FILE_NAME, durability == STORE_OS ? MDB_NOSYNC : 0, &d->env, &d->dbi, err);
+        rc = mdb_file_open(dir, FILE_NAME, durability == STORE_OS ? MDB_NOSYNC : MDB_NOMETASYNC, &d->env, &d->dbi, err);
     if (rc == 0)
         rc = load(d, store, err);
     if (rc == 0) {
         store_load_end(store, d->revision_next);
         int mdb = write_list(d, NULL, store_revision(store) + REVISION_AHEAD);
+        if (mdb == 0 && d->settles)
+            mdb = mdb_env_sync(d->env, 1);
         if (mdb != 0)
             rc = mdb_file_err(err, mdb, FILE_NAME, "cannot write");
     }

@@ -5,7 +5,8 @@
  *     kill-before, kill-after   the process is killed before, or after, the call
  *     short                     half the bytes are written, and that is said
  *     torn                      half the bytes are written, then the process is killed
- *     enospc, eio               the call fails; so do all later ones */
+ *     enospc, eio               the call fails; so do all later ones
+ *     stall                     the call does not return; nor do later ones */
 #include <dlfcn.h>
 #include <errno.h>
 #include <signal.h>
@@ -48,7 +49,7 @@ static const char *fault_of(int fd, const char *call)
     if (!strstr(path, fault.file)) /* also while it is made, under another name */
         return "";
     unsigned now = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
-    bool stays = strcmp(fault.what, "enospc") == 0 || strcmp(fault.what, "eio") == 0;
+    bool stays = strcmp(fault.what, "enospc") == 0 || strcmp(fault.what, "eio") == 0 || strcmp(fault.what, "stall") == 0;
     return now == fault.n || (stays && now > fault.n) ? fault.what : "";
 }
 
@@ -63,6 +64,8 @@ static bool fails(const char *what)
 {
     if (strcmp(what, "kill-before") == 0)
         die();
+    while (strcmp(what, "stall") == 0)
+        pause();
     errno = strcmp(what, "enospc") == 0 ? ENOSPC : EIO;
     return strcmp(what, "enospc") == 0 || strcmp(what, "eio") == 0;
 }

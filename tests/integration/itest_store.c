@@ -156,6 +156,52 @@ START_TEST(every_edge_of_the_file)
 }
 END_TEST
 
+/* How many sets, one after another, are acknowledged when the n-th flush of the file does not end.  -1: it does not start. */
+static int acknowledged_with_flushes(unsigned n)
+{
+    char fault[64], key[16];
+    static char library[256];
+    const char *bin = getenv("EEP_BIN");
+    snprintf(fault, sizeof fault, "state/store.mdb:sync:%u:stall", n);
+    snprintf(library, sizeof library, "%s/tests/fault_disk.so", bin && *bin ? bin : "build");
+    setenv("EEP_FAULT", fault, 1);
+    d.preload = library;
+    bool started = daemon_process_start(&d);
+    struct rpc_client *c = started ? client_open(5000) : NULL;
+    int acked = started ? 0 : -1;
+    for (uint32_t i = 0; c && i < 10; i++, acked++) {
+        Pb__KvSetRequest set = PB__KV_SET_REQUEST__INIT;
+        ProtobufCMessage *reply = NULL;
+        snprintf(key, sizeof key, "k%u", i);
+        set.key = key;
+        set.value.data = (uint8_t *)&i;
+        set.value.len = sizeof i;
+        if (rpc_client_call(c, CONTROL_KV_SET, &set.base, 2000, &reply, NULL) < 0)
+            break;
+        rpc_unpack_free(reply);
+    }
+    rpc_client_free(c);
+    unsetenv("EEP_FAULT");
+    d.preload = NULL;
+    daemon_process_stop(&d, SIGKILL);
+    return acked;
+}
+
+/* A set alone is acknowledged after two flushes, of its pages and of the page that makes them valid; not after the first. */
+START_TEST(acknowledged_after_both_flushes)
+{
+    start(); /* the file is made, and has what a start writes */
+    daemon_process_stop(&d, SIGTERM);
+    unsigned n = 3; /* a start needs two; a set needs two more */
+    int none = acknowledged_with_flushes(n), still = acknowledged_with_flushes(n + 1);
+    ck_assert_int_eq(none, 0);
+    ck_assert_int_eq(still, 0);
+    ck_assert_int_eq(acknowledged_with_flushes(n + 2), 1);
+    ck_assert_int_eq(acknowledged_with_flushes(n + 3), 1);
+    ck_assert_int_eq(acknowledged_with_flushes(n + 4), 2);
+}
+END_TEST
+
 /* ---- damage ---- */
 
 static void file_path(char path[96])
@@ -700,6 +746,7 @@ int main(void)
     tcase_add_checked_fixture(tc, setup, teardown);
     tcase_set_timeout(tc, 180);
     tcase_add_loop_test(tc, every_edge_of_the_file, 0, 9);
+    tcase_add_test(tc, acknowledged_after_both_flushes);
     tcase_add_test(tc, damaged_files_are_refused);
     tcase_add_test(tc, checker_finds_mistakes);
     tcase_add_loop_test(tc, histories_are_linearizable, 0, 3);
