@@ -252,8 +252,6 @@ static int serve(struct process *p, const struct options *o, struct err *err)
     int rc = server_open(&config, &p->server, err);
     if (rc < 0)
         return rc;
-    if ((rc = announce(p, o, err)) < 0)
-        return rc;
     struct event *events[] = {
         evsignal_new(p->base, SIGTERM, on_stop, p),
         evsignal_new(p->base, SIGINT, on_stop, p),
@@ -269,6 +267,8 @@ static int serve(struct process *p, const struct options *o, struct err *err)
         if (!events[i] || event_add(events[i], timer ? &every : NULL) != 0)
             rc = err_set(err, ERR_NOMEM, "out of memory");
     }
+    if (rc == 0)
+        rc = announce(p, o, err); /* who reads the addresses may also say SIGTERM */
     if (rc == 0) {
         daemon_notify("READY=1");
         if (event_base_dispatch(p->base) < 0)
