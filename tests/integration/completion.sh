@@ -35,7 +35,7 @@ for command in "${commands[@]}"; do
     offers "$command" eepctl ""
     offers "$command" eepctl -o json "${command:0:1}"
     help=$(eepctl "$command" -h) || fail "eepctl $command -h: exit status $?"
-    grep -q '^Examples:' <<<"$help" || fail "eepctl $command -h has no examples"
+    grep -qE '^Examples?:' <<<"$help" || fail "eepctl $command -h has no examples"
     grep -q "^  eepctl $command" <<<"$help" || fail "the examples of eepctl $command are of another command"
     for option in $(eepctl "$command" --usage | grep -oE -e '--[a-z][a-z0-9-]+' | sort -u); do
         [ "$option" = --usage ] && continue

@@ -132,6 +132,10 @@ static const struct promise {
     {{"agents"}, "agents"},
     {{"watch"}, "op kind outcome target why epoch bytes_done bytes_planned phases"},
     {{"history"}, "operations"},
+    {{"drain", "gpu2"}, "op outcome text"}, /* a spare */
+    {{"pause", "--reason", "a test"}, "op outcome text"},
+    {{"status"}, "paused paused_ms wanted"},
+    {{"resume"}, "op outcome text"},
     {{"verify"}, "slots dense bytes bad text"},
     {{"model", "inspect", QWEN},
      "model_type moe_layers logical_experts expert_bytes dense_bytes parts hidden_layers moe_layer_numbers dense_tensors "
