@@ -539,7 +539,7 @@ int main(void)
     Suite *suite = suite_create("control");
     TCase *tc = tcase_create("all");
     tcase_add_checked_fixture(tc, setup, teardown);
-    tcase_set_timeout(tc, 20);
+    tcase_set_timeout(tc, 60);
     tcase_add_test(tc, version_and_empty_cluster);
     tcase_add_test(tc, reader_may_not_change);
     tcase_add_test(tc, get_waits_for_the_key);
