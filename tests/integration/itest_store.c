@@ -83,8 +83,9 @@ static int kv_get(struct rpc_client *c, const char *key, uint32_t *ret_value)
     request.key = (char *)key;
     int rc = rpc_client_call(c, CONTROL_KV_GET, &request.base, 10000, &reply, NULL);
     if (rc == 0) {
+        const ProtobufCBinaryData *value = &((Pb__KvValue *)reply)->value;
         *ret_value = 0;
-        memcpy(ret_value, ((Pb__KvValue *)reply)->value.data, 4);
+        memcpy(ret_value, value->data, value->len < 4 ? value->len : 4);
         rpc_unpack_free(reply);
     }
     return rc == 0 ? 1 : rc == ERR_NOTFOUND ? 0 : rc;
