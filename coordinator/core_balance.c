@@ -66,7 +66,7 @@ bool balance_worth(const struct coordinator_config *config, const struct plan *p
 
 static bool balance_quiet(const struct coordinator *c)
 {
-    return c->view && c->op.phase == PHASE_NONE && !c->torn && c->commit.state == COMMIT_IDLE &&
+    return c->view && c->op.phase == PHASE_NONE && !c->torn && !c->durable.paused && c->commit.state == COMMIT_IDLE &&
            arrivals_complete(&c->map_acks);
 }
 
