@@ -25,6 +25,8 @@ void coordinator_config_default(struct coordinator_config *ret_config)
         .slots = 0,
         .min_ranks = 2,
         .commit_balance = 0.98,
+        .cross_cost = 4,
+        .dip = 0.02,
         .load_window_ms = 5000,
         .load_horizon_ms = 300000,
         .load_samples = 16,

@@ -51,12 +51,10 @@ bool balance_worth(const struct coordinator_config *config, const struct plan *p
         if (m->src != m->dst && ++into[m->dst] > most)
             most = into[m->dst];
     }
-    struct plan_options options;
-    plan_options_default(&options);
     double rate = config->rebalance_mib_s ? config->rebalance_mib_s * 1048576.0 : BALANCE_BANDWIDTH;
     double gain = plan->balance_after > 0 ? 1 - plan->balance_before / plan->balance_after : 0;
     double saves = gain * config->rebalance_horizon_ms / 1e3, move_s = (double)(most * expert_bytes) / rate;
-    double costs = move_s * (options.dip + BALANCE_MOVE_COST);
+    double costs = move_s * (config->dip + BALANCE_MOVE_COST);
     snprintf(ret_why, size,
              "balance %.3f would be %.3f: steps shorter by %.1f%%, %.3g s of steps within the horizon, for %.3g s of "
              "moving that cost %.3g s",
@@ -66,7 +64,7 @@ bool balance_worth(const struct coordinator_config *config, const struct plan *p
 
 static bool balance_quiet(const struct coordinator *c)
 {
-    return c->view && c->op.phase == PHASE_NONE && !c->torn && c->commit.state == COMMIT_IDLE &&
+    return c->view && c->op.phase == PHASE_NONE && !c->torn && !c->durable.paused && c->commit.state == COMMIT_IDLE &&
            arrivals_complete(&c->map_acks);
 }
 

@@ -211,6 +211,9 @@ int setup_plan(struct coordinator *c, struct err *err)
     struct plan_options options;
     plan_options_default(&options);
     options.target_balance = c->config.commit_balance;
+    options.cross_cost = c->config.cross_cost;
+    options.lambda = c->config.lambda;
+    options.dip = c->config.dip;
     options.joiners_only = true;                   /* before the commit only WEIGHTS moves anything in a scale-up */
     options.fill = r->kind != OP_SCALE_DOWN;       /* which ends with its commit */
     int rc = plan_make_window(in, &options, &c->op.plan, err);

@@ -30,7 +30,7 @@ struct options {
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
-       KEY_REBALANCE_BELOW, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_NUMBER };
+       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
 static const struct number {
@@ -64,11 +64,19 @@ static const struct number {
 };
 #define N_NUMBERS (sizeof numbers / sizeof numbers[0])
 
-static double parse_balance(struct argp_state *state, const char *what, const char *arg)
+static double parse_number(struct argp_state *state, const char *what, const char *arg, double min, double max)
 {
     char *end;
-    double balance = strtod(arg, &end);
-    if (*end || end == arg || !(balance > 0 && balance <= 1))
+    double number = strtod(arg, &end);
+    if (*end || end == arg || !(number >= min && number <= max))
+        argp_error(state, "%s is '%s': it must be a number from %g to %g", what, arg, min, max);
+    return number;
+}
+
+static double parse_balance(struct argp_state *state, const char *what, const char *arg)
+{
+    double balance = parse_number(state, what, arg, 0, 1);
+    if (balance <= 0)
         argp_error(state, "%s is '%s': it must be a number above 0 and at most 1", what, arg);
     return balance;
 }
@@ -109,6 +117,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_FOREGROUND: return 0;
     case KEY_SCALE_BACK: o->core.scale_back = 1; return 0;
     case KEY_COMMIT_BALANCE: o->core.commit_balance = parse_balance(state, "--commit-balance", arg); return 0;
+    case KEY_CROSS_COST: o->core.cross_cost = parse_number(state, "--cross-cost", arg, 1, 1000); return 0;
+    case KEY_LAMBDA: o->core.lambda = parse_number(state, "--lambda", arg, 0, 0.999); return 0;
+    case KEY_DIP: o->core.dip = parse_number(state, "--dip", arg, 0.0001, 1); return 0;
     case KEY_REBALANCE_BELOW: o->core.rebalance_below = parse_balance(state, "--rebalance-below", arg); return 0;
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
@@ -156,6 +167,11 @@ static void parse_options(int argc, char **argv, struct options *o)
          "filled afterwards (0.98)", 0},
         {"scale-back", KEY_SCALE_BACK, 0, 0,
          "after a repair, scale back by itself to the ranks that were asked for, as soon as agents are spare", 0},
+        {"cross-cost", KEY_CROSS_COST, "X", 0,
+         "what an expert that comes from another node costs a plan, in ones from the own node (4)", 0},
+        {"lambda", KEY_LAMBDA, "L", 0,
+         "balance of a layer that an expert's arrival must buy, one price for all layers (0: whatever reaches the target)", 0},
+        {"dip", KEY_DIP, "D", 0, "part of a step that replicas which are being replaced may cost (0.02)", 0},
         {"rebalance-below", KEY_REBALANCE_BELOW, "B", 0,
          "rebalance without being asked when the mean load of a rank over the highest stays below B, if it is worth the "
          "bytes (default: never)", 0},

@@ -132,6 +132,11 @@ static const struct promise {
     {{"agents"}, "agents"},
     {{"watch"}, "op kind outcome target why epoch bytes_done bytes_planned phases"},
     {{"history"}, "operations"},
+    {{"load"},
+     "load current dormant physical gpus slots_per_rank nodes expert_bytes samples balance balance_samples horizon_ms "
+     "window_ms"},
+    {{"rebalance", "--dry-run"}, "op outcome text summary plan"},
+    {{"rebalance"}, "op kind outcome target why bytes_done bytes_planned hold_ns_max phases started_ms ended_ms parties"},
     {{"drain", "gpu2"}, "op outcome text"}, /* a spare */
     {{"pause", "--reason", "a test"}, "op outcome text"},
     {{"status"}, "paused paused_ms wanted"},

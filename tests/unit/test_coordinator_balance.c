@@ -238,6 +238,22 @@ START_TEST(never_during_another_operation)
 }
 END_TEST
 
+START_TEST(not_while_operations_are_paused)
+{
+    struct rig r;
+    start_automatic(&r, 0.9);
+    struct coordinator_event ev = {.type = CE_PAUSE, .request = 1, .yes = true, .wall_ms = 1};
+    rig_event(&r, &ev);
+    serve(&r, 7, 6, 5000);
+    ck_assert_str_eq(r.phases, "");
+    ev.yes = false;
+    rig_event(&r, &ev);
+    serve(&r, 7, 6, 3000);
+    ck_assert_msg(strstr(r.phases, "FINISH"), "%s", r.phases);
+    rig_stop(&r);
+}
+END_TEST
+
 START_TEST(only_what_is_worth_its_bytes)
 {
     struct coordinator_config config;
@@ -286,6 +302,7 @@ int main(void)
     tcase_add_test(t, it_is_off_by_default);
     tcase_add_test(t, low_for_so_long_and_at_most_so_often);
     tcase_add_test(t, never_during_another_operation);
+    tcase_add_test(t, not_while_operations_are_paused);
     tcase_add_test(t, only_what_is_worth_its_bytes);
     suite_add_tcase(s, t);
     SRunner *runner = srunner_create(s);

@@ -652,7 +652,8 @@ START_TEST(control_methods)
         [CONTROL_LEASE_KEEP] = "LeaseKeep",    [CONTROL_LEASE_END] = "LeaseEnd",
         [CONTROL_QUEUE_PUSH] = "QueuePush",    [CONTROL_QUEUE_POP] = "QueuePop",
         [CONTROL_QUEUE_LENGTH] = "QueueLength", [CONTROL_BARRIER_LIST] = "BarrierList",
-        [CONTROL_BARRIER_SHOW] = "BarrierShow", [CONTROL_LOAD] = "Load",
+        [CONTROL_BARRIER_SHOW] = "BarrierShow", [CONTROL_PAUSE] = "Pause",
+        [CONTROL_RESTART] = "Restart",         [CONTROL_LOAD] = "Load",
     };
     ck_assert_uint_eq(pb__control__descriptor.n_methods, CONTROL_METHODS);
     for (unsigned i = 0; i < CONTROL_METHODS; i++)
