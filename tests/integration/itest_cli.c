@@ -141,6 +141,8 @@ static const struct promise {
     {{"pause", "--reason", "a test"}, "op outcome text"},
     {{"status"}, "paused paused_ms wanted"},
     {{"resume"}, "op outcome text"},
+    {{"load"}, "load current dormant physical gpus slots_per_rank nodes expert_bytes samples"},
+    {{"rebalance"}, "op outcome"},
     {{"verify"}, "slots dense bytes bad text"},
     {{"model", "inspect", QWEN},
      "model_type moe_layers logical_experts expert_bytes dense_bytes parts hidden_layers moe_layer_numbers dense_tensors "
