@@ -266,6 +266,11 @@ sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 check-torch: ## PyTorch's own client over our TCPStore port, where PyTorch is (PYTHON=python3)
 	@$(MAKE) --no-print-directory -s -j2 $(BUILD)/eep-coordinator
 	@tests/gpu/tcpstore.sh $(BUILD)
+PYTHON ?= python3
+.PHONY: check-python
+check-python: ## the Python package, and the PyTorch engine where PyTorch and transformers are (PYTHON=python3)
+	@$(MAKE) --no-print-directory -s -j2 all
+	@EEP_BIN=$(BUILD) CC=$(CC) tests/python/run.sh $(PYTHON)
 FUZZ_SECONDS ?= 60
 .PHONY: fuzz
 fuzz:      ## libFuzzer (clang) on each target: make fuzz FUZZ_SECONDS=60

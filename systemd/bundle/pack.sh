@@ -27,6 +27,9 @@ cp -R "$stage/root/usr/local/." "$top"
 install -m 644 "$build/whole/libeep.a" "$top/lib"
 install -m 755 systemd/bundle/install.sh "$top"
 install -m 644 systemd/bundle/INSTALL "$top"
+find agent/python -name '*.py' -o -name '*.toml' -o -name py.typed | while read -r file; do
+    install -D -m 644 "$file" "$top/${file#agent/}"
+done
 copyright libevent-dev libprotobuf-c-dev liblmdb-dev libjansson-dev
 
 if [ $# -gt 0 ]; then
@@ -35,6 +38,8 @@ if [ $# -gt 0 ]; then
         install -m 755 "$build/tests/$program" "$top/bin/tests"
     done
     install -m 755 tests/gpu/*.sh tests/gpu/*.py "$top/tests/gpu"
+    install -d "$top/tests/python"
+    install -m 644 tests/python/*.py "$top/tests/python"
     install -m 755 tests/bench/*.sh "$top/tests/bench"
     cp -R tests/data "$top/tests"
     copyright check libsubunit-dev

@@ -68,6 +68,14 @@ for file in $(grep -ho 'tests/gpu/[a-z_]*\.[a-z]*' "$tests"/tests/gpu/*.sh | sor
 done
 pass "test programs"
 
+if command -v python3 >/dev/null; then
+    env -i PATH="$PATH" PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$top/python" python3 -c '
+import sys, eep
+with eep.attach(sys.argv[1], endpoint="python") as engine:
+    print("attached, device", engine.device)' "$d/gpu0.sock" >"$d/python.log" 2>&1 || fail "the Python package: $(cat "$d/python.log")"
+    pass "an engine in Python, with the libeep of the tarball"
+fi
+
 # As `make install` does it, and the static library besides.
 env -i PATH="$PATH" sh "$top/install.sh" "$d/prefix" >/dev/null || fail "install.sh"
 env -i PATH="$PATH" sh "$top/install.sh" "$d/prefix" >/dev/null || fail "install.sh, again"

@@ -11,8 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(os.environ.get("EEP_BIN", ROOT / "build")).resolve()
 QWEN3, MIXTRAL = ROOT / "tests/data/qwen3-moe-tiny", ROOT / "tests/data/mixtral-tiny"
-sys.path.insert(0, str(ROOT / "agent/python"))
-os.environ.setdefault("EEP_LIB", str(BIN / "libeep.so"))
+PYTHON = next(p for p in (ROOT / "agent/python", ROOT / "python") if p.exists())  # source tree, or a bundle
+sys.path.insert(0, str(PYTHON))
+if (BIN / "libeep.so").exists():
+    os.environ.setdefault("EEP_LIB", str(BIN / "libeep.so"))
 
 
 class Cluster:

@@ -1,6 +1,7 @@
 """A safetensors file by numpy alone; bf16 as uint16."""
 import json
 import struct
+from pathlib import Path
 
 import numpy
 
@@ -8,7 +9,7 @@ from eep.memory import DTYPES
 
 
 def load(path) -> dict:
-    data = open(path, "rb").read()
+    data = Path(path).read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     tensors = {}
     for name, t in json.loads(data[8:8 + length]).items():

@@ -34,6 +34,8 @@ import torch.distributed as dist
 
 from .engine import Engine, Event, PeerLost, View
 
+CLOSE_AFTER_S = 2.0
+
 
 def word(endpoint: str, key: str) -> str:
     """The value of "key=value" in an endpoint's words, or ""."""
@@ -143,14 +145,18 @@ class Group:
 
     def abort(self) -> None:
         """Ends collectives that hang on a peer.  Any thread.  (gloo's end by themselves when the peer's process is gone.)"""
-        if self._nccl is not None:
-            self._nccl.abort()
+        nccl = self._nccl
+        if nccl is not None:
+            nccl.abort()
 
     def close(self) -> None:
+        """Returns at once.  NCCL's part goes a while later: its proxies may still carry what a slower peer waits for."""
         self._process_group = self._gloo = None
         nccl, self._nccl = self._nccl, None
         if nccl is not None:
-            nccl.abort()
+            late = threading.Timer(CLOSE_AFTER_S, nccl.abort)
+            late.daemon = True
+            late.start()
 
 
 class _Build:
@@ -210,6 +216,7 @@ class Groups:
         self._lock = threading.Lock()
         self._prepared: _Build | None = None
         self._group: Group | None = None
+        self._before: Group | None = None  # of the view before, until all have met in the present one
         self._threads: list[threading.Thread] = []
 
     def use_device(self, device: torch.device, nccl: bool = True) -> None:
@@ -285,8 +292,9 @@ class Groups:
             group = self._repair(engine, peers, view.epoch)
         with self._lock:
             self._group = group
-        if present:
-            present.close()
+            before, self._before = self._before, present
+        if before:
+            before.close()
         return group
 
     def _repair(self, engine: Engine, peers: Peers, epoch: int) -> Group:
@@ -300,8 +308,16 @@ class Groups:
             raise PeerLost(f"no group for epoch {epoch}: {build.why}")
         return group
 
+    def met(self) -> None:
+        """All ranks have met in the group in use, so nobody needs the one before it any more."""
+        with self._lock:
+            before, self._before = self._before, None
+        if before:
+            before.close()
+
     def drop(self) -> None:
         """The group in use is of no use any more: a step failed in it, or this rank left."""
+        self.met()
         with self._lock:
             group, self._group = self._group, None
         if group:

@@ -214,11 +214,17 @@ class Runner:
         cuda = self.device.type == "cuda"
         # not the default stream, whose number says "none"
         self.stream = torch.cuda.Stream(self.device) if cuda else None
-        # pinned, so that a pass can be launched before the last one has run
-        self._tokens = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        if cuda:  # kernels that round alike whatever the batch; float32 that is no tf32
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            torch.backends.cuda.enable_mem_efficient_sdp(dtype != torch.float32)
 
     def view(self, group, rank: int) -> None:
         self.dispatch.group, self.dispatch.rank = group, rank
+
+    def wait(self) -> None:
+        """Everything that was launched is complete."""
+        if self.stream:
+            self.stream.synchronize()
 
     @torch.inference_mode()
     def _forward(self, tokens: torch.Tensor, p: Pass) -> torch.Tensor:

@@ -133,6 +133,7 @@ class Serving:
         """What the ranks do in this step, and whether any has work after it; that all are in the same one is checked."""
         e, s = step.view.epoch, step.step
         said = self.group.all_reduce_max([e, -e, s, -s, plan.prefill is not None, bool(plan.decode), plan.more])
+        self.groups.met()
         if said[:4] != [e, -e, s, -s]:
             raise RuntimeError(f"this rank is in epoch {e} step {s}, another is not: {said[:4]}")
         return bool(said[4]), bool(said[5]), bool(said[6])
@@ -156,6 +157,7 @@ class Serving:
         if decode:
             rows = {row: (s.done, s.tokens[s.done]) for row, s in plan.decode.items()}
             decoded = self.runner.decode(rows).argmax(-1).tolist()
+        self.runner.wait()
         if self.engine.revoked:
             raise eep.PeerLost("the view was revoked while the step ran")
         return plan, prefilled, decoded

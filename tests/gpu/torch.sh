@@ -1,0 +1,163 @@
+#!/usr/bin/env bash
+# The PyTorch engine on a GPU (or several): right tokens while ranks come and go, then a model of real proportions.
+# Needs PyTorch with CUDA and transformers 5; nothing is compiled or installed.  About 5 minutes.
+#
+#   tests/gpu/torch.sh BUILD [tiny|real|restart ...]     (the folder of a build, or bin of an unpacked bundle with tests)
+#
+#   tiny     eep-demo 2 -> 4 -> 3 -> 2 with Qwen3-MoE and Mixtral in float32: every token must be the reference's
+#   real     Qwen3-30B-A3B's shape in bf16: a run on 2 ranks, and one that scales 2 -> 4 -> 3 -> 2 under the same requests;
+#            tokens a second as CSV, pauses, requests lost, and the tokens of both runs compared
+#   restart  an engine is killed and started: how long until its weights are bound again, against loading the checkpoint
+#
+# Environment: PYTHON (python3), EXCHANGE (nccl; gloo goes through the host), LAYERS (8), MEMORY (cuda, or host to try the
+# script itself), TRANSPORT (cuda_peer), REQUESTS (240), TOKENS (96), CHECKPOINT (a folder that is there), OUT (a folder for
+# CSV, tokens and logs).  Agents share GPUs where there are fewer than 4.
+set -u
+build=$(cd "${1:?usage: torch.sh BUILD [tiny|real|restart ...]}" && pwd)
+shift
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+parts=${*:-tiny real restart}
+PYTHON=${PYTHON:-python3} memory=${MEMORY:-cuda} transport=${TRANSPORT:-cuda_peer} exchange=${EXCHANGE:-nccl}
+out=${OUT:-$(mktemp -d)}
+dir=$(mktemp -d "${TMPDIR:-/dev/shm}/eep-torch-XXXXXX")
+mkdir -p "$out"
+python=$root/agent/python
+[ -d "$python" ] || python=$root/python # of a bundle
+export PYTHONPATH=$python:${PYTHONPATH:-} EEP_BIN=$build NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+export EEP_COORDINATOR=unix:$dir/c.sock TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+for lib in "${EEP_LIB:-}" "$build/libeep.so" "$build/../lib/libeep.so.0"; do
+    [ -n "$lib" ] && [ -e "$lib" ] && export EEP_LIB=$lib && break
+done
+engine=$python/examples/torch_engine
+pids=() engine_pid=() failed=0 gpus=0
+clean() {
+    for ((i = ${#pids[@]} - 1; i >= 0; i--)); do kill "${pids[i]}" 2>/dev/null; done
+    sleep 1
+    for pid in "${pids[@]}"; do kill -9 "$pid" 2>/dev/null; done
+    wait 2>/dev/null
+    cp "$dir"/*.log "$dir"/*.trace "$out" 2>/dev/null
+    rm -rf "$dir"
+}
+trap clean EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+say() { printf '\n## %s (%s s)\n' "$*" "$SECONDS"; }
+fail() { echo "torch.sh: $*" >&2; tail -n 4 "$dir"/*.log >&2; failed=1; }
+start() { # log, command...
+    local log=$dir/$1.log
+    shift
+    "$@" >>"$log" 2>&1 &
+    pids+=($!)
+}
+"$PYTHON" -c 'import torch, transformers, sys
+print("torch", torch.__version__, "transformers", transformers.__version__, torch.cuda.device_count(), "GPUs")
+sys.exit(0 if torch.cuda.is_available() or sys.argv[1] == "host" else 1)' "$memory" || { echo "no PyTorch with a GPU here"; exit 77; }
+shared=()
+if [ "$memory" = cuda ]; then
+    gpus=$("$build/eep-agent" --list-gpus | wc -l)
+    [ "$gpus" -ge 4 ] || shared=(--shared-gpu)
+    "$build/eep-agent" --list-gpus
+else
+    transport=host exchange=gloo
+fi
+
+tiny() { # name, model
+    say "tiny: $1, 2 -> 4 -> 3 -> 2, float32, $exchange"
+    EEP_ENGINE="$PYTHON $engine --dtype float32 --exchange $exchange ${shared[*]:-}" TERM=dumb timeout 170 \
+        "$build/tests/eep-demo" --model "$2" --memory "$memory" --transport "$transport" --sequence 2,4,3,2 --settle-ms 1000 \
+        --step-ms 5 >"$out/tiny-$1.txt" 2>&1
+    rc=$?
+    if [ $rc = 0 ]; then sed -n '/^report/,$p' "$out/tiny-$1.txt"; else fail "demo $1: exit status $rc"; tail -n 30 "$out/tiny-$1.txt"; fi
+}
+
+serve() { # i: an engine for agent i
+    start "engine-$1" "$PYTHON" "$engine" --socket "$dir/e$1.sock" --exchange "$exchange" "${shared[@]}" --max-batch 8 \
+        --prefill 32 --max-length 256 --attach-ms 60000 --trace "$dir/engine-$1.trace"
+    engine_pid[$1]=$!
+}
+views() { grep -c 'event=view ' "$dir/engine-$1.log"; }
+engines() { "$build/eepctl" -o json agents 2>/dev/null | "$PYTHON" -c 'import json, sys; print(sum(bool(a["engine"]) for a in json.load(sys.stdin)["agents"]))'; }
+await_engines() { for ((n = 0; n < 600; n++)); do [ "$(engines)" = "$1" ] && return 0; sleep 0.2; done; fail "engines did not attach"; return 1; }
+up() { # coordinator, 4 agents, 4 engines, 2 ranks
+    [ -z "${is_up:-}" ] || return 0
+    checkpoint=${CHECKPOINT:-$dir/checkpoint}
+    [ -n "${CHECKPOINT:-}" ] || "$build/tests/eep-make-checkpoint" --model qwen3-30b-a3b --layers "${LAYERS:-8}" "$checkpoint" | tail -n 1
+    start coordinator "$build/eep-coordinator" --listen "$EEP_COORDINATOR" --state "$dir/state" --tcpstore-listen 127.0.0.1:0/engines \
+        --port-file "$dir/ports" --drain-ms 60000
+    for ((n = 0; n < 100; n++)); do "$build/eepctl" status >/dev/null 2>&1 && break; sleep 0.1; done
+    EEP_TCPSTORE=$(sed -n 2p "$dir/ports" | sed 's|/.*||') && export EEP_TCPSTORE
+    for i in 0 1 2 3; do
+        where=(--memory "$memory" --transport "$transport")
+        [ "$memory" != cuda ] || where=(--memory "cuda:$((i % gpus))" --transport "$transport" "${shared[@]}")
+        start "agent-$i" "$build/eep-agent" --id "gpu$i" --coordinator "$EEP_COORDINATOR" --engine-socket "$dir/e$i.sock" \
+            --checkpoint "$checkpoint" "${where[@]}"
+        serve "$i"
+    done
+    await_engines 4 && "$build/eepctl" scale --to 2 --timeout 120 || { fail "cold start"; return 1; }
+    is_up=1
+}
+load() { # name, more...
+    local name=$1
+    shift
+    "$PYTHON" "$engine/load.py" --ctl "$build/eepctl -c $EEP_COORDINATOR" --requests "${REQUESTS:-240}" --concurrency 16 --prompt 32 \
+        --max-tokens "${TOKENS:-96}" --limit 110 --csv "$out/$name.csv" --tokens "$out/$name.json" "$@"
+}
+
+real() {
+    say "real: Qwen3-30B-A3B's shape, ${LAYERS:-8} layers, bf16, $exchange"
+    up || return
+    load warm --requests 16 --max-tokens 16 >/dev/null
+    say "2 ranks, not scaled"
+    load unscaled || fail "the unscaled run"
+    say "the same requests, 2 -> 4 -> 3 -> 2"
+    load scaled --compare "$out/unscaled.json" >"$out/scaled.txt" 2>&1 &
+    local pid=$!
+    for n in 4 3 2; do
+        sleep "${SETTLE:-4}"
+        echo "$(date +%s.%N) scale --to $n" >>"$out/events.txt"
+        "$build/eepctl" scale --to "$n" --timeout 100 || fail "scale --to $n"
+        echo "$(date +%s.%N) $n ranks" >>"$out/events.txt"
+    done
+    wait $pid || failed=1
+    cat "$out/scaled.txt"
+    "$build/eepctl" verify || fail "verify"
+    echo "flips as the engines saw them (held_us: the pause; switch_us: taking the prepared group):"
+    grep -h 'event=view ' "$dir"/engine-*.log | sed 's/.*event=view //' | sort -t= -k2n
+}
+
+restart() {
+    say "restart: an engine with its weights resident"
+    up || return
+    i=$("$build/eepctl" -o json status | "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["view"]["members"][-1]["id"][3:])')
+    before=$(views "$i")
+    begin=$(date +%s%N)
+    kill -9 "${engine_pid[$i]}"
+    serve "$i"
+    for ((n = 0; n < 600; n++)); do [ "$(views "$i")" = "$before" ] || break; sleep 0.1; done
+    load restarted --requests 4 --max-tokens 2 --concurrency 4
+    echo "kill -9 to four requests answered: $((($(date +%s%N) - begin) / 1000000)) ms; of it binding the weights:"
+    grep -h 'event=bound' "$dir/engine-$i.log" | tail -n 1 | sed 's/.*event=bound //'
+    "$PYTHON" - "$checkpoint" "$memory" <<'PY'
+import sys, time
+import torch
+from transformers import AutoModelForCausalLM
+begin = time.time()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).to("cuda" if sys.argv[2] == "cuda" else "cpu")
+if sys.argv[2] == "cuda":
+    torch.cuda.synchronize()
+print(f"transformers' from_pretrained of the same checkpoint (all experts, from the page cache): {time.time() - begin:.2f} s")
+PY
+}
+
+for part in $parts; do
+    case $part in
+    tiny) tiny qwen3-moe "$root/tests/data/qwen3-moe-tiny"; tiny mixtral "$root/tests/data/mixtral-tiny" ;;
+    real | restart) $part ;;
+    *) echo "torch.sh: no part is called '$part'" >&2; exit 2 ;;
+    esac
+done
+echo
+echo "CSV, tokens, logs: $out"
+[ $failed = 0 ] && echo good || echo "NOT GOOD"
+exit $failed

@@ -1,0 +1,162 @@
+"""torch over the agent's memory, groups for views, and the example engine's model: logits against the reference's."""
+import sys
+import threading
+import unittest
+
+from cluster import MIXTRAL, PYTHON, QWEN3, Cluster
+from engines import Small
+
+import eep
+
+try:
+    import torch
+    from eep.distributed import Groups, Peers, word
+except ImportError:
+    torch = None
+try:
+    import transformers
+except ImportError:
+    transformers = None
+
+sys.path.insert(0, str(PYTHON / "examples/torch_engine"))
+
+
+@unittest.skipUnless(torch, "torch is not here")
+class Tensors(unittest.TestCase):
+    def test_views_of_the_agents_memory(self):
+        with Cluster() as c, Small(c) as s:
+            self.assertEqual(c.ctl("scale", "--to", "1").returncode, 0)
+            norm = s.engine.tensor("model.norm.weight")
+            t = norm.torch()
+            self.assertEqual((t.dtype, t.data_ptr(), tuple(t.shape)), (torch.bfloat16, norm.address, (128,)))
+            w13 = s.engine.tensor("layers.1.experts.w13")
+            t = w13.torch()
+            self.assertEqual((t.data_ptr(), t.stride()[0] * 2), (w13.address, w13.stride))
+            load = s.engine.maps.load
+            counters = load.torch(torch.int64)
+            counters[2] += 5
+            self.assertEqual(load.torch(torch.int64)[2].tolist(), [5] * s.engine.maps.slots)
+            self.assertEqual(counters.data_ptr(), load.address)
+            del t, counters
+
+    def test_slots_apart(self):
+        backing = torch.arange(24, dtype=torch.int32)
+        a = eep.Array(backing.data_ptr(), -1, "I32", (3, 2, 2), 8 * 4, owner=backing)
+        self.assertEqual(a.torch().tolist(), [[[8 * i, 8 * i + 1], [8 * i + 2, 8 * i + 3]] for i in range(3)])
+
+
+@unittest.skipUnless(torch, "torch is not here")
+class Meeting(unittest.TestCase):
+    """Groups of threads in one process, which meet in the first one's store."""
+
+    def _all(self, n, body):
+        groups = [Groups(timeout=20) for _ in range(n)]
+        ids, stores = tuple(g.id for g in groups), tuple(word(g.endpoint, "store") for g in groups)
+        results, errors = [None] * n, []
+
+        def main(r):
+            try:
+                results[r] = body(r, groups[r]._make(Peers(ids, r, stores), "test"))
+            except Exception as e:
+                errors.append(e)
+        threads = [threading.Thread(target=main, args=(r,)) for r in range(n)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+        self.assertEqual(errors, [])
+        return results
+
+    def test_exchanges(self):
+        def body(r, group):
+            x = torch.full((2, 3), float(r), dtype=torch.bfloat16)
+            sent = torch.tensor([[10 * r + to] for to in range(group.size)], dtype=torch.int32)
+            total = torch.full((1,), r + 1)
+            torch.distributed.all_reduce(total, group=group.process_group)
+            return group.all_gather(x), group.all_to_all(sent), group.all_reduce_max([r, -r]), total.item()
+        for r, (gathered, received, most, total) in enumerate(self._all(3, body)):
+            self.assertEqual(gathered[:, 0, 0].tolist(), [0, 1, 2])
+            self.assertEqual(received.flatten().tolist(), [r, 10 + r, 20 + r])
+            self.assertEqual((most, total), ([2, 0], 6))
+
+    def test_a_peer_that_goes(self):
+        gone = threading.Barrier(2)
+
+        def body(r, group):
+            if r == 1:
+                group.close()
+                del group
+                gone.wait()
+                return None
+            gone.wait()
+            with self.assertRaises(eep.PeerLost):
+                group.all_gather(torch.zeros(1))
+            return True
+        self.assertEqual(self._all(2, body)[0], True)
+
+    def test_words(self):
+        self.assertEqual(word("request=1.2.3.4:5 id=ab store=h:6", "store"), "h:6")
+        self.assertEqual(word("idle", "id"), "")
+
+
+@unittest.skipUnless(torch and transformers, "torch and transformers are not here")
+class Logits(unittest.TestCase):
+    """The stock model over the agent's memory, on one rank."""
+
+    def _compare(self, folder):
+        from safetensors.torch import load_file
+
+        from model import Runner
+        reference = load_file(folder / "reference.safetensors")
+        with Cluster(checkpoint=folder) as c, Small(c) as s:
+            self.assertEqual(c.ctl("scale", "--to", "1").returncode, 0)
+            groups = Groups()
+            runner = Runner(s.engine, rows=2, chunk=16, length=128, dtype=torch.float32)
+            runner.view(groups._make(Peers((groups.id,), 0, ("",)), "alone"), 0)
+            before = runner.dispatch.load.sum().item()
+            for row, prompt in enumerate(reference["input_ids"][:2].tolist()):
+                logits = runner.prefill(row, 0, prompt, every=True)
+                torch.testing.assert_close(logits, reference["logits"][row], rtol=0, atol=2e-5)
+            top_k = runner.model.config.num_experts_per_tok
+            self.assertEqual(runner.dispatch.load.sum().item() - before, 2 * 16 * top_k * runner.model.config.num_hidden_layers)
+            tokens = [[int(reference["greedy_tokens"][row][0])] for row in range(2)]
+            for position in range(16, 24):
+                logits = runner.decode({row: (position, tokens[row][-1]) for row in range(2)})
+                for row in range(2):
+                    tokens[row].append(int(logits[row].argmax()))
+            self.assertEqual(tokens, reference["greedy_tokens"][:2, :9].tolist())
+            embed = s.engine.tensor("model.embed_tokens.weight")
+            self.assertEqual(runner.model.model.embed_tokens.weight.data_ptr(), embed.address)
+            runner = None
+
+    def test_qwen3_moe(self):
+        self._compare(QWEN3)
+
+    def test_mixtral(self):
+        self._compare(MIXTRAL)
+
+
+@unittest.skipUnless(torch and transformers, "torch and transformers are not here")
+class DeepSeek(unittest.TestCase):
+    """A tiny DeepSeek-V3, random by a seed: what stock transformers computes of it, and the demo with all its ranks."""
+
+    def test_demo(self):
+        import os
+        import subprocess
+        import tempfile
+        from pathlib import Path
+
+        from cluster import BIN
+        from deepseek import write
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            env = {**os.environ, "EEP_BIN": str(BIN), "TERM": "dumb",
+                   "EEP_ENGINE": f"{sys.executable} {PYTHON / 'examples/torch_engine'} --dtype float32"}
+            done = subprocess.run([str(BIN / "tests/eep-demo"), "--model", folder, "--sequence", "2,3,2", "--settle-ms", "500",
+                                   "--concurrency", "6"], env=env, capture_output=True, text=True, timeout=300)
+            self.assertEqual(done.returncode, 0, done.stdout[-3000:] + done.stderr[-2000:])
+            self.assertIn("good: ", done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
