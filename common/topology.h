@@ -117,7 +117,7 @@ struct move {
     uint32_t src, src_slot; /* party and slot; src == dst is a local copy */
     uint32_t dst, dst_slot;
     uint32_t round;         /* index into the plan's rounds */
-    uint32_t dormant;       /* 1: not routed to when its round is done.  Known to the planner's side only, not on the wire */
+    uint32_t dormant;       /* 1: not routed to when its round is done */
 };
 
 /* A slot that stops (a retire) or starts (a wake) being routed to in the map that is announced at the start of a round.
@@ -140,9 +140,9 @@ struct plan {
     uint32_t rounds_before, rounds_after;
     /* reported, in arrivals (one expert of one layer arriving at a rank); see design: bounds */
     uint64_t bound_hard, bound_fill, arrivals_before, arrivals_after;
-    /* Not on the wire: agents move bytes, only the coordinator routes. */
     uint32_t n_wakes;
     struct retire *wakes;       /* sorted by round */
+    /* Not on the wire. */
     uint64_t bound_balance;
     /* mean over layers of the mean load of a rank over the highest */
     double balance_before, balance_at_commit, balance_after, balance_ceiling;

@@ -328,6 +328,16 @@ int model_from_pb(const Pb__Model *pb, struct model **ret_model, struct err *err
 
 /* ---- plans ---- */
 
+static void retires_put(uint8_t *out, const struct retire *retires, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        const struct retire *r = &retires[i];
+        const uint32_t words[RETIRE_WORDS] = {r->layer, r->party, r->slot, r->round};
+        for (int k = 0; k < RETIRE_WORDS; k++, out += 4)
+            put_u32(out, words[k]);
+    }
+}
+
 Pb__Plan *plan_to_pb(const struct plan *plan)
 {
     Pb__Plan *pb = pb_new(&pb__plan__descriptor);
@@ -342,10 +352,12 @@ Pb__Plan *plan_to_pb(const struct plan *plan)
     pb->arrivals_after = plan->arrivals_after;
     pb->target = expert_map_to_pb(plan->target);
     if (!pb->target || !bytes_new(&pb->moves, (size_t)plan->n_moves * MOVE_WORDS * 4) ||
-        !bytes_new(&pb->retires, (size_t)plan->n_retires * RETIRE_WORDS * 4)) {
+        !bytes_new(&pb->retires, (size_t)plan->n_retires * RETIRE_WORDS * 4) ||
+        !bytes_new(&pb->wakes, (size_t)plan->n_wakes * RETIRE_WORDS * 4) || !bytes_new(&pb->dormant, plan->n_moves)) {
         pb_free(pb);
         return NULL;
     }
+    pb->has_wakes = pb->has_dormant = 1;
     uint8_t *out = pb->moves.data;
     for (uint32_t i = 0; i < plan->n_moves; i++) {
         const struct move *m = &plan->moves[i];
@@ -353,13 +365,10 @@ Pb__Plan *plan_to_pb(const struct plan *plan)
         for (int k = 0; k < MOVE_WORDS; k++, out += 4)
             put_u32(out, words[k]);
     }
-    out = pb->retires.data;
-    for (uint32_t i = 0; i < plan->n_retires; i++) {
-        const struct retire *r = &plan->retires[i];
-        const uint32_t words[RETIRE_WORDS] = {r->layer, r->party, r->slot, r->round};
-        for (int k = 0; k < RETIRE_WORDS; k++, out += 4)
-            put_u32(out, words[k]);
-    }
+    retires_put(pb->retires.data, plan->retires, plan->n_retires);
+    retires_put(pb->wakes.data, plan->wakes, plan->n_wakes);
+    for (uint32_t i = 0; i < plan->n_moves; i++)
+        pb->dormant.data[i] = plan->moves[i].dormant != 0;
     return pb;
 }
 
@@ -379,16 +388,36 @@ static int plan_moves_from_pb(const Pb__Plan *pb, struct plan *plan, struct err 
                            m.layer, m.expert, m.src, m.src_slot, m.dst, m.dst_slot, m.round);
         plan->moves[i] = m;
     }
-    for (uint32_t i = 0; i < plan->n_retires; i++) {
-        const uint8_t *in = pb->retires.data + (size_t)i * RETIRE_WORDS * 4;
+    for (uint32_t i = 0; i < plan->n_moves && pb->has_dormant; i++)
+        plan->moves[i].dormant = pb->dormant.data[i] != 0;
+    return 0;
+}
+
+/* Retires, or wakes. */
+static int plan_retires_from_pb(const ProtobufCBinaryData *data, const struct plan *plan, struct retire *ret_retires,
+                                struct err *err)
+{
+    const struct expert_map *t = plan->target;
+    const uint32_t rounds = plan->rounds_before + plan->rounds_after;
+    for (uint32_t i = 0; i < data->len / (RETIRE_WORDS * 4); i++) {
+        const uint8_t *in = data->data + (size_t)i * RETIRE_WORDS * 4;
         struct retire r = {get_u32(in), get_u32(in + 4), get_u32(in + 8), get_u32(in + 12)};
         if (r.layer >= t->layers || r.party >= plan->parties || r.slot >= t->slots || r.round > rounds ||
-            (i > 0 && r.round < plan->retires[i - 1].round))
+            (i > 0 && r.round < ret_retires[i - 1].round))
             return err_set(err, ERR_PROTOCOL, "retire %u of a plan is outside its shape: layer %u, %u/%u, round %u", i,
                            r.layer, r.party, r.slot, r.round);
-        plan->retires[i] = r;
+        ret_retires[i] = r;
     }
     return 0;
+}
+
+static int plan_wakes_from_pb(const Pb__Plan *pb, struct plan *plan, struct err *err)
+{
+    plan->n_wakes = (uint32_t)(pb->wakes.len / (RETIRE_WORDS * 4));
+    plan->wakes = calloc((size_t)plan->n_wakes + 1, sizeof *plan->wakes);
+    if (!plan->wakes)
+        return err_set(err, ERR_NOMEM, "no memory for a plan");
+    return plan_retires_from_pb(&pb->wakes, plan, plan->wakes, err);
 }
 
 int plan_from_pb(const Pb__Plan *pb, struct plan **ret_plan, struct err *err)
@@ -396,7 +425,9 @@ int plan_from_pb(const Pb__Plan *pb, struct plan **ret_plan, struct err *err)
     const size_t move_bytes = MOVE_WORDS * 4, retire_bytes = RETIRE_WORDS * 4;
     if (pb->target->ranks != pb->parties || pb->moves.len % move_bytes != 0 || pb->retires.len % retire_bytes != 0 ||
         pb->moves.len / move_bytes > UINT32_MAX || pb->retires.len / retire_bytes > UINT32_MAX ||
-        pb->rounds_before > ROUNDS_MAX || pb->rounds_after > ROUNDS_MAX)
+        (pb->has_wakes && (pb->wakes.len % retire_bytes != 0 || pb->wakes.len / retire_bytes > UINT32_MAX)) ||
+        (pb->has_dormant && pb->dormant.len != pb->moves.len / move_bytes) || pb->rounds_before > ROUNDS_MAX ||
+        pb->rounds_after > ROUNDS_MAX)
         return err_set(err, ERR_PROTOCOL, "a plan over %u parties (target: %u) with %zu and %zu bytes of moves",
                        pb->parties, pb->target->ranks, pb->moves.len, pb->retires.len);
     struct expert_map *target;
@@ -417,6 +448,10 @@ int plan_from_pb(const Pb__Plan *pb, struct plan **ret_plan, struct err *err)
     plan->arrivals_before = pb->arrivals_before;
     plan->arrivals_after = pb->arrivals_after;
     rc = plan_moves_from_pb(pb, plan, err);
+    if (rc == 0)
+        rc = plan_retires_from_pb(&pb->retires, plan, plan->retires, err);
+    if (rc == 0 && pb->has_wakes)
+        rc = plan_wakes_from_pb(pb, plan, err);
     if (rc < 0) {
         plan_unref(plan);
         return rc;

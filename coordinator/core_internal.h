@@ -91,6 +91,7 @@ struct operation {
     bool waits_for_agents;      /* PENDING until enough spares are there */
     bool unattended;            /* nobody asked for it: a scale back, or the drain of an agent that stops */
     bool dropped;               /* the operator aborts it */
+    bool resumed;               /* RETIRE after a restart: the map in use is acknowledged once more, then the round begins */
     uint64_t halted_ns;         /* since when it stands still because operations are paused; 0 = it does not */
     char why[256];              /* what will be said at the end */
     struct { enum op_phase phase; uint64_t ns; } times[PHASE_TIMES];

@@ -302,6 +302,10 @@ void operation_end(struct coordinator *c, enum op_outcome outcome, const char *w
     d->open.outcome = outcome;
     d->open.ended_ms = c->wall_ms;
     d->open.bytes = c->op.bytes_done;
+    plan_unref(d->open.plan);
+    expert_map_unref(d->open.planned_over);
+    d->open.plan = NULL;
+    d->open.planned_over = NULL;
     d->open.n_phases = 0;
     for (uint32_t i = 0; i < c->op.n_times && i < OP_PHASES_MAX; i++) {
         struct phase_time *t = &d->open.phases[d->open.n_phases++];

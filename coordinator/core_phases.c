@@ -136,6 +136,17 @@ void operation_peer_ready(struct coordinator *c)
         operation_begin(c);
 }
 
+/* The fill after the commit must not end with this process. */
+static void operation_remember(struct coordinator *c)
+{
+    struct op_record *r = &c->durable.open;
+    if (r->kind != OP_SCALE_UP || r->plan)
+        return;
+    r->plan = plan_ref(c->op.plan);
+    r->planned_over = expert_map_ref((struct expert_map *)(uintptr_t)c->op.in.now);
+    r->round = c->op.round;
+}
+
 static void operation_propose(struct coordinator *c)
 {
     struct view *view = setup_target(c);
@@ -190,6 +201,7 @@ void operation_next(struct coordinator *c)
         rounds_next(c);
         break;
     case PHASE_ENGINE_PREPARE:
+        operation_remember(c);
         operation_phase(c, PHASE_PROMISE, "every engine is prepared");
         commit_start(c, FLIP_VIEW, view_ref(op->proposed));
         break;

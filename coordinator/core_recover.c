@@ -61,6 +61,37 @@ static bool recover_is_committed(const struct coordinator *c)
     return c->view && stays == c->view->n;
 }
 
+/* The rest of a scale-up: slots that its plan has yet to fill.  False: nothing is known of it. */
+static bool recover_plan(struct coordinator *c)
+{
+    const struct op_record *r = &c->durable.open;
+    struct operation *op = &c->op;
+    if (r->kind != OP_SCALE_UP || !r->plan || r->plan->target->ranks != r->n || r->planned_over->ranks != r->n)
+        return false;
+    uint8_t *leaving = calloc(r->n, 1), *joining = calloc(r->n, 1);
+    uint32_t *node = calloc(r->n, sizeof(*node));
+    if (!leaving || !joining || !node)
+        abort();
+    for (uint32_t i = 0; i < r->n; i++) {
+        joining[i] = i >= r->n_old;
+        node[i] = r->parties[i].node;
+    }
+    op->plan = plan_ref(r->plan);
+    op->in = (struct plan_input){
+        .now = expert_map_ref(r->planned_over), .leaving = leaving, .joining = joining, .node = node};
+    struct err err;
+    if (plan_validate(&op->in, op->plan, &err) < 0) {
+        core_log(c, CORE_ERROR, "the plan of operation %llu in the journal is not followed: %s", (unsigned long long)r->op,
+                 err.text);
+        plan_unref(op->plan);
+        op->plan = NULL;
+        return false;
+    }
+    op->round = r->round;
+    op->stage_attempt = c->now_ns; /* no answer to a question of before counts */
+    return true;
+}
+
 void operation_recover(struct coordinator *c)
 {
     struct op_record *r = &c->durable.open;
@@ -89,6 +120,8 @@ void operation_recover(struct coordinator *c)
     bool repairs = r->kind == OP_REPAIR && k->op != r->op;
     if (unsettled && !repairs) {
         c->op.decided = decided;
+        if (decided)
+            (void)recover_plan(c);
         if (decided && k->kind != FLIP_MAP) {
             snprintf(c->op.why, sizeof(c->op.why), "committed; the coordinator restarted meanwhile");
             operation_phase(c, PHASE_GO, "recovered");
@@ -99,7 +132,11 @@ void operation_recover(struct coordinator *c)
         return;
     }
     rounds_recover(c);
-    if (decided) {
+    if (decided && recover_plan(c)) {
+        c->op.decided = c->op.resumed = true;
+        operation_phase(c, PHASE_RETIRE, "recovered; the map in use is acknowledged once more");
+        c->op.deadline_ns = c->now_ns + 1000000ULL * (c->config.lease_ms + c->config.stage_ms);
+    } else if (decided) {
         c->op.decided = true;
         operation_end(c, OUTCOME_DONE, "committed; the coordinator restarted before the slots were all filled");
     } else if (r->kind == OP_REPAIR && c->bug != COORDINATOR_BUG_RESET_ABORTED_AFTER_RESTART) {

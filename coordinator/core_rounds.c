@@ -98,6 +98,7 @@ void rounds_run(struct coordinator *c)
     struct expert_map *map = rounds_map(c);
     operation_phase(c, PHASE_RETIRE, c->op.round < rounds_limit(c) ? "next round" : "the last round is activated");
     c->op.deadline_ns = c->now_ns + 1000000ULL * c->config.stage_ms;
+    c->durable.open.round = c->op.round;
     if (expert_map_digest(map) == expert_map_digest(c->view->map)) {
         expert_map_unref(map); /* nothing to retire, nothing to activate */
         rounds_grace(c);
@@ -111,7 +112,7 @@ void rounds_run(struct coordinator *c)
     struct view *view = rounds_view(c, map);
     view_unref(c->durable.view);
     c->durable.view = view;
-    core_journal(c, DURABLE_VIEW | DURABLE_META, CONT_MAP);
+    core_journal(c, DURABLE_VIEW | DURABLE_META | DURABLE_OP, CONT_MAP);
 }
 
 static void rounds_send(struct coordinator *c, uint32_t peer)
@@ -168,10 +169,14 @@ void rounds_map_ack(struct coordinator *c, uint32_t peer, const struct msg_map_a
     uint64_t step = arrivals_max(&c->map_acks);
     if (step > c->grace_step)
         c->grace_step = step;
-    if (c->op.phase == PHASE_RETIRE)
+    if (c->op.phase == PHASE_RETIRE && c->op.resumed) {
+        c->op.resumed = false;
+        rounds_run(c); /* which steps may read what is known again */
+    } else if (c->op.phase == PHASE_RETIRE) {
         rounds_grace(c);
-    else
+    } else {
         operation_peer_ready(c);
+    }
 }
 
 void rounds_flipped(struct coordinator *c)

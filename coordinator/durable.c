@@ -28,6 +28,8 @@ int op_record_copy(struct op_record *ret_copy, const struct op_record *from)
         free(copy.parties);
         return ERR_NOMEM;
     }
+    plan_ref(copy.plan);
+    expert_map_ref(copy.planned_over);
     *ret_copy = copy;
     return 0;
 }
@@ -36,6 +38,8 @@ void op_record_done(struct op_record *record)
 {
     free(record->parties);
     free(record->stays);
+    plan_unref(record->plan);
+    expert_map_unref(record->planned_over);
     memset(record, 0, sizeof *record);
 }
 

@@ -31,6 +31,11 @@ struct op_record {
     uint8_t *stays;          /* [n] member of the target view; owned */
     uint64_t started_ms, ended_ms; /* wall clock, for people */
     uint64_t bytes, hold_ns_max;
+    /* What is left to do after the commit of a scale-up, from before its decision on: the plan, the map that it was made
+     * over (both by parties), and the round that runs.  NULL: nothing, or it has ended.  References. */
+    struct plan *plan;
+    struct expert_map *planned_over;
+    uint32_t round;
     uint32_t n_phases;
     struct phase_time { char phase[20]; uint64_t ns; } phases[OP_PHASES_MAX]; /* time spent, in order */
 };

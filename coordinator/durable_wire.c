@@ -50,7 +50,13 @@ Pb__OpRecord *op_record_to_pb(const struct op_record *record)
     pb->bytes = record->bytes;
     pb->hold_ns_max = record->hold_ns_max;
     pb->stays.data = calloc(record->n ? record->n : 1, 1);
-    if (phases_to_pb(record, pb) < 0) {
+    if (record->plan) {
+        pb->plan = plan_to_pb(record->plan);
+        pb->planned_over = expert_map_to_pb(record->planned_over);
+        pb->has_round = 1;
+        pb->round = record->round;
+    }
+    if (phases_to_pb(record, pb) < 0 || (record->plan && (!pb->plan || !pb->planned_over))) {
         pb_free(pb);
         return NULL;
     }
@@ -102,6 +108,14 @@ int op_record_from_pb(const Pb__OpRecord *pb, struct op_record *ret_record, stru
         }
         for (uint32_t i = 0; i < r.n; i++)
             r.stays[i] = pb->stays.data[i] != 0;
+    }
+    if (pb->plan && pb->planned_over) {
+        r.round = pb->round;
+        if ((rc = plan_from_pb(pb->plan, &r.plan, err)) < 0 ||
+            (rc = expert_map_from_pb(pb->planned_over, &r.planned_over, err)) < 0) {
+            op_record_done(&r);
+            return rc;
+        }
     }
     *ret_record = r;
     return 0;

@@ -238,6 +238,35 @@ START_TEST(an_engine_that_hangs_in_a_step_is_cut_off_and_may_attach_again)
 }
 END_TEST
 
+/* The coordinator dies when the new rank has just begun its first step: the next one fills what was to be filled. */
+START_TEST(the_fill_after_a_commit_outlives_the_coordinator)
+{
+    struct cluster c;
+    char path[192], fresh[192];
+    itest_start(&c, (struct cluster_options){.agents = 3, .loaders = 2, .step_ms = 5, .agent_edges = true});
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    snprintf(path, sizeof path, "%s/edge", c.dir);
+    snprintf(fresh, sizeof fresh, "%s/edge.new", c.dir);
+    FILE *f = fopen(fresh, "we");
+    ck_assert_ptr_nonnull(f);
+    fprintf(f, "agent gpu2: PREPARE --FLIPPED--> EPLB_RESHUFFLE\"\nrole=new\n%d\n%d\n", SIGKILL, (int)c.coordinator);
+    fclose(f);
+    ck_assert_int_eq(rename(fresh, path), 0);
+    pid_t scale = cluster_ctl_start(&c, "scale", (const char *[]){"scale", "--to", "3", NULL});
+    ck_assert_int_eq(cluster_wait(&c.coordinator, 10000), 128 + SIGKILL);
+    ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+    ck_assert_msg(ended(&c, &scale, "scale", 20000) == 0, "%s", ctl_out);
+    CTL(&c, 0, "history", "--phases");
+    CTL_SAYS("the coordinator restarted meanwhile");
+    CTL_SAYS("FILL");
+    CTL(&c, 0, "verify");
+    CTL_SAYS("96 expert slots"); /* 3 ranks x 8 slots x 4 layers: none is empty */
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
 /* An engine that lives and does not answer: by a deadline the operation goes on without it, or is aborted. */
 START_TEST(engines_that_never_answer_cost_a_deadline)
 {
@@ -295,6 +324,7 @@ END_TEST
 
 static void add(TCase *t)
 {
+    tcase_add_test(t, the_fill_after_a_commit_outlives_the_coordinator);
     tcase_add_test(t, engines_that_never_answer_cost_a_deadline);
     tcase_add_test(t, an_engine_that_detaches_in_an_operation_may_attach_again);
     tcase_add_test(t, paused_operations_stand_still_and_go_on);

@@ -2,6 +2,9 @@
  * crash, not at all.  Single thread. */
 #include "tests/sim/sim.h"
 
+#include "common/topology_wire.h"
+#include "coordinator/durable_wire.h"
+
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -175,6 +178,24 @@ void process_tick(struct sim *s, const struct sim_event *e)
         process_event(s, &event);
 }
 
+/* The open operation as the file has it: what its record does not carry is lost. */
+static void disk_read(struct sim *s)
+{
+    struct op_record *open = &s->coordinator.disk.open, read;
+    struct err err = {0};
+    Pb__OpRecord *pb = open->op ? op_record_to_pb(open) : NULL;
+
+    if (!pb)
+        return;
+    if (op_record_from_pb(pb, &read, &err) < 0) {
+        sim_fail(s, "the open operation cannot be read from the journal: %s", err.text);
+    } else {
+        op_record_done(open);
+        *open = read;
+    }
+    pb_free(pb);
+}
+
 void process_start(struct sim *s)
 {
     struct sim_process *p = &s->coordinator;
@@ -182,6 +203,7 @@ void process_start(struct sim *s)
     p->up = true;
     p->life++;
     p->last_durable_at = 0;
+    disk_read(s);
     p->core = coordinator_new(&s->config, p->disk_used ? &p->disk : NULL, s->now);
     if (!p->core) {
         sim_fail(s, "coordinator_new failed");

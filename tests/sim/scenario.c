@@ -374,9 +374,9 @@ void scenario_target(struct sim *s, const struct msg *msg)
 
     if (s->p_target == 0 || s->calm ||
         (msg->type != MSG_PREPARE && msg->type != MSG_GO && msg->type != MSG_PROMISE && msg->type != MSG_FLIPPED &&
-         msg->type != MSG_MAP))
+         msg->type != MSG_MAP && msg->type != MSG_STAGE))
         return;
-    if (!sim_chance(s, s->p_target / (s->n > 8 ? 8 : 1)))
+    if (!sim_chance(s, s->p_target / (s->n > 8 ? 8 : 1)) || (msg->type == MSG_STAGE && !sim_chance(s, 300)))
         return;
     soon = sim_between(s, US, sim_chance(s, 500) ? MS : 12 * MS);
     a = &s->agents[sim_random(s) % s->n];
