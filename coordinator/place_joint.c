@@ -9,10 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define STEPS_MAX 400
-#define PATIENCE  32 /* steps without a new best */
-#define COLD      8
-#define FREE_COST 0.2 /* what costs nothing is weighed as so much of an arrival */
+#define STEPS_MAX  400
+#define PATIENCE   32 /* steps without a new best */
+#define COLD       8
+#define SLOTS_MANY 16  /* with more, half as many cold ranks */
+#define FREE_COST  0.2 /* what costs nothing is weighed as so much of an arrival */
 
 struct joint {
     struct place *p;
@@ -20,6 +21,7 @@ struct joint {
     double *load;  /* [samples][ranks], in means of the sample */
     double *scale; /* [samples]: to means; 0 = no load */
     double *total; /* [ranks]: its part of the objective */
+    uint64_t work;
 };
 
 enum joint_kind { JOINT_NONE = 0, JOINT_RELOCATE, JOINT_EXCHANGE, JOINT_ADD, JOINT_REPLACE, JOINT_MUTE };
@@ -80,13 +82,14 @@ struct joint_delta {
     uint32_t x_count, z_count; /* replicas afterwards */
 };
 
-static double rank_change(const struct joint *j, uint32_t r, const struct joint_delta *d, bool x_after, bool z_after)
+static double rank_change(struct joint *j, uint32_t r, const struct joint_delta *d, bool x_after, bool z_after)
 {
     const struct place *p = j->p;
     bool x_now = place_on(p, r, d->x), z_now = d->two && place_on(p, r, d->z);
     double x_part = (x_after ? 1.0 / d->x_count : 0) - (x_now ? 1.0 / p->count[d->x] : 0);
     double z_part = d->two ? (z_after ? 1.0 / d->z_count : 0) - (z_now ? 1.0 / p->count[d->z] : 0) : 0;
     double change = -j->total[r];
+    j->work += j->goal->samples;
     for (uint32_t k = 0; k < j->goal->samples; k++) {
         double load = j->load[(size_t)k * p->ranks + r] + x_part * joint_weight(j, k, d->x);
         if (d->two)
@@ -97,7 +100,7 @@ static double rank_change(const struct joint *j, uint32_t r, const struct joint_
 }
 
 /* The ranks that have x or z now, but for two that were counted already. */
-static double others_change(const struct joint *j, const struct joint_delta *d, uint32_t a, uint32_t b)
+static double others_change(struct joint *j, const struct joint_delta *d, uint32_t a, uint32_t b)
 {
     const struct place *p = j->p;
     double change = 0;
@@ -129,7 +132,7 @@ static void joint_offer(const struct joint *j, struct joint_change *best, struct
         *best = c;
 }
 
-static void joint_pair(const struct joint *j, uint32_t from, uint32_t to, uint32_t x, struct joint_change *best)
+static void joint_pair(struct joint *j, uint32_t from, uint32_t to, uint32_t x, struct joint_change *best)
 {
     const struct place *p = j->p;
     if (place_on(p, to, x))
@@ -177,16 +180,16 @@ static uint32_t joint_hottest(const struct joint *j)
 
 static uint32_t joint_coldest(const struct joint *j, uint32_t hot, uint32_t *ret_cold)
 {
-    uint32_t n = 0;
+    uint32_t n = 0, cold = j->p->slots > SLOTS_MANY ? COLD / 2 : COLD;
     for (uint32_t r = 0; r < j->p->ranks; r++) {
         uint32_t at = n;
         if (r == hot)
             continue;
         while (at > 0 && j->total[r] < j->total[ret_cold[at - 1]])
             at--;
-        if (at >= COLD)
+        if (at >= cold)
             continue;
-        n += n < COLD;
+        n += n < cold;
         memmove(ret_cold + at + 1, ret_cold + at, (n - at - 1) * sizeof *ret_cold);
         ret_cold[at] = r;
     }
@@ -289,7 +292,7 @@ void place_joint(struct place *p, const struct place_joint *goal)
     size_t mark = p->n_log;
     for (uint32_t step = 0, idle = 0; step < STEPS_MAX && idle < PATIENCE && !p->broken; step++, idle++) {
         double balance = joint_mean_balance(&j);
-        if (balance >= goal->balance || !joint_step(&j))
+        if (balance >= goal->balance || (goal->work && j.work > goal->work) || !joint_step(&j))
             break;
         joint_loads(&j);
         balance = fmin(joint_mean_balance(&j), goal->balance);

@@ -16,6 +16,7 @@ struct place_joint {
     double lambda;        /* that an arrival must buy of it */
     double peak_max;      /* no higher load than this under the weights of the place */
     bool held_only;       /* no arrivals */
+    uint64_t work;        /* loads looked at (a rank under a sample), at most; 0 = any number */
 };
 
 /* The best state met: by the mean of the samples' balances, less lambda an arrival.  Never a worse one than at the

@@ -266,6 +266,7 @@ static void layer_room(struct planner *p, const int32_t *held, const uint8_t *li
 
 /* Balance of the samples one by one, as far as an arrival buys so much of it. */
 #define SAMPLES_LAMBDA 0.0005
+#define SAMPLES_WORK   120000000 /* of a plan, for all its layers: some tenths of a second */
 
 static void layer_joint(struct planner *p, bool held_only)
 {
@@ -274,7 +275,8 @@ static void layer_joint(struct planner *p, bool held_only)
                                      .balance = p->options.target_balance,
                                      .lambda = fmax(p->options.lambda, SAMPLES_LAMBDA),
                                      .peak_max = p->peak_max,
-                                     .held_only = held_only};
+                                     .held_only = held_only,
+                                     .work = 1 + SAMPLES_WORK / p->layers};
     if (goal.samples)
         place_joint(&p->place, &goal);
 }

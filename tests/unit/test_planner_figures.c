@@ -9,7 +9,7 @@ static struct plan *plan_of(struct placement_case *c, const struct plan_options 
 {
     struct plan *plan = NULL;
     struct err err = {0};
-    ck_assert_msg(plan_make(&c->in, options, &plan, &err) == 0, "%s", err.text);
+    ck_assert_msg(plan_make_window(&c->in, options, &plan, &err) == 0, "%s", err.text);
     ck_assert_msg(plan_validate(&c->in, plan, &err) == 0, "%s", err.text);
     return plan;
 }
@@ -204,6 +204,48 @@ END_TEST
 
 /* ---- random instances ---- */
 
+/* What muting, and a rebalance that was aborted, leave behind: second copies that are dormant or gone. */
+static void case_wear(struct placement_case *c, uint64_t *rng)
+{
+    for (uint32_t layer = 0; layer < c->now->layers; layer++) {
+        for (uint32_t i = 0; i < c->now->ranks * c->now->slots; i++) {
+            size_t at = (size_t)layer * c->now->ranks * c->now->slots + i;
+            if (case_random(rng) % 3 || !c->now->live[at] ||
+                expert_map_live_count(c->now, layer, c->now->held[at], NULL) < 2)
+                continue;
+            c->now->live[at] = 0;
+            if (case_random(rng) % 2)
+                c->now->held[at] = -1;
+        }
+    }
+}
+
+/* Samples around the load, one of them idle now and then. */
+static double *case_samples(struct placement_case *c, uint32_t n, uint64_t *rng)
+{
+    size_t cells = (size_t)c->now->layers * c->now->logical;
+    double *samples = calloc(n * cells, sizeof *samples);
+    ck_assert(samples != NULL);
+    for (uint32_t k = 0; k < n; k++) {
+        bool idle = case_random(rng) % 8 == 0;
+        for (size_t i = 0; i < cells && !idle; i++)
+            samples[k * cells + i] = c->load[i] * exp(0.5 * case_normal(rng));
+    }
+    c->in.samples = samples;
+    c->in.n_samples = n;
+    return samples;
+}
+
+/* For the samples jointly, whether that pays or not. */
+static struct plan *joint_plan_of(struct placement_case *c)
+{
+    struct plan *plan = NULL;
+    struct err err = {0};
+    ck_assert_msg(plan_make(&c->in, NULL, &plan, &err) == 0, "%s", err.text);
+    ck_assert_msg(plan_validate(&c->in, plan, &err) == 0, "%s", err.text);
+    return plan;
+}
+
 /* Any mix of leavers and joiners at any size; EEP_PLANS more of them: make plans. */
 START_TEST(random_instances)
 {
@@ -229,7 +271,10 @@ START_TEST(random_instances)
             left--;
             final--;
         }
-        struct plan *plan = plan_of(&c, NULL);
+        if (i % 2)
+            case_wear(&c, &rng);
+        double *samples = i % 3 == 0 ? case_samples(&c, 1 + (uint32_t)(case_random(&rng) % 6), &rng) : NULL;
+        struct plan *plan = i % 6 ? plan_of(&c, NULL) : joint_plan_of(&c);
         for (uint32_t layer = 0; layer < layers; layer++) {
             for (uint32_t party = 0; party < c.now->ranks; party++) {
                 uint8_t *seen = calloc(experts, 1);
@@ -244,6 +289,7 @@ START_TEST(random_instances)
             }
         }
         plan_unref(plan);
+        free(samples);
         case_done(&c);
     }
 }
