@@ -10,7 +10,7 @@
 #   restart  an engine is killed and started: how long until its weights are bound again, against loading the checkpoint
 #
 # Environment: PYTHON (python3), EXCHANGE (nccl; gloo goes through the host), LAYERS (8), MEMORY (cuda, or host to try the
-# script itself), TRANSPORT (cuda_peer), REQUESTS (240), TOKENS (96), CHECKPOINT (a folder that is there), OUT (a folder for
+# script itself), TRANSPORT (cuda_peer), REQUESTS (240), TOKENS (64), CHECKPOINT (a folder that is there), OUT (a folder for
 # CSV, tokens and logs).  Agents share GPUs where there are fewer than 4.
 set -u
 build=$(cd "${1:?usage: torch.sh BUILD [tiny|real|restart ...]}" && pwd)
@@ -101,7 +101,7 @@ load() { # name, more...
     local name=$1
     shift
     "$PYTHON" "$engine/load.py" --ctl "$build/eepctl -c $EEP_COORDINATOR" --requests "${REQUESTS:-240}" --concurrency 16 --prompt 32 \
-        --max-tokens "${TOKENS:-96}" --limit 110 --csv "$out/$name.csv" --tokens "$out/$name.json" "$@"
+        --max-tokens "${TOKENS:-64}" --limit 110 --csv "$out/$name.csv" --tokens "$out/$name.json" "$@"
 }
 
 real() {
@@ -114,7 +114,7 @@ real() {
     load scaled --compare "$out/unscaled.json" >"$out/scaled.txt" 2>&1 &
     local pid=$!
     for n in 4 3 2; do
-        sleep "${SETTLE:-4}"
+        sleep "${SETTLE:-3}"
         echo "$(date +%s.%N) scale --to $n" >>"$out/events.txt"
         "$build/eepctl" scale --to "$n" --timeout 100 || fail "scale --to $n"
         echo "$(date +%s.%N) $n ranks" >>"$out/events.txt"

@@ -2,7 +2,8 @@
  *
  * Used by the demo, the integration tests and the benchmarks.  Every process is a child of the caller, in a group of its
  * own (a Ctrl-C at the terminal reaches only the caller), and dies with it.  cluster_stop ends them all and removes
- * the folder.  Not thread safe; several clusters side by side are fine. */
+ * the folder.  $EEP_ENGINE is a command line to run in the place of eep-engine, with the same arguments after it.
+ * Not thread safe; several clusters side by side are fine. */
 #ifndef EEP_TESTS_HARNESS_CLUSTER_H
 #define EEP_TESTS_HARNESS_CLUSTER_H
 

@@ -1,9 +1,14 @@
 """torch over the agent's memory, groups for views, and the example engine's model: logits against the reference's."""
+import os
+import subprocess
 import sys
+import tempfile
 import threading
+import time
 import unittest
+from pathlib import Path
 
-from cluster import MIXTRAL, PYTHON, QWEN3, Cluster
+from cluster import BIN, MIXTRAL, PYTHON, QWEN3, Cluster
 from engines import Small
 
 import eep
@@ -137,16 +142,45 @@ class Logits(unittest.TestCase):
 
 
 @unittest.skipUnless(torch and transformers, "torch and transformers are not here")
+class Death(unittest.TestCase):
+    """An engine of two is killed under load and started again: every request completes, with the tokens of a quiet run."""
+
+    def test_killed_under_load(self):
+        example = PYTHON / "examples/torch_engine"
+
+        def engine(c, i):
+            log = open(c.dir / f"engine-{i}.log", "ab")
+            p = subprocess.Popen([sys.executable, str(example), "--socket", c.socket(i), "--attach-ms", "60000"], stderr=log,
+                                 env={**os.environ, "PYTHONPATH": str(PYTHON)})
+            log.close()
+            c.processes.append(p)
+            return p
+
+        def load(c, name, *more):
+            return subprocess.Popen([sys.executable, str(example / "load.py"), "--ctl", f"{BIN / 'eepctl'} -c {c.address}",
+                                     "--requests", "16", "--concurrency", "8", "--max-tokens", "40", "--limit", "120", "--csv", f"{c.dir}/{name}.csv",
+                                     "--tokens", f"{c.dir}/{name}.json", *more], stdout=subprocess.PIPE, text=True)
+        with Cluster(agents=2) as c:
+            engines = [engine(c, i) for i in range(2)]
+            c._wait(lambda: c.engines() == 2, 120)
+            done = c.ctl("scale", "--to", "2")
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+            quiet = load(c, "quiet")
+            self.assertEqual((quiet.wait(150), quiet.communicate()[0])[0], 0, c.logs())
+            busy = load(c, "busy", "--compare", f"{c.dir}/quiet.json")
+            time.sleep(2)
+            engines[1].kill()
+            engine(c, 1)
+            said = busy.communicate(timeout=180)[0]
+            self.assertEqual(busy.returncode, 0, said + c.logs())
+            self.assertIn("event=step-failed", (c.dir / "engine-0.log").read_text())
+
+
+@unittest.skipUnless(torch and transformers, "torch and transformers are not here")
 class DeepSeek(unittest.TestCase):
     """A tiny DeepSeek-V3, random by a seed: what stock transformers computes of it, and the demo with all its ranks."""
 
     def test_demo(self):
-        import os
-        import subprocess
-        import tempfile
-        from pathlib import Path
-
-        from cluster import BIN
         from deepseek import write
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))

@@ -75,9 +75,9 @@ class Array:
 
     def numpy(self):
         """A numpy array over this memory.  Types that numpy lacks (BF16, F8_*) come as unsigned integers of their size."""
-        import numpy
         if self.device >= 0:
             raise TypeError(f"the array lies on CUDA device {self.device}; numpy reads host memory only")
+        import numpy
         return numpy.asarray(self)
 
     def torch(self, dtype=None):
