@@ -51,6 +51,8 @@ static const struct {
     {ROLE_REMAINING, MS_EPLB_RESHUFFLE, ME_KV_DONE, "the same"},
     {ROLE_REMAINING, MS_SWITCH_AND_PREPARE, ME_ENGINE_PREPARE,
      "a second attempt, after an engine that had prepared died"},
+    {ROLE_REMAINING, MS_PREPARE, ME_END, "only a rebalance ends without a commit, and none runs here"},
+    {ROLE_REMAINING, MS_EPLB_RESHUFFLE, ME_END, "the same"},
     {ROLE_REMOVING, MS_EPLB_RESHUFFLE, ME_END, "only when letting go takes longer than its deadline"},
 };
 
