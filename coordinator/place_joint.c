@@ -132,18 +132,33 @@ static void joint_offer(const struct joint *j, struct joint_change *best, struct
         *best = c;
 }
 
+/* What one rank pays for taking `comes` in place of `goes`.  Where nothing may arrive an arrival that has taken the last
+ * room gives that back, to the same rank only. */
+static double swap_cost(const struct place *p, uint32_t rank, uint32_t comes, uint32_t goes)
+{
+    return place_cost(p, rank, comes) - place_cost(p, rank, goes);
+}
+
+/* The refund of an arrival that goes elsewhere. */
+static double leave_refund(const struct place *p, uint32_t rank, uint32_t goes)
+{
+    double refund = place_cost(p, rank, goes);
+    return refund >= PLACE_NEVER / 2 ? refund - p->crowd : refund;
+}
+
 static void joint_pair(struct joint *j, uint32_t from, uint32_t to, uint32_t x, struct joint_change *best)
 {
     const struct place *p = j->p;
     if (place_on(p, to, x))
         return;
-    double cost = place_cost(p, to, x), refund = place_cost(p, from, x);
+    double cost = place_cost(p, to, x);
     bool stays = p->rigid && kept_unique(p, from, x);
     if (!place_full(p, to)) {
         struct joint_delta d = {.x = x, .x_count = p->count[x]};
         if (!stays)
             joint_offer(j, best, (struct joint_change){JOINT_RELOCATE, from, to, x, 0, 0},
-                        rank_change(j, from, &d, false, false) + rank_change(j, to, &d, true, false), cost - refund);
+                        rank_change(j, from, &d, false, false) + rank_change(j, to, &d, true, false),
+                        cost - leave_refund(p, from, x));
         d.x_count++;
         joint_offer(j, best, (struct joint_change){JOINT_ADD, from, to, x, 0, 0},
                     rank_change(j, to, &d, true, false) + others_change(j, &d, to, to), cost);
@@ -151,19 +166,19 @@ static void joint_pair(struct joint *j, uint32_t from, uint32_t to, uint32_t x, 
     const uint16_t *item = p->item + (size_t)to * p->slots;
     for (uint32_t i = 0; i < p->items[to]; i++) {
         uint32_t z = item[i];
-        double back = place_cost(p, to, z);
+        double here = swap_cost(p, to, x, z), there = swap_cost(p, from, z, x);
         struct joint_delta d = {.x = x, .z = z, .two = true, .x_count = p->count[x], .z_count = p->count[z]};
-        if (!place_on(p, from, z) && !(kept_unique(p, from, x) && kept_unique(p, to, z)) &&
+        if (here < PLACE_NEVER / 2 && there < PLACE_NEVER / 2 && !place_on(p, from, z) && !(kept_unique(p, from, x) && kept_unique(p, to, z)) &&
             !(p->rigid && (kept_unique(p, from, x) || kept_unique(p, to, z))))
             joint_offer(j, best, (struct joint_change){JOINT_EXCHANGE, from, to, x, z, 0},
                         rank_change(j, from, &d, false, true) + rank_change(j, to, &d, true, false),
-                        cost - refund + place_cost(p, from, z) - back);
+                        here + there);
         if (p->count[z] < 2)
             continue;
         d.x_count++;
         d.z_count--;
         joint_offer(j, best, (struct joint_change){JOINT_REPLACE, from, to, x, z, 0},
-                    rank_change(j, to, &d, true, false) + others_change(j, &d, to, to), cost - back);
+                    rank_change(j, to, &d, true, false) + others_change(j, &d, to, to), here);
     }
 }
 
