@@ -197,7 +197,7 @@ def bind(engine: eep.Engine):
     for name, module in list(model.named_modules()):  # tables that are computed, not loaded
         if "inv_freq" in module._buffers:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, type(module)(config=config, device=device))
+            setattr(model.get_submodule(parent), leaf, type(module)(config=config).to(device))
     return model, dispatch
 
 
