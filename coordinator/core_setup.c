@@ -221,6 +221,10 @@ int setup_plan(struct coordinator *c, struct err *err)
         rc = plan_validate(in, c->op.plan, err);
     if (rc < 0)
         return rc;
+    for (uint32_t i = 0; i < c->op.plan->n_moves && r->kind == OP_SCALE_UP; i++)
+        if (c->op.plan->moves[i].round < c->op.plan->rounds_before && !joining[c->op.plan->moves[i].dst])
+            return err_set(err, ERR_INVALID, "before the commit it moves expert %u to a rank that serves",
+                           c->op.plan->moves[i].expert);
     uint64_t dense = c->durable.model->dense_bytes * (r->n - r->n_old);
     c->op.bytes_planned = dense + c->op.plan->n_moves * c->durable.model->expert_bytes;
     for (uint32_t i = 0; i < c->op.plan->n_moves; i++)

@@ -236,13 +236,21 @@ static double *case_samples(struct placement_case *c, uint32_t n, uint64_t *rng)
     return samples;
 }
 
-/* For the samples jointly, whether that pays or not. */
-static struct plan *joint_plan_of(struct placement_case *c)
+/* As the coordinator plans: for the samples jointly, whether that pays or not, and before the commit of a scale-up only to
+ * those who join. */
+static struct plan *joint_plan_of(struct placement_case *c, bool scales_up)
 {
     struct plan *plan = NULL;
     struct err err = {0};
-    ck_assert_msg(plan_make(&c->in, NULL, &plan, &err) == 0, "%s", err.text);
+    struct plan_options options;
+    plan_options_default(&options);
+    options.joiners_only = true;
+    ck_assert_msg(plan_make(&c->in, &options, &plan, &err) == 0, "%s", err.text);
     ck_assert_msg(plan_validate(&c->in, plan, &err) == 0, "%s", err.text);
+    for (uint32_t i = 0; i < plan->n_moves && scales_up; i++)
+        ck_assert_msg(plan->moves[i].round >= plan->rounds_before || c->joining[plan->moves[i].dst],
+                      "before the commit expert %u of layer %u arrives at party %u, which serves",
+                      plan->moves[i].expert, plan->moves[i].layer, plan->moves[i].dst);
     return plan;
 }
 
@@ -274,7 +282,7 @@ START_TEST(random_instances)
         if (i % 2)
             case_wear(&c, &rng);
         double *samples = i % 3 == 0 ? case_samples(&c, 1 + (uint32_t)(case_random(&rng) % 6), &rng) : NULL;
-        struct plan *plan = i % 6 ? plan_of(&c, NULL) : joint_plan_of(&c);
+        struct plan *plan = i % 6 ? plan_of(&c, NULL) : joint_plan_of(&c, left == ranks && final > ranks);
         for (uint32_t layer = 0; layer < layers; layer++) {
             for (uint32_t party = 0; party < c.now->ranks; party++) {
                 uint8_t *seen = calloc(experts, 1);

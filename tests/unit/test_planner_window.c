@@ -129,6 +129,27 @@ START_TEST(few_samples_are_planned_by_their_mean)
 }
 END_TEST
 
+/* Ranks that serve are written to only in rounds that retire first: before the commit of a scale-up there are none. */
+START_TEST(before_the_commit_only_joiners_receive)
+{
+    struct plan_options options;
+    plan_options_default(&options);
+    options.joiners_only = true;
+    for (uint64_t seed = 1; seed <= 12; seed++) {
+        struct window w;
+        struct plan *plan = NULL;
+        struct err err = {0};
+        window_init(&w, &(struct case_shape){12, 3, 4, 5, 0, 0, 0, 0}, true, seed);
+        ck_assert_int_eq(plan_make(&w.c.in, &options, &plan, &err), 0);
+        for (uint32_t i = 0; i < plan->n_moves; i++)
+            ck_assert_msg(plan->moves[i].round >= plan->rounds_before || w.c.joining[plan->moves[i].dst],
+                          "seed %llu: party %u serves, and receives", (unsigned long long)seed, plan->moves[i].dst);
+        plan_unref(plan);
+        window_done(&w);
+    }
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("planner window");
@@ -136,6 +157,7 @@ int main(void)
     tcase_set_timeout(t, 120);
     tcase_add_loop_test(t, topics_that_mix_are_planned_jointly, 0, 2);
     tcase_add_loop_test(t, noise_is_not_learnt, 0, 2);
+    tcase_add_test(t, before_the_commit_only_joiners_receive);
     tcase_add_test(t, few_samples_are_planned_by_their_mean);
     suite_add_tcase(s, t);
     SRunner *runner = srunner_create(s);
