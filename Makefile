@@ -27,7 +27,7 @@ override CPPFLAGS := -I. -I$(BUILD)/proto $(CPPFLAGS)
 override CFLAGS   := $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP $(CFLAGS)
 # Libraries that are not libc's own: shared, or with LINK=static inside the programs.
 third     = $(if $(filter static,$(LINK)),-Wl$(comma)-Bstatic $(1) -Wl$(comma)-Bdynamic,$(1))
-LIBS     := $(call third,-levent_pthreads -levent -lprotobuf-c -llmdb -ljansson) -lpthread -ldl -lm
+LIBS     := $(call third,-levent_pthreads -levent -lprotobuf-c -llmdb -ljansson -linih) -lpthread -ldl -lm
 CHECK_LIBS = $(call third,$(filter-out -lrt -lm,$(shell pkg-config --libs check 2>/dev/null))) -lrt
 
 # ---- GPUs: only headers and nvcc are needed to build; libcuda and libnccl are loaded at run time ----
@@ -218,7 +218,7 @@ test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/fault_edge.so $(BUILD)/t
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
-             liblmdb-dev libjansson-dev uthash-dev
+             liblmdb-dev libjansson-dev libinih-dev uthash-dev
 DEPS_TEST := check strace iproute2 nftables
 missing    = $(shell for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done)
 define install

@@ -68,8 +68,9 @@ static const struct argp_option option_table[] = {
     {"port-file", KEY_PORT_FILE, "FILE", 0, "write both addresses with their real ports there, one a line", 3},
     {0, 0, 0, 0, "Process:", 4},
     {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (30000)", 4},
-    {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 4},
-    {"list-gpus", KEY_LIST_GPUS, 0, 0, "list the GPUs by index, UUID, name and memory, and end", -1},
+    {"log-level", KEY_LEVEL, "LEVEL", OPTIONS_RELOADABLE, "debug, info (default), warn or error", 4},
+    {"list-gpus", KEY_LIST_GPUS, 0, OPTIONS_COMMAND_LINE, "list the GPUs by index, UUID, name and memory, and end", -1},
+    OPTIONS_CONFIG(4),
     OPTIONS_HELP(-1),
     {0},
 };
@@ -83,7 +84,7 @@ static uint32_t number(struct argp_state *state, const char *what, const char *t
 static const char *text(struct argp_state *state, const char *what, const char *value)
 {
     if (!*value)
-        argp_error(state, "%s must not be empty", what);
+        options_error(state, "%s must not be empty", what);
     return value;
 }
 
@@ -133,15 +134,14 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_STOP_AFTER: o->stop_after_ms = number(state, "--stop-after", arg, 86400000); return 0;
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
-            argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
+            return options_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
         return 0;
     case KEY_LIST_GPUS: exit(list_gpus());
     case ARGP_KEY_ARG:
-        argp_error(state, "unexpected argument '%s'", arg);
-        return 0;
+        return options_error(state, "unexpected argument '%s'", arg);
     case ARGP_KEY_END:
         if (!s->id)
-            argp_error(state, "--id NAME is required");
+            return options_error(state, "--id NAME is required");
         return 0;
     default:
         return options_help(key, state);
@@ -157,6 +157,8 @@ enum phase {
 
 struct process {
     const struct options *options;
+    const struct options_program *program;
+    struct options_sources *sources;
     struct event_base *base;
     struct log *log;
     enum phase phase;
@@ -279,25 +281,57 @@ static void on_stop_after(evutil_socket_t fd, short what, void *user)
     on_stop(-1, what, p);
 }
 
+static void options_default(struct options *ret_options)
+{
+    *ret_options = (struct options){
+        .level = LOG_LEVEL_INFO,
+        .stop_after_ms = 30000,
+        .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
+                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000, .step_limit_ms = 120000},
+    };
+}
+
+/* What is marked OPTIONS_RELOADABLE is taken over; a file with a mistake changes nothing. */
+static void reload(struct process *p)
+{
+    struct options o;
+    struct options_sources *sources = NULL;
+    struct err err;
+    char *restart = NULL;
+    options_default(&o);
+    int rc = options_reload(p->program, p->sources, &o, &sources, &restart, &err);
+    if (rc == 0)
+        log_level_set(p->log, o.level);
+    if (rc < 0)
+        log_event(p->log, LOG_LEVEL_ERROR, "reload-failed", "why=%s", err.text);
+    else
+        log_event(p->log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s", *restart ? restart : "none");
+    free(restart);
+    options_free(sources);
+}
+
 static void on_hangup(evutil_socket_t signal_number, short what, void *user)
 {
     (void)signal_number, (void)what;
-    log_event(((struct process *)user)->log, LOG_LEVEL_INFO, "nothing-to-reload", NULL);
+    daemon_notify_reloading();
+    reload(user);
+    daemon_notify("READY=1");
 }
 
 static void on_status(evutil_socket_t fd, short what, void *user)
 {
     (void)fd, (void)what;
     struct process *p = user;
-    char text[256] = "STATUS=starting again";
+    char text[256] = "starting again";
     if (p->service)
-        service_status_text(p->service, text + 7, sizeof text - 7);
-    daemon_notify(text);
+        service_status_text(p->service, text, sizeof text);
+    daemon_notify_alive(text);
 }
 
 static int open_events(struct process *p, struct err *err)
 {
-    const struct timeval every = {.tv_sec = 2};
+    const unsigned every_ms = daemon_alive_ms();
+    const struct timeval every = {.tv_sec = every_ms / 1000, .tv_usec = (suseconds_t)(every_ms % 1000) * 1000};
     p->turn = event_new(p->base, -1, 0, on_turn, p);
     p->stop_after = event_new(p->base, -1, 0, on_stop_after, p);
     p->status = event_new(p->base, -1, EV_PERSIST, on_status, p);
@@ -351,32 +385,30 @@ int main(int argc, char **argv)
                "Examples:\n"
                "  eep-agent --id gpu0 --checkpoint /models/qwen3\n"
                "  eep-agent --id gpu1 --engine-command 'my-engine --port 8001'\n"
+               "  eep-agent --config /etc/eep/agent.conf --config=-/etc/eep/agent-gpu2.conf --id gpu2\n"
                "\n"
-               "SIGTERM asks to be drained first, a second one does not.  Under systemd or eep-keeper the next process "
+               "SIGTERM asks to be drained first, a second one does not.  SIGHUP reads the configuration files again.  Under systemd or eep-keeper the next process "
                "re-adopts what one that dies has held: engines serve on.  Exit status: 0 stopped, 1 failed, 2 usage, 75 "
                "the GPU is lost to this process: start it again.",
     };
-    struct options o = {
-        .level = LOG_LEVEL_INFO,
-        .stop_after_ms = 30000,
-        .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
-                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000, .step_limit_ms = 120000},
-    };
-    argp_err_exit_status = 2;
-    if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, &o))
-        return 2;
+    const struct options_program program = {.argp = &argp, .section = "agent"};
+    struct options o;
+    struct process p = {.options = &o, .program = &program, .restart_ms = RESTART_FIRST_MS};
+    struct err err = {0};
+    bool check;
+    options_default(&o);
+    options_parse(&program, argc, argv, &o, &p.sources, &check);
     if (!o.service.engine_socket) {
         snprintf(o.engine_socket, sizeof o.engine_socket, "/run/eep/agent-%s.sock", o.service.id);
         o.service.engine_socket = o.engine_socket;
     }
+    if (check)
+        return options_checked("eep-agent", service_check(&o.service, &err), &err);
     signal(SIGPIPE, SIG_IGN);
-
-    struct err err = {0};
     if (o.service.shared_gpu && gpu_share_host_id(&err) < 0) { /* while there are no threads */
         fprintf(stderr, "eep-agent: %s\n", err.text);
         return 1;
     }
-    struct process p = {.options = &o, .restart_ms = RESTART_FIRST_MS};
     p.keep = keep_open();
     p.base = event_base_new();
     p.log = log_new("eep-agent", o.service.id, o.level, -1);
@@ -389,6 +421,7 @@ int main(int argc, char **argv)
     else
         log_event(p.log, LOG_LEVEL_ERROR, "failed", "code=%s why=%s", err_code_name(err.code), err.text);
     log_free(p.log);
+    options_free(p.sources);
     if (rc < 0)
         return err.code == ERR_INVALID || err.code == ERR_DENIED ? 2 : 1;
     return 0;

@@ -278,7 +278,7 @@ static const char *memory_device(const char *memory)
     return memory[len] == ':' ? memory + len + 1 : "";
 }
 
-static int check_config(const struct service_config *c, struct err *err)
+int service_check(const struct service_config *c, struct err *err)
 {
     const char *addresses[] = {c->listen, c->data_listen};
     if (!name_valid(c->id))
@@ -506,7 +506,7 @@ static int open_incarnation(struct service *s, struct rpc_identity *self, struct
 
 int service_open(const struct service_config *config, struct service **ret_service, struct err *err)
 {
-    int rc = check_config(config, err);
+    int rc = service_check(config, err);
     if (rc < 0)
         return rc;
     struct service *s = calloc(1, sizeof *s);

@@ -31,6 +31,8 @@ struct service_config {
     void *user;
 };
 
+/* Is this a configuration that service_open can take?  Opens nothing. */
+int service_check(const struct service_config *config, struct err *err) MUST_CHECK;
 int service_open(const struct service_config *config, struct service **ret_service, struct err *err) MUST_CHECK;
 /* Takes NULL.  A clean end: what was kept is given up, the engine is cut off. */
 void service_close(struct service *service);

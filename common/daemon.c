@@ -12,6 +12,9 @@
 #include <unistd.h>
 
 #include "common/address.h"
+#include "common/clock.h"
+
+#define ALIVE_MS 2000
 
 void daemon_signals_hold(void)
 {
@@ -50,6 +53,28 @@ void daemon_notify(const char *state)
     ssize_t sent = sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&to, len);
     (void)sent; /* nobody to tell */
     close(fd);
+}
+
+void daemon_notify_reloading(void)
+{
+    char text[96];
+    snprintf(text, sizeof text, "RELOADING=1\nMONOTONIC_USEC=%llu", (unsigned long long)(clock_now_ns() / 1000));
+    daemon_notify(text);
+}
+
+void daemon_notify_alive(const char *status)
+{
+    char text[512];
+    snprintf(text, sizeof text, "WATCHDOG=1\nSTATUS=%s", status);
+    daemon_notify(text);
+}
+
+unsigned daemon_alive_ms(void)
+{
+    const char *usec = getenv("WATCHDOG_USEC"), *pid = getenv("WATCHDOG_PID");
+    unsigned long long limit_ms = usec ? strtoull(usec, NULL, 10) / 1000 : 0;
+    bool ours = limit_ms && (!pid || strtoll(pid, NULL, 10) == (long long)getpid());
+    return !ours || limit_ms > 3 * ALIVE_MS ? ALIVE_MS : limit_ms < 30 ? 10 : (unsigned)(limit_ms / 3);
 }
 
 bool daemon_address_is_local(const char *text)

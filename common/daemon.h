@@ -18,6 +18,13 @@ bool daemon_notify_address(struct sockaddr_un *ret_address, socklen_t *ret_len);
 /* "READY=1", "STATUS=...", "STOPPING=1" to $NOTIFY_SOCKET (sd_notify(3)); nothing when systemd did not start us. */
 void daemon_notify(const char *state);
 
+/* A reload has begun; READY=1 ends it. */
+void daemon_notify_reloading(void);
+/* The loop turns: the watchdog is fed, and told in a sentence how things stand. */
+void daemon_notify_alive(const char *status);
+/* How often to say so: every 2 s, or three times within the watchdog's limit. */
+unsigned daemon_alive_ms(void);
+
 /* From here on SIGTERM, SIGINT and SIGHUP wait for ever: a second one must not cut the closing short. */
 void daemon_signals_hold(void);
 

@@ -19,7 +19,7 @@
 
 struct log {
     pthread_mutex_t lock;
-    enum log_level level;
+    _Atomic enum log_level level;
     int fd;
     bool journal; /* lines carry systemd's priority prefix */
     char daemon[64], id[128];
@@ -117,6 +117,12 @@ void log_free(struct log *log)
         return;
     pthread_mutex_destroy(&log->lock);
     free(log);
+}
+
+void log_level_set(struct log *log, enum log_level level)
+{
+    if (log)
+        log->level = level;
 }
 
 bool log_wants(const struct log *log, enum log_level level)

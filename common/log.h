@@ -19,6 +19,7 @@ struct log;
  * memory; every function takes a NULL log and does nothing. */
 struct log *log_new(const char *daemon, const char *id, enum log_level level, int fd);
 void log_free(struct log *log);
+void log_level_set(struct log *log, enum log_level level);
 bool log_wants(const struct log *log, enum log_level level);
 
 /* pairs: "key=%s other=%u", separated by single spaces; values are quoted and escaped where needed, so that "%s" may

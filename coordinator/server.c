@@ -230,7 +230,7 @@ void agent_link_close(struct server *s, const struct coordinator_action *action)
 
 /* ---- opening, closing ---- */
 
-static int check_listen(const struct server_config *config, struct err *err)
+int server_check(const struct server_config *config, struct err *err)
 {
     if (!config->n_listen)
         return err_set(err, ERR_INVALID, "no address to listen on");
@@ -293,7 +293,7 @@ static int open_events(struct server *s, struct err *err)
 
 int server_open(const struct server_config *config, struct server **ret_server, struct err *err)
 {
-    int rc = check_listen(config, err);
+    int rc = server_check(config, err);
     if (rc < 0)
         return rc;
     struct server *s = calloc(1, sizeof *s);

@@ -32,6 +32,8 @@ struct server_config {
     void *user;
 };
 
+/* Is this a configuration that server_open can take?  Opens nothing. */
+int server_check(const struct server_config *config, struct err *err) MUST_CHECK;
 /* Recovers from the journal, then listens.  ERR_CONFLICT: another coordinator has the state or the address. */
 int server_open(const struct server_config *config, struct server **ret_server, struct err *err) MUST_CHECK;
 /* Closes every connection without a word: agents and engines serve on and look for a coordinator.  Takes NULL. */

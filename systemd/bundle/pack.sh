@@ -30,7 +30,7 @@ install -m 644 systemd/bundle/INSTALL "$top"
 find agent/python -name '*.py' -o -name '*.toml' -o -name py.typed | while read -r file; do
     install -D -m 644 "$file" "$top/${file#agent/}"
 done
-copyright libevent-dev libprotobuf-c-dev liblmdb-dev libjansson-dev
+copyright libevent-dev libprotobuf-c-dev liblmdb-dev libjansson-dev libinih-dev
 
 if [ $# -gt 0 ]; then
     mkdir -p "$top/bin/tests" "$top/tests/gpu" "$top/tests/bench"
