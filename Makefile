@@ -219,7 +219,7 @@ test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/fault_edge.so $(BUILD)/t
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
              liblmdb-dev libjansson-dev libinih-dev uthash-dev
-DEPS_TEST := check strace iproute2 nftables
+DEPS_TEST := check strace iproute2 nftables systemd
 missing    = $(shell for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done)
 define install
 	@missing="$(call missing,$(1))"; \
@@ -304,14 +304,20 @@ bench-load: ## how fast a checkpoint of real shapes loads (8 GB of memory, or BE
 	@tests/bench/load.sh $(BUILD)/tests
 
 PREFIX ?= /usr/local
-install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr/local, DESTDIR=)
-	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin lib include share/doc/eep lib/systemd/system)
+LIBDIR ?= $(PREFIX)/lib
+UNITS  := $(notdir $(wildcard systemd/*.service systemd/*.socket systemd/*.target))
+install: $(BIN) ## install programs, library, header, systemd units, docs (PREFIX=/usr/local, LIBDIR=PREFIX/lib, DESTDIR=)
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin include lib/systemd/system lib/sysusers.d lib/tmpfiles.d share/doc/eep share/eep) \
+	  $(DESTDIR)$(LIBDIR)
 	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eep-keeper $(BUILD)/eepctl $(DESTDIR)$(PREFIX)/bin
-	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(PREFIX)/lib/libeep.so.0
-	ln -sf libeep.so.0 $(DESTDIR)$(PREFIX)/lib/libeep.so
+	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(LIBDIR)/libeep.so.0
+	ln -sf libeep.so.0 $(DESTDIR)$(LIBDIR)/libeep.so
 	install -m 644 agent/libeep/eep.h $(DESTDIR)$(PREFIX)/include
 	install -m 644 docs/*.md $(DESTDIR)$(PREFIX)/share/doc/eep
-	for unit in $(notdir $(wildcard systemd/*.service)); do \
+	install -m 644 systemd/config/*.conf $(DESTDIR)$(PREFIX)/share/eep
+	install -m 644 systemd/eep.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/eep.conf
+	install -m 644 systemd/eep.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/eep.conf
+	for unit in $(UNITS); do \
 	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
 
 # for bash, and for zsh, whose function asks the other
@@ -320,6 +326,14 @@ install: install-completion
 install-completion:
 	install -D -m 644 coordinator/eepctl/completion/eepctl.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/eepctl
 	install -D -m 644 coordinator/eepctl/completion/_eepctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_eepctl
+
+.PHONY: check-units
+check-units: $(BIN) ## systemd-analyze on the units: no complaint, and how exposed they are
+	@tests/systemd/units.sh $(BUILD)
+.PHONY: check-systemd
+TREE ?= $(BUILD)/debian-tree
+check-systemd: all ## a systemd in namespaces runs the units: scaling, deaths, restart, reload, stop (root; debootstrap makes TREE)
+	@tests/systemd/boot.sh $(BUILD) $(TREE)
 
 include systemd/bundle/rules.mk
 

@@ -25,7 +25,7 @@
 struct options {
     struct service_config service;
     const char *engine_command, *port_file;
-    char engine_socket[512];
+    char engine_socket[512], memory[128];
     enum log_level level;
     uint32_t stop_after_ms;
 };
@@ -46,7 +46,8 @@ static const struct argp_option option_table[] = {
      "engine that brings its own layout", 1},
     {"slots", KEY_SLOTS, "N", 0, "expert slots per layer that fit here (default 0: as the coordinator says)", 1},
     {"memory", KEY_MEMORY, "NAME", 0,
-     "where the weights lie: host (default), cuda (the first GPU), cuda:INDEX or cuda:GPU-UUID", 1},
+     "where the weights lie: host (default), cuda (the first GPU), cuda:INDEX, cuda:GPU-UUID, or cuda:id (the GPU whose index "
+     "or UUID is --id)", 1},
     {"transport", KEY_TRANSPORT, "NAME", 0,
      "how weights move: host (default); with --memory cuda: auto (default: copies between GPUs of one host that reach "
      "each other, NCCL for the others), cuda_peer (copies only), or nccl", 1},
@@ -168,7 +169,8 @@ struct process {
     struct engine_process *engine;
     struct keep *keep;
     struct event *turn;  /* what comes next in this phase */
-    struct event *stop_after, *status, *signals[3];
+    struct event *stop_after, *status, *signals[4];
+    bool ready;          /* systemd has been told */
     uint64_t opened_ns;
     unsigned restart_ms;
 };
@@ -181,6 +183,15 @@ static void on_exit_asked(void *user, enum agent_exit value)
     daemon_timer_in(p->turn, LAST_WORDS_MS); /* not from inside the service */
 }
 
+/* From now on this agent can be given work. */
+static void on_welcome(void *user)
+{
+    struct process *p = user;
+    if (!p->ready)
+        daemon_notify("READY=1");
+    p->ready = true;
+}
+
 static int open_service(struct process *p, struct err *err)
 {
     struct service_config config = p->options->service;
@@ -188,6 +199,7 @@ static int open_service(struct process *p, struct err *err)
     config.log = p->log;
     config.keep = p->keep;
     config.on_exit = on_exit_asked;
+    config.on_welcome = on_welcome;
     config.user = p;
     int rc = service_open(&config, &p->service, err);
     if (rc < 0)
@@ -313,9 +325,24 @@ static void reload(struct process *p)
 static void on_hangup(evutil_socket_t signal_number, short what, void *user)
 {
     (void)signal_number, (void)what;
-    daemon_notify_reloading();
-    reload(user);
-    daemon_notify("READY=1");
+    struct process *p = user;
+    if (p->ready)
+        daemon_notify_reloading();
+    reload(p);
+    if (p->ready)
+        daemon_notify("READY=1");
+}
+
+/* systemctl restart: the next process re-adopts what this one holds, so nothing is drained or closed. */
+static void on_hand_over(evutil_socket_t signal_number, short what, void *user)
+{
+    struct process *p = user;
+    if (!keep_active(p->keep)) { /* nobody would hold it */
+        on_stop(signal_number, what, user);
+        return;
+    }
+    log_event(p->log, LOG_LEVEL_INFO, "handing-over", "exit_status=%d", AGENT_EXIT_READOPT);
+    _exit(AGENT_EXIT_READOPT);
 }
 
 static void on_status(evutil_socket_t fd, short what, void *user)
@@ -338,8 +365,9 @@ static int open_events(struct process *p, struct err *err)
     p->signals[0] = evsignal_new(p->base, SIGTERM, on_stop, p);
     p->signals[1] = evsignal_new(p->base, SIGINT, on_stop, p);
     p->signals[2] = evsignal_new(p->base, SIGHUP, on_hangup, p);
+    p->signals[3] = evsignal_new(p->base, SIGUSR1, on_hand_over, p);
     bool bad = !p->turn || !p->stop_after || !p->status;
-    for (size_t i = 0; i < 3; i++)
+    for (size_t i = 0; i < 4; i++)
         bad = bad || !p->signals[i] || event_add(p->signals[i], NULL) != 0;
     if (!bad && getenv("NOTIFY_SOCKET")) /* else nobody reads the status: no wake-ups for it */
         bad = event_add(p->status, &every) != 0;
@@ -356,13 +384,13 @@ static int process_run(struct process *p, struct err *err)
         (rc = engine_process_start(p->base, p->log, o->engine_command, o->service.engine_socket, engine_wanted, p,
                                    &p->engine, err)) < 0)
         return rc;
-    daemon_notify("READY=1");
     return event_base_dispatch(p->base) < 0 ? err_set(err, ERR_IO, "the event loop failed") : 0;
 }
 
 static void process_done(struct process *p)
 {
-    struct event *events[] = {p->turn, p->stop_after, p->status, p->signals[0], p->signals[1], p->signals[2]};
+    struct event *events[] = {p->turn, p->stop_after, p->status, p->signals[0], p->signals[1], p->signals[2],
+                              p->signals[3]};
     daemon_signals_hold(); /* libevent gives them their default back */
     service_close(p->service);
     engine_process_free(p->engine);
@@ -387,7 +415,8 @@ int main(int argc, char **argv)
                "  eep-agent --id gpu1 --engine-command 'my-engine --port 8001'\n"
                "  eep-agent --config /etc/eep/agent.conf --config=-/etc/eep/agent-gpu2.conf --id gpu2\n"
                "\n"
-               "SIGTERM asks to be drained first, a second one does not.  SIGHUP reads the configuration files again.  Under systemd or eep-keeper the next process "
+               "SIGTERM asks to be drained first, a second one does not.  SIGHUP reads the configuration files again.  SIGUSR1 "
+               "ends the process at once for a next one that re-adopts (systemctl restart).  Under systemd or eep-keeper the next process "
                "re-adopts what one that dies has held: engines serve on.  Exit status: 0 stopped, 1 failed, 2 usage, 75 "
                "the GPU is lost to this process: start it again.",
     };
@@ -401,6 +430,10 @@ int main(int argc, char **argv)
     if (!o.service.engine_socket) {
         snprintf(o.engine_socket, sizeof o.engine_socket, "/run/eep/agent-%s.sock", o.service.id);
         o.service.engine_socket = o.engine_socket;
+    }
+    if (strcmp(o.service.memory, "cuda:id") == 0) {
+        snprintf(o.memory, sizeof o.memory, "cuda:%s", o.service.id);
+        o.service.memory = o.memory;
     }
     if (check)
         return options_checked("eep-agent", service_check(&o.service, &err), &err);

@@ -200,6 +200,8 @@ static void on_msg(void *user, const struct msg *msg)
         log_event(s->log, LOG_LEVEL_DEBUG, "received", "message=%s", msg_type_name(msg->type));
     struct agent_event event = {.type = AE_MSG, .msg = msg};
     service_event(s, &event);
+    if (msg->type == MSG_WELCOME && !s->exited && s->config.on_welcome)
+        s->config.on_welcome(s->config.user);
 }
 
 static void on_wave(void *user, uint64_t epoch, uint64_t step)

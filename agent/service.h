@@ -28,6 +28,7 @@ struct service_config {
     bool insecure;
     bool shared_gpu; /* other agents may use the GPU too, if they say the same */
     void (*on_exit)(void *user, enum agent_exit value);
+    void (*on_welcome)(void *user); /* the coordinator has taken us, maybe again; NULL = nobody asks */
     void *user;
 };
 

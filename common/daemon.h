@@ -28,6 +28,14 @@ unsigned daemon_alive_ms(void);
 /* From here on SIGTERM, SIGINT and SIGHUP wait for ever: a second one must not cut the closing short. */
 void daemon_signals_hold(void);
 
+/* Listening sockets that systemd has made for us (sd_listen_fds(3)): their addresses, and which descriptors they are.
+ * The environment is cleared of them, so that the next call and children find none.  Returns how many, at most max. */
+struct daemon_socket {
+    int fd;
+    char address[128]; /* "unix:/path", "127.0.0.1:7420"; "" = of no kind that we use */
+};
+size_t daemon_listen_fds(struct daemon_socket *ret_sockets, size_t max);
+
 /* A unix socket, or a host that names the loopback only.  An address that cannot be parsed is not local. */
 bool daemon_address_is_local(const char *address);
 

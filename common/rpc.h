@@ -66,7 +66,10 @@ struct rpc_options {
     unsigned unix_mode;                  /* permissions of unix sockets of a listener; 0 = by umask */
     unsigned max_conns;                  /* of a listener, the next ones are closed at once; 0 = 4096 */
     const int *fds;                      /* of a listener: sockets that listen on its addresses already (address_listen,
-                                            address_adopt), its own from then on, also on failure; NULL = make them */
+                                            address_adopt), its own from then on, also on failure; -1 or NULL = make
+                                            them */
+    bool fds_lent;                       /* of fds: others listen there too, so they are only closed at the end: never shut
+                                            down, their files stay */
 };
 
 /* Listens on every address ("host:port", ":port", "[v6]:port", "unix:/path"); all or none. */

@@ -81,6 +81,7 @@ static int listener_open(struct rpc_listener *listener, size_t i, const char *ad
 {
     struct rpc_socket *s = &listener->sockets[i];
     int fd = listener->options.fds ? listener->options.fds[i] : -1;
+    s->lent = fd >= 0 && listener->options.fds_lent;
     int rc = fd >= 0 ? address_adopt(address, fd, s->actual, err)
                      : address_listen(address, listener->options.unix_mode, &fd, s->actual, err);
     if (rc < 0) {
@@ -91,7 +92,8 @@ static int listener_open(struct rpc_listener *listener, size_t i, const char *ad
     s->ev = evconnlistener_new(listener->rpc->base, on_accept, listener, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC,
                                0, fd);
     if (!s->ev) {
-        address_unlink(address, fd);
+        if (!s->lent)
+            address_unlink(address, fd);
         evutil_closesocket(fd);
         return err_set(err, ERR_NOMEM, "no memory to listen on %s", address);
     }
@@ -158,7 +160,8 @@ void rpc_listener_close(struct rpc_listener *listener)
         return;
     struct rpc *rpc = listener->rpc;
     for (size_t i = 0; i < listener->n; i++) {
-        address_unlink(listener->sockets[i].given, listener->sockets[i].fd);
+        if (!listener->sockets[i].lent)
+            address_unlink(listener->sockets[i].given, listener->sockets[i].fd);
         evconnlistener_free(listener->sockets[i].ev);
     }
     forget(rpc->conns, listener);

@@ -59,6 +59,7 @@ struct rpc {
 struct rpc_socket {
     struct evconnlistener *ev;
     int fd;
+    bool lent;
     char given[ADDRESS_TEXT_MAX], actual[ADDRESS_TEXT_MAX];
 };
 

@@ -17,6 +17,7 @@
 struct options {
     const char *listen[LISTEN_MAX];
     size_t n_listen;
+    int listen_fd[LISTEN_MAX]; /* systemd's sockets, -1 = to be made */
     bool insecure;
     const char *tcpstore[LISTEN_MAX];
     size_t n_tcpstore;
@@ -195,6 +196,27 @@ static void options_default(struct options *ret_options)
     coordinator_config_default(&ret_options->core);
 }
 
+/* Sockets of systemd are addresses to listen on, named by an option or not. */
+static int options_take_sockets(struct options *o, struct daemon_socket *sockets, size_t n, struct err *err)
+{
+    for (size_t i = 0; i < LISTEN_MAX; i++)
+        o->listen_fd[i] = -1;
+    for (size_t s = 0; s < n; s++) {
+        size_t at = 0;
+        while (at < o->n_listen && strcmp(o->listen[at], sockets[s].address) != 0)
+            at++;
+        if (!sockets[s].address[0])
+            return err_set(err, ERR_INVALID, "descriptor %d, given by systemd, is no socket of TCP or of a unix path",
+                           sockets[s].fd);
+        if (at == LISTEN_MAX)
+            return err_set(err, ERR_INVALID, "at most %d addresses to listen on, those of systemd included", LISTEN_MAX);
+        if (at == o->n_listen)
+            o->listen[o->n_listen++] = sockets[s].address;
+        o->listen_fd[at] = sockets[s].fd;
+    }
+    return 0;
+}
+
 /* What no option can tell alone. */
 static int options_complete(struct options *o, struct err *err)
 {
@@ -299,7 +321,7 @@ static struct server_config server_config_of(struct process *p, const struct opt
 {
     return (struct server_config){
         .base = p->base, .log = p->log, .cluster = o->cluster, .state = o->state, .listen = o->listen,
-        .n_listen = o->n_listen, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
+        .n_listen = o->n_listen, .listen_fds = o->listen_fd, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
         .store_bytes = (size_t)o->store_mib << 20, .durability = o->durability, .tcpstore = o->tcpstore,
         .n_tcpstore = o->n_tcpstore, .tcpstore_insecure = o->tcpstore_insecure,
         .tcpstore_grace_ms = o->tcpstore_grace_ms,
@@ -355,7 +377,10 @@ int main(int argc, char **argv)
     bool check;
     options_default(&o);
     options_parse(&program, argc, argv, &o, &p.sources, &check);
-    int rc = options_complete(&o, &err);
+    struct daemon_socket sockets[LISTEN_MAX];
+    int rc = options_take_sockets(&o, sockets, daemon_listen_fds(sockets, LISTEN_MAX), &err);
+    if (rc == 0)
+        rc = options_complete(&o, &err);
     if (rc == 0 && check) {
         const struct server_config config = server_config_of(&p, &o);
         rc = server_check(&config, &err);

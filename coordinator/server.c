@@ -308,7 +308,7 @@ int server_open(const struct server_config *config, struct server **ret_server, 
     snprintf(self.cluster, sizeof self.cluster, "%s", config->cluster);
     snprintf(self.software, sizeof self.software, "eep-coordinator %s", EEP_SOFTWARE);
     const struct rpc_options options = {.handlers = &handlers, .user = s, .self = &self, .unix_mode = 0660,
-                                        .max_conns = CONNS_MAX};
+                                        .max_conns = CONNS_MAX, .fds = config->listen_fds, .fds_lent = true};
 
     if ((rc = open_core(s, err)) < 0 || (rc = open_events(s, err)) < 0 || (rc = store_edge_open(s, err)) < 0 ||
         (rc = rpc_listen(s->rpc, config->listen, config->n_listen, &options, &s->listener, err)) < 0) {

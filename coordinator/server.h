@@ -19,6 +19,8 @@ struct server_config {
     const char *state;              /* folder of the journal */
     const char *const *listen;      /* addresses */
     size_t n_listen;
+    const int *listen_fds;          /* for each of them a socket that systemd has made, or -1; NULL = none; borrowed by
+                                       server_open, closed by it or by server_close */
     bool insecure;                  /* TCP addresses other than the loopback are allowed */
     size_t store_bytes;             /* budget of the key-value store; 0 = 256 MiB */
     enum store_durability durability; /* of its durable keys */

@@ -47,7 +47,7 @@ fi
 
 find "$top/bin" "$top/lib" -type f | while read -r file; do
     case $file in
-    *.service) ;;
+    "$top"/lib/*/*) ;; # no programs
     *.a) strip -D --strip-debug "$file" ;;
     *) strip -D --strip-unneeded "$file" ;;
     esac

@@ -4,7 +4,9 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "tests/harness/daemon.h"
@@ -194,6 +196,44 @@ START_TEST(reload)
 }
 END_TEST
 
+/* As systemd does it: a blocking socket, as descriptor 3.  Its file stays when the coordinator stops. */
+START_TEST(a_socket_of_systemd)
+{
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    char state[128], command[256];
+    snprintf(name.sun_path, sizeof name.sun_path, "%s/sd.sock", dir);
+    snprintf(state, sizeof state, "%s/state", dir);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    ck_assert_int_eq(bind(fd, (struct sockaddr *)&name, sizeof name), 0);
+    ck_assert_int_eq(listen(fd, 8), 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        char self[32], program[256];
+        const char *bin = getenv("EEP_BIN");
+        snprintf(program, sizeof program, "%s/eep-coordinator", bin ? bin : "build");
+        snprintf(self, sizeof self, "%ld", (long)getpid());
+        setenv("LISTEN_PID", self, 1);
+        setenv("LISTEN_FDS", "1", 1);
+        if (fd != 3)
+            dup2(fd, 3);
+        execl(program, program, "--state", state, "--log-level", "error", (char *)NULL);
+        _exit(127);
+    }
+    snprintf(command, sizeof command, "eepctl -c unix:%s status", name.sun_path); /* waits in the socket's queue */
+    REFUSED(command, 0, "no view yet");
+    REFUSED(command, 0, "no view yet"); /* the loop is not stuck in accept() */
+    kill(pid, SIGTERM);
+    int status;
+    ck_assert_int_eq(waitpid(pid, &status, 0), pid);
+    ck_assert_int_eq(status, 0);
+    ck_assert_int_eq(access(name.sun_path, F_OK), 0);
+    int other = socket(AF_UNIX, SOCK_STREAM, 0); /* and it still listens: the next process gets who comes now */
+    ck_assert_int_eq(connect(other, (struct sockaddr *)&name, sizeof name), 0);
+    close(other);
+    close(fd);
+}
+END_TEST
+
 static void add(TCase *t)
 {
     tcase_add_checked_fixture(t, setup, teardown);
@@ -202,6 +242,7 @@ static void add(TCase *t)
     tcase_add_test(t, mistakes);
     tcase_add_test(t, the_later_one_counts);
     tcase_add_test(t, reload);
+    tcase_add_test(t, a_socket_of_systemd);
 }
 
 int main(void)
