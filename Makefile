@@ -14,7 +14,7 @@ ifeq ($(WERROR),1)
 WARN     += -Werror
 endif
 OPT      ?= -O2 -g
-HARDEN   := -fstack-protector-strong -fPIC
+HARDEN   := -fstack-protector-strong -fstack-clash-protection -fPIC
 ifneq ($(SANITIZE),)
 HARDEN   += -fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize-recover=undefined
 override LDFLAGS += -fsanitize=$(SANITIZE)
@@ -27,7 +27,7 @@ override CPPFLAGS := -I. -I$(BUILD)/proto $(CPPFLAGS)
 override CFLAGS   := $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP $(CFLAGS)
 # Libraries that are not libc's own: shared, or with LINK=static inside the programs.
 third     = $(if $(filter static,$(LINK)),-Wl$(comma)-Bstatic $(1) -Wl$(comma)-Bdynamic,$(1))
-LIBS     := $(call third,-levent_pthreads -levent -lprotobuf-c -llmdb -ljansson -linih) -lpthread -ldl -lm
+LIBS     := $(call third,-levent_openssl -levent_pthreads -levent -lprotobuf-c -llmdb -ljansson -linih -lssl -lcrypto) -lpthread -ldl -lm
 CHECK_LIBS = $(call third,$(filter-out -lrt -lm,$(shell pkg-config --libs check 2>/dev/null))) -lrt
 
 # ---- GPUs: only headers and nvcc are needed to build; libcuda and libnccl are loaded at run time ----
@@ -218,8 +218,8 @@ test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/fault_edge.so $(BUILD)/t
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
-             liblmdb-dev libjansson-dev libinih-dev uthash-dev
-DEPS_TEST := check strace iproute2 nftables systemd
+             liblmdb-dev libjansson-dev libinih-dev libssl-dev uthash-dev
+DEPS_TEST := check strace iproute2 nftables systemd openssl
 missing    = $(shell for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done)
 define install
 	@missing="$(call missing,$(1))"; \
@@ -309,7 +309,7 @@ UNITS  := $(notdir $(wildcard systemd/*.service systemd/*.socket systemd/*.targe
 install: $(BIN) ## install programs, library, header, systemd units, docs (PREFIX=/usr/local, LIBDIR=PREFIX/lib, DESTDIR=)
 	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin include lib/systemd/system lib/sysusers.d lib/tmpfiles.d share/doc/eep share/eep) \
 	  $(DESTDIR)$(LIBDIR)
-	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eep-keeper $(BUILD)/eepctl $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eep-keeper $(BUILD)/eepctl systemd/eep-ca $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(LIBDIR)/libeep.so.0
 	ln -sf libeep.so.0 $(DESTDIR)$(LIBDIR)/libeep.so
 	install -m 644 agent/libeep/eep.h $(DESTDIR)$(PREFIX)/include

@@ -16,6 +16,7 @@
 #include "common/clock.h"
 #include "common/daemon.h"
 #include "common/options.h"
+#include "common/tls.h"
 
 #define LAST_WORDS_MS 100 /* between the core's exit and closing its connections */
 #define RESTART_FIRST_MS 200
@@ -25,6 +26,7 @@
 struct options {
     struct service_config service;
     const char *engine_command, *port_file;
+    struct tls_files tls;
     char engine_socket[512], memory[128];
     enum log_level level;
     uint32_t stop_after_ms;
@@ -33,7 +35,7 @@ struct options {
 enum { KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
        KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
        KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS, KEY_SHARED_GPU,
-       KEY_STEP_LIMIT };
+       KEY_STEP_LIMIT, KEY_TLS_CERT, KEY_TLS_KEY, KEY_TLS_CA, KEY_DATA_INSECURE };
 
 static const struct argp_option option_table[] = {
     {"id", KEY_ID, "NAME", 0, "name of this agent, unique in the cluster (required)", 0},
@@ -66,6 +68,13 @@ static const struct argp_option option_table[] = {
     {"data-listen", KEY_DATA_LISTEN, "HOST:PORT", 0, "for weights (default 127.0.0.1:0)", 3},
     {"advertise", KEY_ADVERTISE, "HOST", 0, "the host by which other agents reach this one", 3},
     {"insecure", KEY_INSECURE, 0, 0, "allow addresses other than the loopback, without encryption", 3},
+    {"tls-cert", KEY_TLS_CERT, "FILE", OPTIONS_RELOADABLE,
+     "certificate (PEM) of this agent: the coordinator's address and --listen speak TLS 1.3 only, unless they are unix "
+     "sockets", 3},
+    {"tls-key", KEY_TLS_KEY, "FILE", OPTIONS_RELOADABLE, "its key (PEM)", 3},
+    {"tls-ca", KEY_TLS_CA, "FILE", OPTIONS_RELOADABLE, "the CA (PEM) that all certificates of the cluster are signed by", 3},
+    {"data-insecure", KEY_DATA_INSECURE, 0, 0,
+     "allow --data-listen beyond the loopback: weights are never encrypted", 3},
     {"port-file", KEY_PORT_FILE, "FILE", 0, "write both addresses with their real ports there, one a line", 3},
     {0, 0, 0, 0, "Process:", 4},
     {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (30000)", 4},
@@ -130,6 +139,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_DATA_LISTEN: s->data_listen = arg; return 0;
     case KEY_ADVERTISE: s->advertise = text(state, "--advertise", arg); return 0;
     case KEY_INSECURE: s->insecure = true; return 0;
+    case KEY_DATA_INSECURE: s->data_insecure = true; return 0;
+    case KEY_TLS_CERT: o->tls.cert = arg; return 0;
+    case KEY_TLS_KEY: o->tls.key = arg; return 0;
+    case KEY_TLS_CA: o->tls.ca = arg; return 0;
     case KEY_SHARED_GPU: s->shared_gpu = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_STOP_AFTER: o->stop_after_ms = number(state, "--stop-after", arg, 86400000); return 0;
@@ -169,7 +182,8 @@ struct process {
     struct engine_process *engine;
     struct keep *keep;
     struct event *turn;  /* what comes next in this phase */
-    struct event *stop_after, *status, *signals[4];
+    struct event *stop_after, *status, *day, *signals[4];
+    struct tls *tls;
     bool ready;          /* systemd has been told */
     uint64_t opened_ns;
     unsigned restart_ms;
@@ -198,6 +212,7 @@ static int open_service(struct process *p, struct err *err)
     config.base = p->base;
     config.log = p->log;
     config.keep = p->keep;
+    config.tls = p->tls;
     config.on_exit = on_exit_asked;
     config.on_welcome = on_welcome;
     config.user = p;
@@ -312,12 +327,15 @@ static void reload(struct process *p)
     char *restart = NULL;
     options_default(&o);
     int rc = options_reload(p->program, p->sources, &o, &sources, &restart, &err);
+    if (rc == 0 && p->tls)
+        rc = tls_reload(p->tls, &o.tls, &err);
     if (rc == 0)
         log_level_set(p->log, o.level);
     if (rc < 0)
         log_event(p->log, LOG_LEVEL_ERROR, "reload-failed", "why=%s", err.text);
     else
         log_event(p->log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s", *restart ? restart : "none");
+    daemon_log_certificate(p->log, p->tls);
     free(restart);
     options_free(sources);
 }
@@ -355,6 +373,13 @@ static void on_status(evutil_socket_t fd, short what, void *user)
     daemon_notify_alive(text);
 }
 
+static void on_day(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    const struct process *p = user;
+    daemon_log_certificate(p->log, p->tls);
+}
+
 static int open_events(struct process *p, struct err *err)
 {
     const unsigned every_ms = daemon_alive_ms();
@@ -362,11 +387,13 @@ static int open_events(struct process *p, struct err *err)
     p->turn = event_new(p->base, -1, 0, on_turn, p);
     p->stop_after = event_new(p->base, -1, 0, on_stop_after, p);
     p->status = event_new(p->base, -1, EV_PERSIST, on_status, p);
+    p->day = event_new(p->base, -1, EV_PERSIST, on_day, p);
     p->signals[0] = evsignal_new(p->base, SIGTERM, on_stop, p);
     p->signals[1] = evsignal_new(p->base, SIGINT, on_stop, p);
     p->signals[2] = evsignal_new(p->base, SIGHUP, on_hangup, p);
     p->signals[3] = evsignal_new(p->base, SIGUSR1, on_hand_over, p);
-    bool bad = !p->turn || !p->stop_after || !p->status;
+    const struct timeval day = {.tv_sec = 86400};
+    bool bad = !p->turn || !p->stop_after || !p->status || !p->day || event_add(p->day, &day) != 0;
     for (size_t i = 0; i < 4; i++)
         bad = bad || !p->signals[i] || event_add(p->signals[i], NULL) != 0;
     if (!bad && getenv("NOTIFY_SOCKET")) /* else nobody reads the status: no wake-ups for it */
@@ -389,7 +416,7 @@ static int process_run(struct process *p, struct err *err)
 
 static void process_done(struct process *p)
 {
-    struct event *events[] = {p->turn, p->stop_after, p->status, p->signals[0], p->signals[1], p->signals[2],
+    struct event *events[] = {p->turn, p->stop_after, p->status, p->day, p->signals[0], p->signals[1], p->signals[2],
                               p->signals[3]};
     daemon_signals_hold(); /* libevent gives them their default back */
     service_close(p->service);
@@ -435,8 +462,10 @@ int main(int argc, char **argv)
         snprintf(o.memory, sizeof o.memory, "cuda:%s", o.service.id);
         o.service.memory = o.memory;
     }
-    if (check)
-        return options_checked("eep-agent", service_check(&o.service, &err), &err);
+    int rc = tls_open(&o.tls, &p.tls, &err);
+    o.service.tls = p.tls;
+    if (rc < 0 || check)
+        return options_checked("eep-agent", rc < 0 ? rc : service_check(&o.service, &err), &err);
     signal(SIGPIPE, SIG_IGN);
     if (o.service.shared_gpu && gpu_share_host_id(&err) < 0) { /* while there are no threads */
         fprintf(stderr, "eep-agent: %s\n", err.text);
@@ -445,7 +474,8 @@ int main(int argc, char **argv)
     p.keep = keep_open();
     p.base = event_base_new();
     p.log = log_new("eep-agent", o.service.id, o.level, -1);
-    int rc = p.base && p.log && p.keep ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
+    daemon_log_certificate(p.log, p.tls);
+    rc = p.base && p.log && p.keep ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     process_done(&p);
     if (rc == 0)
         log_event(p.log, LOG_LEVEL_INFO, "stopped", "why=%s", "asked to");
@@ -455,6 +485,7 @@ int main(int argc, char **argv)
         log_event(p.log, LOG_LEVEL_ERROR, "failed", "code=%s why=%s", err_code_name(err.code), err.text);
     log_free(p.log);
     options_free(p.sources);
+    tls_free(p.tls);
     if (rc < 0)
         return err.code == ERR_INVALID || err.code == ERR_DENIED ? 2 : 1;
     return 0;

@@ -39,6 +39,12 @@ size_t daemon_listen_fds(struct daemon_socket *ret_sockets, size_t max);
 /* A unix socket, or a host that names the loopback only.  An address that cannot be parsed is not local. */
 bool daemon_address_is_local(const char *address);
 
+/* A certificate that ends within 30 days is told (warn; error within 3 days), an expired one too.  NULL tls: nothing.
+ */
+struct log;
+struct tls;
+void daemon_log_certificate(struct log *log, const struct tls *tls);
+
 /* Writes one address a line, in place of the file at once (write, then rename). */
 int daemon_write_addresses(const char *path, const char *const *addresses, size_t n, struct err *err) MUST_CHECK;
 

@@ -9,6 +9,7 @@
 
 #include "common/daemon.h"
 #include "common/options.h"
+#include "common/tls.h"
 #include "common/version.h"
 #include "coordinator/server.h"
 
@@ -19,6 +20,7 @@ struct options {
     size_t n_listen;
     int listen_fd[LISTEN_MAX]; /* systemd's sockets, -1 = to be made */
     bool insecure;
+    struct tls_files tls;
     const char *tcpstore[LISTEN_MAX];
     size_t n_tcpstore;
     bool tcpstore_insecure;
@@ -31,7 +33,8 @@ struct options {
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
-       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_NUMBER };
+       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_TLS_CERT, KEY_TLS_KEY,
+       KEY_TLS_CA, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
 static const struct number {
@@ -114,6 +117,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_CLUSTER: o->cluster = arg; return 0;
     case KEY_INSECURE: o->insecure = true; return 0;
+    case KEY_TLS_CERT: o->tls.cert = arg; return 0;
+    case KEY_TLS_KEY: o->tls.key = arg; return 0;
+    case KEY_TLS_CA: o->tls.ca = arg; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_FOREGROUND: return 0;
     case KEY_SCALE_BACK: o->core.scale_back = 1; return 0;
@@ -145,6 +151,9 @@ static const struct argp_option fixed[] = {
      "listen here: unix:/path or host:port, port 0 picks one (repeatable; "
      "default unix:/run/eep/coordinator.sock)", 0},
     {"insecure", KEY_INSECURE, 0, 0, "allow TCP addresses other than the loopback, without encryption", 0},
+    {"tls-cert", KEY_TLS_CERT, "FILE", OPTIONS_RELOADABLE, "certificate (PEM) of this coordinator: TCP speaks TLS 1.3 only", 0},
+    {"tls-key", KEY_TLS_KEY, "FILE", OPTIONS_RELOADABLE, "its key (PEM)", 0},
+    {"tls-ca", KEY_TLS_CA, "FILE", OPTIONS_RELOADABLE, "the CA (PEM) that all certificates of the cluster are signed by", 0},
     {"port-file", KEY_PORT_FILE, "FILE", 0, "write the addresses with their real ports there, one a line", 0},
     {"state", KEY_STATE, "DIR", 0, "folder of the journal (default /var/lib/eep)", 0},
     {"cluster", KEY_CLUSTER, "NAME", 0, "only agents of this cluster are taken (default eep)", 0},
@@ -253,6 +262,7 @@ struct process {
     struct options_sources *sources;
     struct event_base *base;
     struct log *log;
+    struct tls *tls;
     struct server *server;
 };
 
@@ -274,12 +284,17 @@ static void reload(struct process *p)
     char *restart = NULL;
     options_default(&o);
     int rc = options_reload(p->program, p->sources, &o, &sources, &restart, &err);
-    if (rc == 0 && (rc = options_complete(&o, &err)) == 0)
+    if (rc == 0)
+        rc = options_complete(&o, &err);
+    if (rc == 0 && p->tls)
+        rc = tls_reload(p->tls, &o.tls, &err);
+    if (rc == 0)
         log_level_set(p->log, o.level);
     if (rc < 0)
         log_event(p->log, LOG_LEVEL_ERROR, "reload-failed", "why=%s", err.text);
     else
         log_event(p->log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s", *restart ? restart : "none");
+    daemon_log_certificate(p->log, p->tls);
     free(restart);
     options_free(sources);
 }
@@ -290,6 +305,13 @@ static void on_hangup(evutil_socket_t signal_number, short what, void *user)
     daemon_notify_reloading();
     reload(user);
     daemon_notify("READY=1");
+}
+
+static void on_day(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    const struct process *p = user;
+    daemon_log_certificate(p->log, p->tls);
 }
 
 static void on_status(evutil_socket_t fd, short what, void *user)
@@ -321,7 +343,7 @@ static struct server_config server_config_of(struct process *p, const struct opt
 {
     return (struct server_config){
         .base = p->base, .log = p->log, .cluster = o->cluster, .state = o->state, .listen = o->listen,
-        .n_listen = o->n_listen, .listen_fds = o->listen_fd, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
+        .n_listen = o->n_listen, .listen_fds = o->listen_fd, .tls = p->tls, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
         .store_bytes = (size_t)o->store_mib << 20, .durability = o->durability, .tcpstore = o->tcpstore,
         .n_tcpstore = o->n_tcpstore, .tcpstore_insecure = o->tcpstore_insecure,
         .tcpstore_grace_ms = o->tcpstore_grace_ms,
@@ -338,18 +360,20 @@ static int serve(struct process *p, const struct options *o, struct err *err)
         evsignal_new(p->base, SIGTERM, on_stop, p),
         evsignal_new(p->base, SIGINT, on_stop, p),
         evsignal_new(p->base, SIGHUP, on_hangup, p),
+        event_new(p->base, -1, EV_PERSIST, on_day, p),
         event_new(p->base, -1, EV_PERSIST, on_status, p),
     };
     const size_t n = sizeof events / sizeof events[0];
     const unsigned every_ms = daemon_alive_ms();
     const struct timeval every = {.tv_sec = every_ms / 1000, .tv_usec = (suseconds_t)(every_ms % 1000) * 1000};
+    const struct timeval day = {.tv_sec = 86400}, *const intervals[] = {NULL, NULL, NULL, &day, &every};
     for (size_t i = 0; i < n; i++) {
-        bool timer = i == n - 1;
-        if (timer && !getenv("NOTIFY_SOCKET"))
+        if (i == n - 1 && !getenv("NOTIFY_SOCKET"))
             continue; /* nobody reads the status: no wake-ups for it */
-        if (!events[i] || event_add(events[i], timer ? &every : NULL) != 0)
+        if (!events[i] || event_add(events[i], intervals[i]) != 0)
             rc = err_set(err, ERR_NOMEM, "out of memory");
     }
+    daemon_log_certificate(p->log, p->tls);
     if (rc == 0)
         rc = announce(p, o, err); /* who reads the addresses may also say SIGTERM */
     if (rc == 0) {
@@ -381,6 +405,8 @@ int main(int argc, char **argv)
     int rc = options_take_sockets(&o, sockets, daemon_listen_fds(sockets, LISTEN_MAX), &err);
     if (rc == 0)
         rc = options_complete(&o, &err);
+    if (rc == 0)
+        rc = tls_open(&o.tls, &p.tls, &err);
     if (rc == 0 && check) {
         const struct server_config config = server_config_of(&p, &o);
         rc = server_check(&config, &err);
@@ -407,6 +433,7 @@ int main(int argc, char **argv)
     if (p.base)
         event_base_free(p.base);
     options_free(p.sources);
+    tls_free(p.tls);
     if (rc < 0)
         return err.code == ERR_INVALID || err.code == ERR_DENIED ? 2 : 1;
     return 0;

@@ -21,7 +21,8 @@ struct server_config {
     size_t n_listen;
     const int *listen_fds;          /* for each of them a socket that systemd has made, or -1; NULL = none; borrowed by
                                        server_open, closed by it or by server_close */
-    bool insecure;                  /* TCP addresses other than the loopback are allowed */
+    struct tls *tls;                /* of TCP addresses; borrowed; NULL = not encrypted */
+    bool insecure;                  /* without tls: TCP addresses other than the loopback are allowed */
     size_t store_bytes;             /* budget of the key-value store; 0 = 256 MiB */
     enum store_durability durability; /* of its durable keys */
     const char *const *tcpstore;    /* "host:port[/namespace]": TCPStore's protocol there */

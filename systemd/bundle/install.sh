@@ -19,7 +19,7 @@ copy() { # a folder, with all that is in it
         install -D -m 644 "$here/$file" "$root/$file"
     done
 }
-for program in eep-coordinator eep-agent eep-keeper eepctl; do
+for program in eep-coordinator eep-agent eep-keeper eepctl eep-ca; do
     install -D -m 755 "$here/bin/$program" "$root/bin/$program"
 done
 copy include

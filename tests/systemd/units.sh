@@ -25,5 +25,5 @@ most_exposed eep-coordinator.service 15
 most_exposed eep-agent@.service 25
 # what is offered to start must be there
 for program in $(sed -n 's/^ExecStart=\([^ ]*\).*/\1/p' "$units"/*.service); do [ -x "$program" ]; done
-systemd-sysusers --dry-run "$d/lib/sysusers.d/eep.conf" >/dev/null
+systemd-sysusers --dry-run "$d/lib/sysusers.d/eep.conf" >/dev/null 2>&1
 echo "verify passed"
