@@ -29,13 +29,14 @@ struct options {
     struct tls_files tls;
     char engine_socket[512], memory[128];
     enum log_level level;
+    enum log_format format;
     uint32_t stop_after_ms;
 };
 
 enum { KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
        KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
        KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS, KEY_SHARED_GPU,
-       KEY_STEP_LIMIT, KEY_TLS_CERT, KEY_TLS_KEY, KEY_TLS_CA, KEY_DATA_INSECURE };
+       KEY_STEP_LIMIT, KEY_TLS_CERT, KEY_TLS_KEY, KEY_TLS_CA, KEY_FORMAT, KEY_DATA_INSECURE };
 
 static const struct argp_option option_table[] = {
     {"id", KEY_ID, "NAME", 0, "name of this agent, unique in the cluster (required)", 0},
@@ -78,6 +79,8 @@ static const struct argp_option option_table[] = {
     {"port-file", KEY_PORT_FILE, "FILE", 0, "write both addresses with their real ports there, one a line", 3},
     {0, 0, 0, 0, "Process:", 4},
     {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (30000)", 4},
+    {"log-format", KEY_FORMAT, "FORMAT", 0,
+     "auto (default: systemd's journal where stderr leads there, else logfmt), logfmt or json", 4},
     {"log-level", KEY_LEVEL, "LEVEL", OPTIONS_RELOADABLE, "debug, info (default), warn or error", 4},
     {"list-gpus", KEY_LIST_GPUS, 0, OPTIONS_COMMAND_LINE, "list the GPUs by index, UUID, name and memory, and end", -1},
     OPTIONS_CONFIG(4),
@@ -146,6 +149,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_SHARED_GPU: s->shared_gpu = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_STOP_AFTER: o->stop_after_ms = number(state, "--stop-after", arg, 86400000); return 0;
+    case KEY_FORMAT:
+        if (log_format_parse(arg, &o->format) < 0)
+            return options_error(state, "unknown log format '%s': use auto, logfmt or json", arg);
+        return 0;
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
             return options_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
@@ -474,6 +481,7 @@ int main(int argc, char **argv)
     p.keep = keep_open();
     p.base = event_base_new();
     p.log = log_new("eep-agent", o.service.id, o.level, -1);
+    log_format_set(p.log, o.format, LOG_JOURNAL_SOCKET);
     daemon_log_certificate(p.log, p.tls);
     rc = p.base && p.log && p.keep ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     process_done(&p);

@@ -28,13 +28,14 @@ struct options {
     enum store_durability durability;
     const char *state, *cluster, *port_file;
     enum log_level level;
+    enum log_format format;
     struct coordinator_config core;
 };
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
        KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_TLS_CERT, KEY_TLS_KEY,
-       KEY_TLS_CA, KEY_NUMBER };
+       KEY_TLS_CA, KEY_FORMAT, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
 static const struct number {
@@ -128,6 +129,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_LAMBDA: o->core.lambda = parse_number(state, "--lambda", arg, 0, 0.999); return 0;
     case KEY_DIP: o->core.dip = parse_number(state, "--dip", arg, 0.0001, 1); return 0;
     case KEY_REBALANCE_BELOW: o->core.rebalance_below = parse_balance(state, "--rebalance-below", arg); return 0;
+    case KEY_FORMAT:
+        if (log_format_parse(arg, &o->format) < 0)
+            return options_error(state, "unknown log format '%s': use auto, logfmt or json", arg);
+        return 0;
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
             return options_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
@@ -168,6 +173,8 @@ static const struct argp_option fixed[] = {
      "allow that beyond the loopback: its protocol has no authentication", 0},
     {"tcpstore-grace-ms", KEY_TCPSTORE_GRACE, "MS", 0,
      "a namespace without connections is emptied after this (1000)", 0},
+    {"log-format", KEY_FORMAT, "FORMAT", 0,
+     "auto (default: systemd's journal where stderr leads there, else logfmt), logfmt or json", 0},
     {"log-level", KEY_LEVEL, "LEVEL", OPTIONS_RELOADABLE, "debug, info (default), warn or error", 0},
     {"commit-balance", KEY_COMMIT_BALANCE, "B", 0,
      "a change of ranks commits when the mean load of a rank over the highest would be B; what is still empty is "
@@ -418,6 +425,7 @@ int main(int argc, char **argv)
 
     p.base = event_base_new();
     p.log = log_new("eep-coordinator", o.cluster, o.level, -1);
+    log_format_set(p.log, o.format, LOG_JOURNAL_SOCKET);
     rc = p.base && p.log ? serve(&p, &o, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     if (rc < 0) {
         /* once: a sentence for a person, an event for a collector of logs */
