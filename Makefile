@@ -305,10 +305,12 @@ bench-load: ## how fast a checkpoint of real shapes loads (8 GB of memory, or BE
 
 PREFIX ?= /usr/local
 LIBDIR ?= $(PREFIX)/lib
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+VERSION := $(shell sed -n 's/^\#define EEP_SOFTWARE "\(.*\)"/\1/p' common/version.h)
 UNITS  := $(notdir $(wildcard systemd/*.service systemd/*.socket systemd/*.target))
 install: $(BIN) ## install programs, library, header, systemd units, docs (PREFIX=/usr/local, LIBDIR=PREFIX/lib, DESTDIR=)
-	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin include lib/systemd/system lib/sysusers.d lib/tmpfiles.d share/doc/eep share/eep) \
-	  $(DESTDIR)$(LIBDIR)
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin include lib/sysusers.d lib/tmpfiles.d share/doc/eep share/eep) \
+	  $(DESTDIR)$(LIBDIR) $(DESTDIR)$(UNITDIR)
 	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eep-keeper $(BUILD)/eepctl systemd/eep-ca $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(LIBDIR)/libeep.so.0
 	ln -sf libeep.so.0 $(DESTDIR)$(LIBDIR)/libeep.so
@@ -318,7 +320,20 @@ install: $(BIN) ## install programs, library, header, systemd units, docs (PREFI
 	install -m 644 systemd/eep.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/eep.conf
 	install -m 644 systemd/eep.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/eep.conf
 	for unit in $(UNITS); do \
-	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
+	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(UNITDIR)/$$unit || exit 1; done
+
+DEPS_DEB := help2man debhelper dpkg-dev lintian
+.PHONY: deps-deb man install-man deb check-deb
+deps-deb:  ## install what only building packages needs (as root, once)
+	$(call install,$(DEPS) $(DEPS_DEB))
+man: $(BIN) ## manual pages, in BUILD/man (needs help2man)
+	systemd/man.sh $(BUILD) $(VERSION)
+install-man: man
+	for page in $(BUILD)/man/*; do install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/} || exit 1; done
+deb:       ## Debian packages, in BUILD/deb: coordinator, agent, eepctl, libeep0, libeep-dev, common files (make deps-deb)
+	@systemd/deb.sh $(BUILD)
+check-deb: deb ## packages installed, upgraded and removed in a Debian 12 tree (root; debootstrap makes TREE)
+	@tests/systemd/packages.sh $(BUILD) $(TREE)
 
 # for bash, and for zsh, whose function asks the other
 .PHONY: install-completion

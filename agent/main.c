@@ -471,8 +471,13 @@ int main(int argc, char **argv)
     }
     int rc = tls_open(&o.tls, &p.tls, &err);
     o.service.tls = p.tls;
-    if (rc < 0 || check)
-        return options_checked("eep-agent", rc < 0 ? rc : service_check(&o.service, &err), &err);
+    if (rc == 0 && check)
+        rc = service_check(&o.service, &err);
+    if (rc < 0 || check) {
+        tls_free(p.tls);
+        options_free(p.sources);
+        return options_checked("eep-agent", rc, &err);
+    }
     signal(SIGPIPE, SIG_IGN);
     if (o.service.shared_gpu && gpu_share_host_id(&err) < 0) { /* while there are no threads */
         fprintf(stderr, "eep-agent: %s\n", err.text);

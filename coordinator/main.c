@@ -418,8 +418,11 @@ int main(int argc, char **argv)
         const struct server_config config = server_config_of(&p, &o);
         rc = server_check(&config, &err);
     }
-    if (rc < 0 || check)
+    if (rc < 0 || check) {
+        tls_free(p.tls);
+        options_free(p.sources);
         return options_checked("eep-coordinator", rc, &err);
+    }
     signal(SIGPIPE, SIG_IGN);
     raise_descriptors();
 

@@ -8,12 +8,7 @@ cd "$(dirname "$0")/../.."
 build=$1 base=${2:-$1/debian-tree}
 [ "$(id -u)" = 0 ] || { echo "needs root"; exit 77; }
 
-if [ ! -e "$base/lib/systemd/systemd" ]; then
-    command -v debootstrap >/dev/null || { echo "needs debootstrap (a Debian package), or a tree that it has made"; exit 77; }
-    debootstrap --variant=minbase --include=systemd,systemd-sysv,dbus,iproute2,procps,libevent-2.1-7,libevent-openssl-2.1-7,libevent-pthreads-2.1-7,libprotobuf-c1,liblmdb0,libjansson4,libinih1,libssl3 \
-        bookworm "$base" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >"$build/debootstrap.log" 2>&1 ||
-        { tail "$build/debootstrap.log"; exit 1; }
-fi
+tests/systemd/tree.sh "$base"
 
 d=$(mktemp -d /tmp/eep-systemd.XXXXXX)
 init='' outer=''
