@@ -91,6 +91,8 @@ inside eepctl scale --to 1 >"$d/scale" 2>&1 || fail "scale --to 1: $(cat "$d/sca
 inside systemd-run -q --unit=feeder --property=User=eep --property=RemainAfterExit=yes \
     eep-feeder --coordinator unix:/run/eep/coordinator.sock --data /models/qwen --until-file /tmp/stop --report /tmp/report.json
 inside eepctl scale --to 2 >"$d/scale" 2>&1 || fail "scale --to 2: $(cat "$d/scale")"
+inside journalctl --no-pager -u eep-coordinator -u 'eep-agent@*' -o short-iso >"$build/systemd-journal.txt" # as an operator reads it
+cp "$d/scale" "$build/systemd-scale.txt"
 pass "scaled 1 -> 2"
 
 # ---- deaths ----
@@ -114,7 +116,7 @@ pass "kill -9 of an agent: weights and view are kept"
 before=$(pid_of eep-agent@gpu1.service)
 inside systemctl restart eep-agent@gpu1.service || fail "restart"
 again eep-agent@gpu1.service "$before" || fail "restart does not restart"
-said eep-agent@gpu1 event=handing-over || fail "restart does not hand over"
+said eep-agent@gpu1 "^handing-over " || fail "restart does not hand over"
 until_true 20 view_says "2 ranks, epoch $epoch," || fail "a restart has changed the view: $(inside eepctl status)"
 [ "$(inside journalctl --no-pager -u eep-agent@gpu1 -o cat | grep -c readopted=yes)" = 1 ] || fail "a restart loses the weights"
 pass "systemctl restart of an agent: weights and view are kept"
@@ -124,7 +126,7 @@ pass "all weights are whole"
 # ---- reload, restart of the coordinator, what the status says ----
 for unit in eep-coordinator eep-agent@gpu0; do
     inside systemctl reload $unit || fail "reload of $unit"
-    until_true 10 said $unit event=reloaded || fail "$unit does not reload"
+    until_true 10 said $unit "^reloaded " || fail "$unit does not reload"
     until_true 10 active $unit || fail "$unit after its reload: $(inside systemctl is-active $unit)"
 done
 pass "reload"
