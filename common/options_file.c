@@ -284,6 +284,10 @@ static error_t entries_parse(struct wrapped *w, struct argp_state *state)
             continue;
         w->place.where = e->where;
         error_t rc = w->program->argp->parser(e->option->key, e->option->arg ? e->value : NULL, state);
+        if (rc && w->place.err && !w->place.err->code)
+            err_set(w->place.err, ERR_INVALID, "%s: '%s' cannot be parsed: %s", e->where, e->option->name, strerror(rc));
+        if (rc && w->place.err)
+            break; /* told there: argp does not free what it has when its beginning fails */
         if (rc)
             return rc;
     }
