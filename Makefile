@@ -14,7 +14,7 @@ ifeq ($(WERROR),1)
 WARN     += -Werror
 endif
 OPT      ?= -O2 -g
-HARDEN   := -fstack-protector-strong -fPIC
+HARDEN   := -fstack-protector-strong -fstack-clash-protection -fPIC
 ifneq ($(SANITIZE),)
 HARDEN   += -fsanitize=$(SANITIZE) -fno-omit-frame-pointer -fno-sanitize-recover=undefined
 override LDFLAGS += -fsanitize=$(SANITIZE)
@@ -27,7 +27,7 @@ override CPPFLAGS := -I. -I$(BUILD)/proto $(CPPFLAGS)
 override CFLAGS   := $(CSTD) $(WARN) $(OPT) $(HARDEN) -MMD -MP $(CFLAGS)
 # Libraries that are not libc's own: shared, or with LINK=static inside the programs.
 third     = $(if $(filter static,$(LINK)),-Wl$(comma)-Bstatic $(1) -Wl$(comma)-Bdynamic,$(1))
-LIBS     := $(call third,-levent_pthreads -levent -lprotobuf-c -llmdb -ljansson) -lpthread -ldl -lm
+LIBS     := $(call third,-levent_openssl -levent_pthreads -levent -lprotobuf-c -llmdb -ljansson -linih -lssl -lcrypto) -lpthread -ldl -lm
 CHECK_LIBS = $(call third,$(filter-out -lrt -lm,$(shell pkg-config --libs check 2>/dev/null))) -lrt
 
 # ---- GPUs: only headers and nvcc are needed to build; libcuda and libnccl are loaded at run time ----
@@ -218,8 +218,8 @@ test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/fault_edge.so $(BUILD)/t
 
 # ---- what a newcomer runs ----
 DEPS      := gcc libc6-dev make pkg-config protobuf-c-compiler protobuf-compiler libprotobuf-c-dev libevent-dev \
-             liblmdb-dev libjansson-dev uthash-dev
-DEPS_TEST := check strace iproute2 nftables
+             liblmdb-dev libjansson-dev libinih-dev libssl-dev uthash-dev
+DEPS_TEST := check strace iproute2 nftables systemd openssl
 missing    = $(shell for p in $(1); do dpkg-query -W -f='$${db:Status-Status}' $$p 2>/dev/null | grep -qx installed || echo $$p; done)
 define install
 	@missing="$(call missing,$(1))"; \
@@ -304,15 +304,36 @@ bench-load: ## how fast a checkpoint of real shapes loads (8 GB of memory, or BE
 	@tests/bench/load.sh $(BUILD)/tests
 
 PREFIX ?= /usr/local
-install: $(BIN) ## install programs, library, header, systemd units (PREFIX=/usr/local, DESTDIR=)
-	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin lib include share/doc/eep lib/systemd/system)
-	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eep-keeper $(BUILD)/eepctl $(DESTDIR)$(PREFIX)/bin
-	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(PREFIX)/lib/libeep.so.0
-	ln -sf libeep.so.0 $(DESTDIR)$(PREFIX)/lib/libeep.so
+LIBDIR ?= $(PREFIX)/lib
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+VERSION := $(shell sed -n 's/^\#define EEP_SOFTWARE "\(.*\)"/\1/p' common/version.h)
+UNITS  := $(notdir $(wildcard systemd/*.service systemd/*.socket systemd/*.target))
+install: $(BIN) ## install programs, library, header, systemd units, docs (PREFIX=/usr/local, LIBDIR=PREFIX/lib, DESTDIR=)
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin include lib/sysusers.d lib/tmpfiles.d share/doc/eep share/eep) \
+	  $(DESTDIR)$(LIBDIR) $(DESTDIR)$(UNITDIR)
+	install -m 755 $(BUILD)/eep-coordinator $(BUILD)/eep-agent $(BUILD)/eep-keeper $(BUILD)/eepctl systemd/eep-ca $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(BUILD)/libeep.so $(DESTDIR)$(LIBDIR)/libeep.so.0
+	ln -sf libeep.so.0 $(DESTDIR)$(LIBDIR)/libeep.so
 	install -m 644 agent/libeep/eep.h $(DESTDIR)$(PREFIX)/include
 	install -m 644 docs/*.md $(DESTDIR)$(PREFIX)/share/doc/eep
-	for unit in $(notdir $(wildcard systemd/*.service)); do \
-	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit || exit 1; done
+	install -m 644 systemd/config/*.conf $(DESTDIR)$(PREFIX)/share/eep
+	install -m 644 systemd/eep.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/eep.conf
+	install -m 644 systemd/eep.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/eep.conf
+	for unit in $(UNITS); do \
+	  sed 's|/usr/local|$(PREFIX)|g' systemd/$$unit >$(DESTDIR)$(UNITDIR)/$$unit || exit 1; done
+
+DEPS_DEB := help2man debhelper dpkg-dev lintian
+.PHONY: deps-deb man install-man deb check-deb
+deps-deb:  ## install what only building packages needs (as root, once)
+	$(call install,$(DEPS) $(DEPS_DEB))
+man: $(BIN) ## manual pages, in BUILD/man (needs help2man)
+	systemd/man.sh $(BUILD) $(VERSION)
+install-man: man
+	for page in $(BUILD)/man/*; do install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/} || exit 1; done
+deb:       ## Debian packages, in BUILD/deb: coordinator, agent, eepctl, libeep0, libeep-dev, common files (make deps-deb)
+	@systemd/deb.sh $(BUILD)
+check-deb: deb ## packages installed, upgraded and removed in a Debian 12 tree (root; debootstrap makes TREE)
+	@tests/systemd/packages.sh $(BUILD) $(TREE)
 
 # for bash, and for zsh, whose function asks the other
 .PHONY: install-completion
@@ -320,6 +341,14 @@ install: install-completion
 install-completion:
 	install -D -m 644 coordinator/eepctl/completion/eepctl.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/eepctl
 	install -D -m 644 coordinator/eepctl/completion/_eepctl $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_eepctl
+
+.PHONY: check-units
+check-units: $(BIN) ## systemd-analyze on the units: no complaint, and how exposed they are
+	@tests/systemd/units.sh $(BUILD)
+.PHONY: check-systemd
+TREE ?= $(BUILD)/debian-tree
+check-systemd: all ## a systemd in namespaces runs the units: scaling, deaths, restart, reload, stop (root; debootstrap makes TREE)
+	@tests/systemd/boot.sh $(BUILD) $(TREE)
 
 include systemd/bundle/rules.mk
 

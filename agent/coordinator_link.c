@@ -8,8 +8,8 @@
 #include "common/daemon.h"
 #include "common/msg_wire.h"
 
-#define RETRY_FIRST_MS 50
-#define RETRY_LAST_MS 1000
+#define RETRY_FIRST_MS  50
+#define RETRY_LAST_MS   1000
 #define RETRY_STEADY_MS 30000 /* after a loss: no slower than the first retry; an engine may be held meanwhile */
 
 struct coordinator_link {
@@ -21,8 +21,8 @@ struct coordinator_link {
     bool said;             /* that it cannot be reached has been logged, with `reason` */
     char reason[256];
     unsigned retry_ms;
-    uint64_t lost_ns;      /* when it was lost; 0 = it never was up */
-    uint32_t lease_ms;     /* of the last WELCOME: a coordinator that restarted expects us within it */
+    uint64_t lost_ns;  /* when it was lost; 0 = it never was up */
+    uint32_t lease_ms; /* of the last WELCOME: a coordinator that restarted expects us within it */
     struct event *retry;
 };
 
@@ -100,7 +100,8 @@ static const struct rpc_handlers handlers = {.on_ready = on_ready, .on_frame = o
 static void link_connect(struct coordinator_link *link)
 {
     struct err err;
-    const struct rpc_options options = {.handlers = &handlers, .user = link, .self = &link->self};
+    const struct rpc_options options = {
+        .handlers = &handlers, .user = link, .self = &link->self, .tls = link->config.tls};
     if (rpc_connect(link->config.rpc, link->address, &options, &link->conn, &err) < 0) {
         link->conn = NULL;
         say_unreachable(link, err.text);

@@ -13,6 +13,7 @@ struct coordinator_link_config {
     struct event_base *base;
     struct rpc *rpc;
     struct log *log;
+    const struct tls *tls; /* borrowed; NULL = not encrypted */
     const char *address;
     const struct rpc_identity *self; /* role AGENT; copied */
     void (*on_up)(void *user);

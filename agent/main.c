@@ -16,6 +16,7 @@
 #include "common/clock.h"
 #include "common/daemon.h"
 #include "common/options.h"
+#include "common/tls.h"
 
 #define LAST_WORDS_MS 100 /* between the core's exit and closing its connections */
 #define RESTART_FIRST_MS 200
@@ -25,15 +26,17 @@
 struct options {
     struct service_config service;
     const char *engine_command, *port_file;
-    char engine_socket[512];
+    struct tls_files tls;
+    char engine_socket[512], memory[128];
     enum log_level level;
+    enum log_format format;
     uint32_t stop_after_ms;
 };
 
 enum { KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
        KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
        KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS, KEY_SHARED_GPU,
-       KEY_STEP_LIMIT };
+       KEY_STEP_LIMIT, KEY_TLS_CERT, KEY_TLS_KEY, KEY_TLS_CA, KEY_FORMAT, KEY_DATA_INSECURE };
 
 static const struct argp_option option_table[] = {
     {"id", KEY_ID, "NAME", 0, "name of this agent, unique in the cluster (required)", 0},
@@ -46,7 +49,8 @@ static const struct argp_option option_table[] = {
      "engine that brings its own layout", 1},
     {"slots", KEY_SLOTS, "N", 0, "expert slots per layer that fit here (default 0: as the coordinator says)", 1},
     {"memory", KEY_MEMORY, "NAME", 0,
-     "where the weights lie: host (default), cuda (the first GPU), cuda:INDEX or cuda:GPU-UUID", 1},
+     "where the weights lie: host (default), cuda (the first GPU), cuda:INDEX, cuda:GPU-UUID, or cuda:id (the GPU whose index "
+     "or UUID is --id)", 1},
     {"transport", KEY_TRANSPORT, "NAME", 0,
      "how weights move: host (default); with --memory cuda: auto (default: copies between GPUs of one host that reach "
      "each other, NCCL for the others), cuda_peer (copies only), or nccl", 1},
@@ -65,11 +69,21 @@ static const struct argp_option option_table[] = {
     {"data-listen", KEY_DATA_LISTEN, "HOST:PORT", 0, "for weights (default 127.0.0.1:0)", 3},
     {"advertise", KEY_ADVERTISE, "HOST", 0, "the host by which other agents reach this one", 3},
     {"insecure", KEY_INSECURE, 0, 0, "allow addresses other than the loopback, without encryption", 3},
+    {"tls-cert", KEY_TLS_CERT, "FILE", OPTIONS_RELOADABLE,
+     "certificate (PEM) of this agent: the coordinator's address and --listen speak TLS 1.3 only, unless they are unix "
+     "sockets", 3},
+    {"tls-key", KEY_TLS_KEY, "FILE", OPTIONS_RELOADABLE, "its key (PEM)", 3},
+    {"tls-ca", KEY_TLS_CA, "FILE", OPTIONS_RELOADABLE, "the CA (PEM) that all certificates of the cluster are signed by", 3},
+    {"data-insecure", KEY_DATA_INSECURE, 0, 0,
+     "allow --data-listen beyond the loopback: weights are never encrypted", 3},
     {"port-file", KEY_PORT_FILE, "FILE", 0, "write both addresses with their real ports there, one a line", 3},
     {0, 0, 0, 0, "Process:", 4},
     {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (30000)", 4},
-    {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 4},
-    {"list-gpus", KEY_LIST_GPUS, 0, 0, "list the GPUs by index, UUID, name and memory, and end", -1},
+    {"log-format", KEY_FORMAT, "FORMAT", 0,
+     "auto (default: systemd's journal where stderr leads there, else logfmt), logfmt or json", 4},
+    {"log-level", KEY_LEVEL, "LEVEL", OPTIONS_RELOADABLE, "debug, info (default), warn or error", 4},
+    {"list-gpus", KEY_LIST_GPUS, 0, OPTIONS_COMMAND_LINE, "list the GPUs by index, UUID, name and memory, and end", -1},
+    OPTIONS_CONFIG(4),
     OPTIONS_HELP(-1),
     {0},
 };
@@ -83,7 +97,7 @@ static uint32_t number(struct argp_state *state, const char *what, const char *t
 static const char *text(struct argp_state *state, const char *what, const char *value)
 {
     if (!*value)
-        argp_error(state, "%s must not be empty", what);
+        options_error(state, "%s must not be empty", what);
     return value;
 }
 
@@ -128,20 +142,27 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_DATA_LISTEN: s->data_listen = arg; return 0;
     case KEY_ADVERTISE: s->advertise = text(state, "--advertise", arg); return 0;
     case KEY_INSECURE: s->insecure = true; return 0;
+    case KEY_DATA_INSECURE: s->data_insecure = true; return 0;
+    case KEY_TLS_CERT: o->tls.cert = arg; return 0;
+    case KEY_TLS_KEY: o->tls.key = arg; return 0;
+    case KEY_TLS_CA: o->tls.ca = arg; return 0;
     case KEY_SHARED_GPU: s->shared_gpu = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_STOP_AFTER: o->stop_after_ms = number(state, "--stop-after", arg, 86400000); return 0;
+    case KEY_FORMAT:
+        if (log_format_parse(arg, &o->format) < 0)
+            return options_error(state, "unknown log format '%s': use auto, logfmt or json", arg);
+        return 0;
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
-            argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
+            return options_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
         return 0;
     case KEY_LIST_GPUS: exit(list_gpus());
     case ARGP_KEY_ARG:
-        argp_error(state, "unexpected argument '%s'", arg);
-        return 0;
+        return options_error(state, "unexpected argument '%s'", arg);
     case ARGP_KEY_END:
         if (!s->id)
-            argp_error(state, "--id NAME is required");
+            return options_error(state, "--id NAME is required");
         return 0;
     default:
         return options_help(key, state);
@@ -157,6 +178,8 @@ enum phase {
 
 struct process {
     const struct options *options;
+    const struct options_program *program;
+    struct options_sources *sources;
     struct event_base *base;
     struct log *log;
     enum phase phase;
@@ -166,7 +189,9 @@ struct process {
     struct engine_process *engine;
     struct keep *keep;
     struct event *turn;  /* what comes next in this phase */
-    struct event *stop_after, *status, *signals[3];
+    struct event *stop_after, *status, *day, *signals[4];
+    struct tls *tls;
+    bool ready;          /* systemd has been told */
     uint64_t opened_ns;
     unsigned restart_ms;
 };
@@ -179,13 +204,24 @@ static void on_exit_asked(void *user, enum agent_exit value)
     daemon_timer_in(p->turn, LAST_WORDS_MS); /* not from inside the service */
 }
 
+/* From now on this agent can be given work. */
+static void on_welcome(void *user)
+{
+    struct process *p = user;
+    if (!p->ready)
+        daemon_notify("READY=1");
+    p->ready = true;
+}
+
 static int open_service(struct process *p, struct err *err)
 {
     struct service_config config = p->options->service;
     config.base = p->base;
     config.log = p->log;
     config.keep = p->keep;
+    config.tls = p->tls;
     config.on_exit = on_exit_asked;
+    config.on_welcome = on_welcome;
     config.user = p;
     int rc = service_open(&config, &p->service, err);
     if (rc < 0)
@@ -279,33 +315,93 @@ static void on_stop_after(evutil_socket_t fd, short what, void *user)
     on_stop(-1, what, p);
 }
 
+static void options_default(struct options *ret_options)
+{
+    *ret_options = (struct options){
+        .level = LOG_LEVEL_INFO,
+        .stop_after_ms = 30000,
+        .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
+                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000, .step_limit_ms = 120000},
+    };
+}
+
+/* What is marked OPTIONS_RELOADABLE is taken over; a file with a mistake changes nothing. */
+static void reload(struct process *p)
+{
+    struct options o;
+    struct options_sources *sources = NULL;
+    struct err err;
+    char *restart = NULL;
+    options_default(&o);
+    int rc = options_reload(p->program, p->sources, &o, &sources, &restart, &err);
+    if (rc == 0 && p->tls)
+        rc = tls_reload(p->tls, &o.tls, &err);
+    if (rc == 0)
+        log_level_set(p->log, o.level);
+    if (rc < 0)
+        log_event(p->log, LOG_LEVEL_ERROR, "reload-failed", "why=%s", err.text);
+    else
+        log_event(p->log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s", *restart ? restart : "none");
+    daemon_log_certificate(p->log, p->tls);
+    free(restart);
+    options_free(sources);
+}
+
 static void on_hangup(evutil_socket_t signal_number, short what, void *user)
 {
     (void)signal_number, (void)what;
-    log_event(((struct process *)user)->log, LOG_LEVEL_INFO, "nothing-to-reload", NULL);
+    struct process *p = user;
+    if (p->ready)
+        daemon_notify_reloading();
+    reload(p);
+    if (p->ready)
+        daemon_notify("READY=1");
+}
+
+/* systemctl restart: the next process re-adopts what this one holds, so nothing is drained or closed. */
+static void on_hand_over(evutil_socket_t signal_number, short what, void *user)
+{
+    struct process *p = user;
+    if (!keep_active(p->keep)) { /* nobody would hold it */
+        on_stop(signal_number, what, user);
+        return;
+    }
+    log_event(p->log, LOG_LEVEL_INFO, "handing-over", "exit_status=%d", AGENT_EXIT_READOPT);
+    _exit(AGENT_EXIT_READOPT);
 }
 
 static void on_status(evutil_socket_t fd, short what, void *user)
 {
     (void)fd, (void)what;
     struct process *p = user;
-    char text[256] = "STATUS=starting again";
+    char text[256] = "starting again";
     if (p->service)
-        service_status_text(p->service, text + 7, sizeof text - 7);
-    daemon_notify(text);
+        service_status_text(p->service, text, sizeof text);
+    daemon_notify_alive(text);
+}
+
+static void on_day(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    const struct process *p = user;
+    daemon_log_certificate(p->log, p->tls);
 }
 
 static int open_events(struct process *p, struct err *err)
 {
-    const struct timeval every = {.tv_sec = 2};
+    const unsigned every_ms = daemon_alive_ms();
+    const struct timeval every = {.tv_sec = every_ms / 1000, .tv_usec = (suseconds_t)(every_ms % 1000) * 1000};
     p->turn = event_new(p->base, -1, 0, on_turn, p);
     p->stop_after = event_new(p->base, -1, 0, on_stop_after, p);
     p->status = event_new(p->base, -1, EV_PERSIST, on_status, p);
+    p->day = event_new(p->base, -1, EV_PERSIST, on_day, p);
     p->signals[0] = evsignal_new(p->base, SIGTERM, on_stop, p);
     p->signals[1] = evsignal_new(p->base, SIGINT, on_stop, p);
     p->signals[2] = evsignal_new(p->base, SIGHUP, on_hangup, p);
-    bool bad = !p->turn || !p->stop_after || !p->status;
-    for (size_t i = 0; i < 3; i++)
+    p->signals[3] = evsignal_new(p->base, SIGUSR1, on_hand_over, p);
+    const struct timeval day = {.tv_sec = 86400};
+    bool bad = !p->turn || !p->stop_after || !p->status || !p->day || event_add(p->day, &day) != 0;
+    for (size_t i = 0; i < 4; i++)
         bad = bad || !p->signals[i] || event_add(p->signals[i], NULL) != 0;
     if (!bad && getenv("NOTIFY_SOCKET")) /* else nobody reads the status: no wake-ups for it */
         bad = event_add(p->status, &every) != 0;
@@ -322,13 +418,13 @@ static int process_run(struct process *p, struct err *err)
         (rc = engine_process_start(p->base, p->log, o->engine_command, o->service.engine_socket, engine_wanted, p,
                                    &p->engine, err)) < 0)
         return rc;
-    daemon_notify("READY=1");
     return event_base_dispatch(p->base) < 0 ? err_set(err, ERR_IO, "the event loop failed") : 0;
 }
 
 static void process_done(struct process *p)
 {
-    struct event *events[] = {p->turn, p->stop_after, p->status, p->signals[0], p->signals[1], p->signals[2]};
+    struct event *events[] = {p->turn, p->stop_after, p->status, p->day, p->signals[0], p->signals[1], p->signals[2],
+                              p->signals[3]};
     daemon_signals_hold(); /* libevent gives them their default back */
     service_close(p->service);
     engine_process_free(p->engine);
@@ -351,36 +447,48 @@ int main(int argc, char **argv)
                "Examples:\n"
                "  eep-agent --id gpu0 --checkpoint /models/qwen3\n"
                "  eep-agent --id gpu1 --engine-command 'my-engine --port 8001'\n"
+               "  eep-agent --config /etc/eep/agent.conf --config=-/etc/eep/agent-gpu2.conf --id gpu2\n"
                "\n"
-               "SIGTERM asks to be drained first, a second one does not.  Under systemd or eep-keeper the next process "
+               "SIGTERM asks to be drained first, a second one does not.  SIGHUP reads the configuration files again.  SIGUSR1 "
+               "ends the process at once for a next one that re-adopts (systemctl restart).  Under systemd or eep-keeper the next process "
                "re-adopts what one that dies has held: engines serve on.  Exit status: 0 stopped, 1 failed, 2 usage, 75 "
                "the GPU is lost to this process: start it again.",
     };
-    struct options o = {
-        .level = LOG_LEVEL_INFO,
-        .stop_after_ms = 30000,
-        .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
-                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000, .step_limit_ms = 120000},
-    };
-    argp_err_exit_status = 2;
-    if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, &o))
-        return 2;
+    const struct options_program program = {.argp = &argp, .section = "agent"};
+    struct options o;
+    struct process p = {.options = &o, .program = &program, .restart_ms = RESTART_FIRST_MS};
+    struct err err = {0};
+    bool check;
+    options_default(&o);
+    options_parse(&program, argc, argv, &o, &p.sources, &check);
     if (!o.service.engine_socket) {
         snprintf(o.engine_socket, sizeof o.engine_socket, "/run/eep/agent-%s.sock", o.service.id);
         o.service.engine_socket = o.engine_socket;
     }
+    if (strcmp(o.service.memory, "cuda:id") == 0) {
+        snprintf(o.memory, sizeof o.memory, "cuda:%s", o.service.id);
+        o.service.memory = o.memory;
+    }
+    int rc = tls_open(&o.tls, &p.tls, &err);
+    o.service.tls = p.tls;
+    if (rc == 0 && check)
+        rc = service_check(&o.service, &err);
+    if (rc < 0 || check) {
+        tls_free(p.tls);
+        options_free(p.sources);
+        return options_checked("eep-agent", rc, &err);
+    }
     signal(SIGPIPE, SIG_IGN);
-
-    struct err err = {0};
     if (o.service.shared_gpu && gpu_share_host_id(&err) < 0) { /* while there are no threads */
         fprintf(stderr, "eep-agent: %s\n", err.text);
         return 1;
     }
-    struct process p = {.options = &o, .restart_ms = RESTART_FIRST_MS};
     p.keep = keep_open();
     p.base = event_base_new();
     p.log = log_new("eep-agent", o.service.id, o.level, -1);
-    int rc = p.base && p.log && p.keep ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
+    log_format_set(p.log, o.format, LOG_JOURNAL_SOCKET);
+    daemon_log_certificate(p.log, p.tls);
+    rc = p.base && p.log && p.keep ? process_run(&p, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     process_done(&p);
     if (rc == 0)
         log_event(p.log, LOG_LEVEL_INFO, "stopped", "why=%s", "asked to");
@@ -389,6 +497,8 @@ int main(int argc, char **argv)
     else
         log_event(p.log, LOG_LEVEL_ERROR, "failed", "code=%s why=%s", err_code_name(err.code), err.text);
     log_free(p.log);
+    options_free(p.sources);
+    tls_free(p.tls);
     if (rc < 0)
         return err.code == ERR_INVALID || err.code == ERR_DENIED ? 2 : 1;
     return 0;

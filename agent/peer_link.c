@@ -9,7 +9,7 @@
 #include "peer.pb-c.h"
 
 #define RETRY_FIRST_MS 50
-#define RETRY_LAST_MS 1000
+#define RETRY_LAST_MS  1000
 
 struct peer_link {
     struct peer_links *all;
@@ -85,7 +85,13 @@ static const struct rpc_handlers out_handlers = {.on_ready = out_ready, .on_fram
 static void peer_connect(struct peer_link *peer)
 {
     struct err err;
-    const struct rpc_options options = {.handlers = &out_handlers, .user = peer, .self = &peer->all->self};
+    char who[AGENT_ID_MAX + 8];
+    snprintf(who, sizeof who, "agent/%s", peer->member.id);
+    const struct rpc_options options = {.handlers = &out_handlers,
+                                        .user = peer,
+                                        .self = &peer->all->self,
+                                        .tls = peer->all->config.tls,
+                                        .tls_peer = who};
     if (rpc_connect(peer->all->config.rpc, peer->member.address, &options, &peer->conn, &err) < 0) {
         peer->conn = NULL;
         say_lost(peer, err.text);
@@ -185,7 +191,7 @@ int peer_links_open(const struct peer_links_config *config, struct peer_links **
     links->config = *config;
     links->self = *config->self;
     const struct rpc_options options = {
-        .handlers = &in_handlers, .user = links, .self = &links->self, .fds = &config->listen_fd};
+        .handlers = &in_handlers, .user = links, .self = &links->self, .fds = &config->listen_fd, .tls = config->tls};
     int rc = rpc_listen(config->rpc, &config->listen, 1, &options, &links->listener, err);
     if (rc < 0) {
         free(links);
@@ -202,7 +208,7 @@ void peer_links_close(struct peer_links *links)
     rpc_listener_close(links->listener);
     struct peer_link *peer, *next;
     LL_FOREACH_SAFE(links->peers, peer, next)
-        peer_free(peer);
+    peer_free(peer);
     view_unref(links->view);
     free(links);
 }
@@ -229,7 +235,8 @@ void peer_links_view(struct peer_links *links, struct view *view)
     view_unref(links->view);
     links->view = view ? view_ref(view) : NULL;
     struct peer_link *peer, *next;
-    LL_FOREACH(links->peers, peer) {
+    LL_FOREACH(links->peers, peer)
+    {
         peer->wanted = false;
         if (!view || peer->epoch != view->epoch)
             peer->epoch = 0; /* a wave of a view that is past concerns nobody */
@@ -237,7 +244,8 @@ void peer_links_view(struct peer_links *links, struct view *view)
     for (uint32_t r = 0; view && r < view->n; r++) {
         if (strcmp(view->members[r].id, links->self.agent) == 0)
             continue;
-        LL_FOREACH(links->peers, peer) {
+        LL_FOREACH(links->peers, peer)
+        {
             if (same_place(&peer->member, &view->members[r]))
                 break;
         }
@@ -246,7 +254,8 @@ void peer_links_view(struct peer_links *links, struct view *view)
         else
             peer_add(links, &view->members[r]);
     }
-    LL_FOREACH_SAFE(links->peers, peer, next) {
+    LL_FOREACH_SAFE(links->peers, peer, next)
+    {
         if (peer->wanted)
             continue;
         LL_DELETE(links->peers, peer);
@@ -257,7 +266,8 @@ void peer_links_view(struct peer_links *links, struct view *view)
 void peer_links_wave(struct peer_links *links, uint64_t epoch, uint64_t step)
 {
     struct peer_link *peer;
-    LL_FOREACH(links->peers, peer) {
+    LL_FOREACH(links->peers, peer)
+    {
         if (peer->epoch == epoch && peer->step >= step)
             continue;
         peer->epoch = epoch;

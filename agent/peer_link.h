@@ -16,6 +16,7 @@ struct peer_links_config {
     struct event_base *base;
     struct rpc *rpc;
     struct log *log;
+    const struct tls *tls;           /* borrowed; NULL = not encrypted */
     const char *listen;
     int listen_fd;                   /* a socket that listens there already, ours from then on; -1 = make one */
     const struct rpc_identity *self; /* role PEER; copied */

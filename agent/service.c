@@ -200,6 +200,8 @@ static void on_msg(void *user, const struct msg *msg)
         log_event(s->log, LOG_LEVEL_DEBUG, "received", "message=%s", msg_type_name(msg->type));
     struct agent_event event = {.type = AE_MSG, .msg = msg};
     service_event(s, &event);
+    if (msg->type == MSG_WELCOME && !s->exited && s->config.on_welcome)
+        s->config.on_welcome(s->config.user);
 }
 
 static void on_wave(void *user, uint64_t epoch, uint64_t step)
@@ -278,7 +280,7 @@ static const char *memory_device(const char *memory)
     return memory[len] == ':' ? memory + len + 1 : "";
 }
 
-static int check_config(const struct service_config *c, struct err *err)
+int service_check(const struct service_config *c, struct err *err)
 {
     const char *addresses[] = {c->listen, c->data_listen};
     if (!name_valid(c->id))
@@ -294,10 +296,12 @@ static int check_config(const struct service_config *c, struct err *err)
             return rc;
         if (a.is_unix)
             return err_set(err, ERR_INVALID, "'%s': --listen and --data-listen take HOST:PORT", addresses[i]);
-        if (!c->insecure && !daemon_address_is_local(addresses[i]))
+        if (!c->insecure && !(i == 0 ? c->tls != NULL : c->data_insecure) && !daemon_address_is_local(addresses[i]))
             return err_set(err, ERR_DENIED,
                            "will not listen on %s: connections are neither encrypted nor authenticated; use the "
-                           "loopback, or --insecure in a network that you trust", addresses[i]);
+                           "loopback, %s in a network that you trust", addresses[i],
+                           i == 0 ? "give --tls-cert, --tls-key and --tls-ca, or --insecure"
+                                  : "or --data-insecure (weights; --listen is another matter)");
         bool any = !a.host[0] || strcmp(a.host, "0.0.0.0") == 0 || strcmp(a.host, "::") == 0;
         if (any && !c->advertise)
             return err_set(err, ERR_INVALID, "%s is every interface: say with --advertise HOST how the other agents "
@@ -439,14 +443,14 @@ static int open_links(struct service *s, const struct rpc_identity *self, struct
     char actual[ADDRESS_TEXT_MAX];
     peer.role = RPC_ROLE_PEER;
     struct peer_links_config peers = {
-        .base = s->config.base, .rpc = s->rpc, .log = s->log, .listen = s->config.listen, .self = &peer,
+        .base = s->config.base, .rpc = s->rpc, .log = s->log, .tls = s->config.tls, .listen = s->config.listen, .self = &peer,
         .on_wave = on_wave, .user = s,
     };
     int rc = adopt_listen(s->adopt, "peer", s->config.listen, 0600, &peers.listen_fd, actual, err);
     if (rc < 0 || (rc = peer_links_open(&peers, &s->peers, err)) < 0 || (rc = advertise(&s->config, peer_links_address(s->peers), s->agent.address, err)) < 0)
         return rc;
     const struct coordinator_link_config link = {
-        .base = s->config.base, .rpc = s->rpc, .log = s->log, .address = s->config.coordinator, .self = self,
+        .base = s->config.base, .rpc = s->rpc, .log = s->log, .tls = s->config.tls, .address = s->config.coordinator, .self = self,
         .on_up = on_link_up, .on_down = on_link_down, .on_msg = on_msg, .user = s,
     };
     return coordinator_link_new(&link, &s->coordinator, err);
@@ -506,7 +510,7 @@ static int open_incarnation(struct service *s, struct rpc_identity *self, struct
 
 int service_open(const struct service_config *config, struct service **ret_service, struct err *err)
 {
-    int rc = check_config(config, err);
+    int rc = service_check(config, err);
     if (rc < 0)
         return rc;
     struct service *s = calloc(1, sizeof *s);

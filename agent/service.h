@@ -25,12 +25,17 @@ struct service_config {
     struct keep *keep;                /* what outlives the process; borrowed, NULL = nothing */
     uint32_t slots, node, transfer_timeout_ms;
     uint32_t step_limit_ms; /* an engine's step that takes longer has hung; 0 = none has */
-    bool insecure;
+    struct tls *tls;    /* of the coordinator's address and `listen`; borrowed; NULL = not encrypted */
+    bool insecure;      /* without tls: addresses other than the loopback are allowed */
+    bool data_insecure; /* the same for data_listen, which is never encrypted */
     bool shared_gpu; /* other agents may use the GPU too, if they say the same */
     void (*on_exit)(void *user, enum agent_exit value);
+    void (*on_welcome)(void *user); /* the coordinator has taken us, maybe again; NULL = nobody asks */
     void *user;
 };
 
+/* Is this a configuration that service_open can take?  Opens nothing. */
+int service_check(const struct service_config *config, struct err *err) MUST_CHECK;
 int service_open(const struct service_config *config, struct service **ret_service, struct err *err) MUST_CHECK;
 /* Takes NULL.  A clean end: what was kept is given up, the engine is cut off. */
 void service_close(struct service *service);

@@ -3,6 +3,7 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +13,10 @@
 #include <unistd.h>
 
 #include "common/address.h"
+#include "common/clock.h"
+
+#define ALIVE_MS         2000
+#define LISTEN_FDS_START 3
 
 void daemon_signals_hold(void)
 {
@@ -20,6 +25,7 @@ void daemon_signals_hold(void)
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
     sigaddset(&set, SIGHUP);
+    sigaddset(&set, SIGUSR1);
     sigprocmask(SIG_BLOCK, &set, NULL);
 }
 
@@ -50,6 +56,66 @@ void daemon_notify(const char *state)
     ssize_t sent = sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&to, len);
     (void)sent; /* nobody to tell */
     close(fd);
+}
+
+void daemon_notify_reloading(void)
+{
+    char text[96];
+    snprintf(text, sizeof text, "RELOADING=1\nMONOTONIC_USEC=%llu", (unsigned long long)(clock_now_ns() / 1000));
+    daemon_notify(text);
+}
+
+void daemon_notify_alive(const char *status)
+{
+    char text[512];
+    snprintf(text, sizeof text, "WATCHDOG=1\nSTATUS=%s", status);
+    daemon_notify(text);
+}
+
+unsigned daemon_alive_ms(void)
+{
+    const char *usec = getenv("WATCHDOG_USEC"), *pid = getenv("WATCHDOG_PID");
+    unsigned long long limit_ms = usec ? strtoull(usec, NULL, 10) / 1000 : 0;
+    bool ours = limit_ms && (!pid || strtoll(pid, NULL, 10) == (long long)getpid());
+    return !ours || limit_ms > 3 * ALIVE_MS ? ALIVE_MS : limit_ms < 30 ? 10 : (unsigned)(limit_ms / 3);
+}
+
+static void socket_address(int fd, char *ret_address, size_t size)
+{
+    union {
+        struct sockaddr_storage any;
+        struct sockaddr_un un;
+        struct sockaddr_in in;
+        struct sockaddr_in6 in6;
+    } a = {0};
+    socklen_t len = sizeof a;
+    char host[INET6_ADDRSTRLEN];
+    *ret_address = '\0';
+    if (getsockname(fd, (struct sockaddr *)&a, &len) < 0)
+        return;
+    if (a.any.ss_family == AF_UNIX && a.un.sun_path[0] == '/')
+        snprintf(ret_address, size, ADDRESS_UNIX "%.*s", (int)sizeof a.un.sun_path, a.un.sun_path);
+    else if (a.any.ss_family == AF_INET && inet_ntop(AF_INET, &a.in.sin_addr, host, sizeof host))
+        snprintf(ret_address, size, "%s:%u", host, ntohs(a.in.sin_port));
+    else if (a.any.ss_family == AF_INET6 && inet_ntop(AF_INET6, &a.in6.sin6_addr, host, sizeof host))
+        snprintf(ret_address, size, "[%s]:%u", host, ntohs(a.in6.sin6_port));
+}
+
+size_t daemon_listen_fds(struct daemon_socket *ret_sockets, size_t max)
+{
+    const char *pid = getenv("LISTEN_PID"), *count = getenv("LISTEN_FDS");
+    size_t n = 0, have = count ? strtoul(count, NULL, 10) : 0;
+    if (pid && strtoll(pid, NULL, 10) == (long long)getpid())
+        for (; n < have && n < max; n++) {
+            ret_sockets[n].fd = LISTEN_FDS_START + (int)n;
+            fcntl(ret_sockets[n].fd, F_SETFD, FD_CLOEXEC);
+            fcntl(ret_sockets[n].fd, F_SETFL, fcntl(ret_sockets[n].fd, F_GETFL) | O_NONBLOCK); /* systemd's blocks */
+            socket_address(ret_sockets[n].fd, ret_sockets[n].address, sizeof ret_sockets[n].address);
+        }
+    unsetenv("LISTEN_PID");
+    unsetenv("LISTEN_FDS");
+    unsetenv("LISTEN_FDNAMES");
+    return n;
 }
 
 bool daemon_address_is_local(const char *text)

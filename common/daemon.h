@@ -18,11 +18,32 @@ bool daemon_notify_address(struct sockaddr_un *ret_address, socklen_t *ret_len);
 /* "READY=1", "STATUS=...", "STOPPING=1" to $NOTIFY_SOCKET (sd_notify(3)); nothing when systemd did not start us. */
 void daemon_notify(const char *state);
 
+/* A reload has begun; READY=1 ends it. */
+void daemon_notify_reloading(void);
+/* The loop turns: the watchdog is fed, and told in a sentence how things stand. */
+void daemon_notify_alive(const char *status);
+/* How often to say so: every 2 s, or three times within the watchdog's limit. */
+unsigned daemon_alive_ms(void);
+
 /* From here on SIGTERM, SIGINT and SIGHUP wait for ever: a second one must not cut the closing short. */
 void daemon_signals_hold(void);
 
+/* Listening sockets that systemd has made for us (sd_listen_fds(3)): their addresses, and which descriptors they are.
+ * The environment is cleared of them, so that the next call and children find none.  Returns how many, at most max. */
+struct daemon_socket {
+    int fd;
+    char address[128]; /* "unix:/path", "127.0.0.1:7420"; "" = of no kind that we use */
+};
+size_t daemon_listen_fds(struct daemon_socket *ret_sockets, size_t max);
+
 /* A unix socket, or a host that names the loopback only.  An address that cannot be parsed is not local. */
 bool daemon_address_is_local(const char *address);
+
+/* A certificate that ends within 30 days is told (warn; error within 3 days), an expired one too.  NULL tls: nothing.
+ */
+struct log;
+struct tls;
+void daemon_log_certificate(struct log *log, const struct tls *tls);
 
 /* Writes one address a line, in place of the file at once (write, then rename). */
 int daemon_write_addresses(const char *path, const char *const *addresses, size_t n, struct err *err) MUST_CHECK;

@@ -3,27 +3,32 @@
  *
  * A connection goes through
  *
- *     CONNECTING --> SHAKING --> READY --> FAILING --> DEAD
- *                                    \--> FINISHING --/
+ *     CONNECTING --> (SECURING, with TLS) --> SHAKING --> READY --> FAILING --> DEAD
+ *                                                             \--> FINISHING --/
  *
  * Whatever ends it only marks it; the deferred event of struct rpc tells the user and frees, so that nobody up the
  * stack holds a pointer to a freed connection. */
 #include <errno.h>
 #include <event2/buffer.h>
 #include <event2/bufferevent.h>
+#include <event2/bufferevent_ssl.h>
 #include <event2/dns.h>
 #include <event2/util.h>
+#include <openssl/ssl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include "common.pb-c.h"
 #include "common/address.h"
 #include "common/daemon.h"
 #include "common/rpc_parts.h"
+
+#define REFUSED_LINGER_MS 1000
 
 static void conn_free(struct rpc_conn *conn)
 {
@@ -31,6 +36,7 @@ static void conn_free(struct rpc_conn *conn)
         DL_DELETE2(conn->rpc->dirty, conn, dirty_prev, dirty_next);
     if (conn->listener)
         conn->listener->n_conns--;
+    rpc_conn_uncount(conn);
     if (conn->readable)
         event_free(conn->readable);
     if (conn->in)
@@ -102,6 +108,8 @@ static void on_deferred(evutil_socket_t fd, short what, void *arg)
         DL_APPEND(rpc->dead, conn);
         if (conn->owed_close && conn->handlers->on_close)
             conn->handlers->on_close(conn->user, conn, conn->why_code, conn->why);
+        else if (!conn->owed_close && conn->handlers->on_refused)
+            conn->handlers->on_refused(conn->user, conn->name, conn->why_code, conn->why);
     }
     while ((conn = rpc->dead)) {
         DL_DELETE(rpc->dead, conn);
@@ -166,12 +174,25 @@ static void conn_frame(struct rpc_conn *conn, const struct frame *frame)
         conn->handlers->on_frame(conn->user, conn, frame);
 }
 
+/* Whether its socket is read. */
+static void conn_hear(struct rpc_conn *conn, bool on)
+{
+    if (conn->ssl && on)
+        bufferevent_enable(conn->bev, EV_READ);
+    else if (conn->ssl)
+        bufferevent_disable(conn->bev, EV_READ);
+    else if (on)
+        event_add(conn->readable, NULL);
+    else
+        event_del(conn->readable);
+}
+
 /* Its peer has answers to read before it is heard again. */
 static bool conn_paused(struct rpc_conn *conn)
 {
     if (conn->pause_bytes && evbuffer_get_length(bufferevent_get_output(conn->bev)) > conn->pause_bytes) {
         conn->paused = true;
-        event_del(conn->readable);
+        conn_hear(conn, false);
     }
     return conn->paused;
 }
@@ -252,11 +273,33 @@ static void on_readable(evutil_socket_t fd, short what, void *arg)
     }
 }
 
+static void on_tls_read(struct bufferevent *bev, void *arg)
+{
+    struct rpc_conn *conn = arg;
+    struct evbuffer *input = bufferevent_get_input(bev);
+    if (conn->state == RPC_FINISHING)
+        evbuffer_drain(input, evbuffer_get_length(input)); /* what comes is thrown away */
+    else if (evbuffer_add_buffer(conn->in, input) < 0)
+        rpc_conn_fail(conn, ERR_NOMEM, "no memory for what %s sends", conn->name);
+    else
+        conn_input(conn);
+}
+
 /* The connection is there: listen to it. */
 static int conn_listen(struct rpc_conn *conn)
 {
     conn->readable = event_new(conn->rpc->base, bufferevent_getfd(conn->bev), EV_READ | EV_PERSIST, on_readable, conn);
     return conn->readable && event_add(conn->readable, NULL) == 0 ? 0 : ERR_NOMEM;
+}
+
+/* The last bytes are in the kernel.  Wait for the peer's end of file before closing: unread input would turn the close
+ * into a reset, which may overtake them. */
+static void conn_shut(struct rpc_conn *conn)
+{
+    if (conn->ssl)
+        (void)SSL_shutdown(
+            conn->ssl); /* says that nothing more comes; whether it gets there is seen at the end of file */
+    shutdown(bufferevent_getfd(conn->bev), SHUT_WR);
 }
 
 /* All output is with the kernel. */
@@ -265,21 +308,19 @@ static void on_write(struct bufferevent *bev, void *arg)
     struct rpc_conn *conn = arg;
     if (evbuffer_get_length(bufferevent_get_output(bev)) > 0)
         return;
-    bufferevent_disable(bev, EV_WRITE); /* until a flush cannot send everything at once */
+    if (!conn->ssl)
+        bufferevent_disable(bev, EV_WRITE); /* until a flush cannot send everything at once */
     if (conn->paused && conn->state == RPC_READY) {
         conn->paused = false;
-        event_add(conn->readable, NULL);
+        conn_hear(conn, true);
         conn_input(conn); /* frames that were left lying */
     }
-    if (conn->state != RPC_FINISHING)
-        return;
-    /* The last bytes are in the kernel.  Wait for the peer's end of file before closing: unread input would turn the
-     * close into a reset, which may overtake them. */
-    shutdown(bufferevent_getfd(bev), SHUT_WR);
+    if (conn->state == RPC_FINISHING)
+        conn_shut(conn);
 }
 
-/* Sends directly, once per loop turn: replies to what one turn brought leave together, and waiting for writability, with
- * its system calls, is only for what the kernel does not take. */
+/* Sends directly, once per loop turn: replies to what one turn brought leave together, and waiting for writability,
+ * with its system calls, is only for what the kernel does not take. */
 static void conn_flush(struct rpc_conn *conn)
 {
     struct evbuffer *output = bufferevent_get_output(conn->bev);
@@ -321,18 +362,136 @@ static void on_flush(evutil_socket_t fd, short what, void *arg)
 
 static void conn_dirty(struct rpc_conn *conn)
 {
-    if (conn->dirty)
-        return;
+    if (conn->dirty || conn->ssl)
+        return; /* with TLS the bufferevent sends */
     conn->dirty = true;
     if (!conn->rpc->dirty)
         event_active(conn->rpc->flush, EV_TIMEOUT, 0);
     DL_APPEND2(conn->rpc->dirty, conn, dirty_prev, dirty_next);
 }
 
+static void on_event(struct bufferevent *bev, short what, void *arg);
+
+/* Puts TLS on a connected socket, in place of the plain bufferevent if there is one.  fd stays the caller's on failure.
+ */
+static int conn_secure(struct rpc_conn *conn, int fd)
+{
+    SSL *ssl = tls_session(conn->tls, !conn->connector);
+    struct bufferevent *bev =
+        ssl ? bufferevent_openssl_socket_new(conn->rpc->base, fd, ssl,
+                                             conn->connector ? BUFFEREVENT_SSL_CONNECTING : BUFFEREVENT_SSL_ACCEPTING,
+                                             BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS)
+            : NULL;
+    if (!bev) {
+        SSL_free(ssl);
+        return ERR_NOMEM;
+    }
+    if (conn->bev) {
+        bufferevent_setfd(conn->bev, -1);
+        bufferevent_free(conn->bev);
+    }
+    conn->bev = bev;
+    conn->ssl = ssl;
+    conn->state = RPC_SECURING;
+    bufferevent_openssl_set_allow_dirty_shutdown(bev, 1); /* frames know their ends */
+    bufferevent_setcb(bev, on_tls_read, on_write, on_event, conn);
+    bufferevent_setwatermark(bev, EV_READ, 0, FRAME_LIMIT_HANDSHAKE + FRAME_HEADER_BYTES);
+    return bufferevent_enable(bev, EV_READ | EV_WRITE) < 0 ? ERR_NOMEM : 0;
+}
+
+/* TLS's handshake is done: ours begins. */
+static void conn_secured(struct rpc_conn *conn)
+{
+    conn->state = RPC_SHAKING;
+    if (conn->connector)
+        rpc_handshake_start(conn);
+}
+
+static void on_refused_read(struct bufferevent *bev, void *arg)
+{
+    (void)arg;
+    evbuffer_drain(bufferevent_get_input(bev), SIZE_MAX);
+}
+
+static void on_refused_end(struct bufferevent *bev, short what, void *arg)
+{
+    (void)bev, (void)what;
+    rpc_conn_close(arg);
+}
+
+/* Its certificate was refused, and TLS has said so; but it may have sent more already, and closing now would turn into
+ * a reset that overtakes the alert.  So the socket is read, without TLS, until its peer has gone. */
+static bool conn_linger(struct rpc_conn *conn)
+{
+    int fd = dup(bufferevent_getfd(conn->bev)); /* the other one is closed with its bufferevent */
+    struct bufferevent *bev =
+        fd >= 0 ? bufferevent_socket_new(conn->rpc->base, fd, BEV_OPT_CLOSE_ON_FREE | BEV_OPT_DEFER_CALLBACKS) : NULL;
+    if (!bev) {
+        if (fd >= 0)
+            evutil_closesocket(fd);
+        return false;
+    }
+    bufferevent_free(conn->bev);
+    evutil_make_socket_closeonexec(fd);
+    shutdown(fd, SHUT_WR);
+    conn->bev = bev;
+    conn->ssl = NULL;
+    conn->state = RPC_FINISHING;
+    bufferevent_setcb(bev, on_refused_read, NULL, on_refused_end, conn);
+    bufferevent_disable(bev, EV_WRITE);
+    bufferevent_enable(bev, EV_READ);
+    daemon_timer_in(conn->timer, REFUSED_LINGER_MS);
+    return true;
+}
+
+static void tls_refuse(struct rpc_conn *conn, unsigned long ssl_error)
+{
+    struct err err;
+    int code = tls_failure(conn->ssl, ssl_error, &err);
+    if (conn->state == RPC_SECURING && !conn->connector && code == ERR_DENIED && conn_linger(conn)) {
+        if (conn->handlers->on_refused)
+            conn->handlers->on_refused(conn->user, conn->name, code, err.text);
+        return;
+    }
+    rpc_conn_fail(conn, code, "%s: %s", conn->name, err.text);
+}
+
+static void tls_event(struct rpc_conn *conn, short what)
+{
+    int error = EVUTIL_SOCKET_ERROR();
+    unsigned long ssl_error = bufferevent_get_openssl_error(conn->bev);
+    const char *during = conn->state == RPC_READY ? "" : " during the handshake";
+    if (what & BEV_EVENT_CONNECTED) {
+        conn_secured(conn);
+    } else if (what & BEV_EVENT_EOF) {
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "%s closed the connection%s", conn->name, during);
+    } else if (what & BEV_EVENT_TIMEOUT) {
+        rpc_conn_fail(conn, ERR_LIMIT, "%s reads too slowly: cut off, it took nothing of %zu bytes for a while",
+                      conn->name, evbuffer_get_length(bufferevent_get_output(conn->bev)));
+    } else if (ssl_error || SSL_get_verify_result(conn->ssl) != X509_V_OK) {
+        tls_refuse(conn, ssl_error);
+    } else {
+        rpc_conn_fail(conn, ERR_UNREACHABLE, "the connection with %s was lost%s: %s", conn->name, during,
+                      error ? evutil_socket_error_to_string(error) : "it was cut off");
+    }
+}
+
 static void on_event(struct bufferevent *bev, short what, void *arg)
 {
     struct rpc_conn *conn = arg;
     int error = EVUTIL_SOCKET_ERROR();
+    if (conn->ssl) {
+        tls_event(conn, what);
+        return;
+    }
+    if (what & BEV_EVENT_CONNECTED && conn->tls) {
+        int fd = bufferevent_getfd(bev);
+        address_tune(fd);
+        evutil_make_socket_closeonexec(fd);
+        if (conn_secure(conn, fd) < 0)
+            rpc_conn_fail(conn, ERR_NOMEM, "no memory for a connection to %s", conn->name);
+        return;
+    }
     if (what & BEV_EVENT_CONNECTED) {
         bufferevent_disable(bev, EV_WRITE);
         if (conn_listen(conn) < 0) {
@@ -367,8 +526,7 @@ static void on_timer(evutil_socket_t fd, short what, void *arg)
     if (conn->state == RPC_FINISHING)
         rpc_conn_close(conn);
     else
-        rpc_conn_fail(conn, ERR_TIMEOUT, "%s did not finish the handshake within %d ms", conn->name,
-                      RPC_HANDSHAKE_MS);
+        rpc_conn_fail(conn, ERR_TIMEOUT, "%s did not finish the handshake within %d ms", conn->name, RPC_HANDSHAKE_MS);
 }
 
 /* ---- making connections ---- */
@@ -385,30 +543,46 @@ struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options
     conn->self = *options->self;
     conn->output_limit = options->output_limit ? options->output_limit : RPC_OUTPUT_LIMIT;
     conn->state = state;
+    conn->tls = options->tls;
+    snprintf(conn->tls_peer, sizeof conn->tls_peer, "%s", options->tls_peer ? options->tls_peer : "coordinator");
     conn->timer = evtimer_new(rpc->base, on_timer, conn);
-    conn->bev = bufferevent_socket_new(rpc->base, fd, BEV_OPT_CLOSE_ON_FREE);
     conn->in = evbuffer_new();
-    bool connected = state != RPC_CONNECTING;
+    bool connected = state != RPC_CONNECTING, secure = connected && conn->tls;
+    int rc = 0;
+    if (secure)
+        rc = conn_secure(conn, fd);
+    else
+        conn->bev = bufferevent_socket_new(rpc->base, fd, BEV_OPT_CLOSE_ON_FREE);
     /* A connector has to wait for writability first: that is how it learns that it is connected. */
-    if (!conn->timer || !conn->bev || !conn->in ||
-        (connected && (bufferevent_disable(conn->bev, EV_WRITE) < 0 || conn_listen(conn) < 0))) {
+    if (!conn->timer || !conn->bev || !conn->in || rc < 0 ||
+        (connected && !secure && (bufferevent_disable(conn->bev, EV_WRITE) < 0 || conn_listen(conn) < 0))) {
         if (conn->bev && connected)
             bufferevent_setfd(conn->bev, -1); /* it stays the caller's */
         conn_free(conn);
         return NULL;
     }
-    bufferevent_setcb(conn->bev, NULL, on_write, on_event, conn);
+    if (!secure)
+        bufferevent_setcb(conn->bev, NULL, on_write, on_event, conn);
     daemon_timer_in(conn->timer, RPC_HANDSHAKE_MS);
     DL_APPEND(rpc->conns, conn);
     return conn;
+}
+
+void rpc_conn_uncount(struct rpc_conn *conn)
+{
+    struct rpc_source *source = conn->source;
+    conn->source = NULL;
+    if (source && --source->n == 0) {
+        HASH_DEL(conn->rpc->sources, source);
+        free(source);
+    }
 }
 
 /* Names are resolved without blocking the loop. */
 static struct evdns_base *rpc_dns(struct rpc *rpc)
 {
     if (!rpc->dns)
-        rpc->dns =
-            evdns_base_new(rpc->base, EVDNS_BASE_INITIALIZE_NAMESERVERS | EVDNS_BASE_DISABLE_WHEN_INACTIVE);
+        rpc->dns = evdns_base_new(rpc->base, EVDNS_BASE_INITIALIZE_NAMESERVERS | EVDNS_BASE_DISABLE_WHEN_INACTIVE);
     if (!rpc->dns) {
         /* No resolv.conf: /etc/hosts is all there is. */
         rpc->dns = evdns_base_new(rpc->base, EVDNS_BASE_DISABLE_WHEN_INACTIVE);
@@ -441,7 +615,10 @@ int rpc_connect(struct rpc *rpc, const char *address, const struct rpc_options *
     int rc = address_parse(address, &a, err);
     if (rc < 0)
         return rc;
-    struct rpc_conn *conn = rpc_conn_new(rpc, options, -1, RPC_CONNECTING);
+    struct rpc_options own = *options;
+    if (a.is_unix)
+        own.tls = NULL;
+    struct rpc_conn *conn = rpc_conn_new(rpc, &own, -1, RPC_CONNECTING);
     if (!conn)
         return err_set(err, ERR_NOMEM, "no memory for a connection to %s", address);
     conn->connector = true;
@@ -457,7 +634,8 @@ int rpc_connect(struct rpc *rpc, const char *address, const struct rpc_options *
 /* ---- output ---- */
 
 /* Room for a frame in the output buffer, its header already written; commit it with conn_commit. */
-static int conn_reserve(struct rpc_conn *conn, const struct frame_header *header, size_t len, struct evbuffer_iovec *vec)
+static int conn_reserve(struct rpc_conn *conn, const struct frame_header *header, size_t len,
+                        struct evbuffer_iovec *vec)
 {
     struct evbuffer *output = bufferevent_get_output(conn->bev);
     size_t waiting = evbuffer_get_length(output);
@@ -531,7 +709,7 @@ int rpc_conn_send_error(struct rpc_conn *conn, uint16_t method, uint64_t call, i
 void rpc_conn_finish(struct rpc_conn *conn, unsigned linger_ms)
 {
     /* FAILING: there is nobody to send to, and the user, who lets go here, must not be told any more. */
-    if (conn->state == RPC_CONNECTING || conn->state == RPC_FAILING) {
+    if (conn->state <= RPC_SECURING || conn->state == RPC_FAILING) {
         rpc_conn_close(conn);
         return;
     }
@@ -541,9 +719,9 @@ void rpc_conn_finish(struct rpc_conn *conn, unsigned linger_ms)
     conn->owed_close = false;
     daemon_timer_in(conn->timer, linger_ms);
     if (conn->paused)
-        event_add(conn->readable, NULL); /* what comes is thrown away */
+        conn_hear(conn, true); /* what comes is thrown away */
     if (evbuffer_get_length(bufferevent_get_output(conn->bev)) == 0)
-        shutdown(bufferevent_getfd(conn->bev), SHUT_WR);
+        conn_shut(conn);
 }
 
 /* ---- small things ---- */

@@ -18,14 +18,15 @@
 
 #include "common/err.h"
 #include "common/frame.h"
+#include "common/tls.h"
 
 #define RPC_PROTOCOL_VERSION 1
-#define RPC_NAME_MAX 64              /* cluster and agent names, with the terminating NUL */
-#define RPC_HANDSHAKE_MS 5000        /* from accept (or the start of a connect) to the end of the handshake */
-#define RPC_OUTPUT_LIMIT (96u << 20) /* unsent bytes after which a connection is cut off; default */
+#define RPC_NAME_MAX         64          /* cluster and agent names, with the terminating NUL */
+#define RPC_HANDSHAKE_MS     5000        /* from accept (or the start of a connect) to the end of the handshake */
+#define RPC_OUTPUT_LIMIT     (96u << 20) /* unsent bytes after which a connection is cut off; default */
 
 enum rpc_role { RPC_ROLE_AGENT = 1, RPC_ROLE_OPERATOR, RPC_ROLE_READER, RPC_ROLE_PEER }; /* = Role in common.proto */
-const char *rpc_role_name(enum rpc_role role); /* "agent" */
+const char *rpc_role_name(enum rpc_role role);                                           /* "agent" */
 
 /* What one end says about itself in the handshake. */
 struct rpc_identity {
@@ -38,7 +39,7 @@ struct rpc_identity {
 
 /* ---- event-driven ---- */
 
-struct rpc;          /* all connections of one loop */
+struct rpc; /* all connections of one loop */
 struct rpc_listener;
 struct rpc_conn;
 
@@ -56,6 +57,9 @@ struct rpc_handlers {
     /* Lost, refused, timed out, or cut off as too slow: once per connection that had on_ready, and once for every
      * rpc_connect; not after rpc_conn_close.  code is ERR_*; reason a sentence.  The last callback. */
     void (*on_close)(void *user, struct rpc_conn *conn, int code, const char *reason);
+    /* Accepting end: a connection has ended before on_ready: refused, or its peer speaks something else.  May come
+     * often, from anyone who reaches the port.  NULL = nobody asks. */
+    void (*on_refused)(void *user, const char *name, int code, const char *reason);
 };
 
 struct rpc_options {
@@ -65,8 +69,14 @@ struct rpc_options {
     size_t output_limit;                 /* per connection; 0 = RPC_OUTPUT_LIMIT */
     unsigned unix_mode;                  /* permissions of unix sockets of a listener; 0 = by umask */
     unsigned max_conns;                  /* of a listener, the next ones are closed at once; 0 = 4096 */
-    const int *fds;                      /* of a listener: sockets that listen on its addresses already (address_listen,
-                                            address_adopt), its own from then on, also on failure; NULL = make them */
+    const struct tls *tls; /* borrowed; TCP connections are encrypted, and prove who they are; NULL = not */
+    const char *tls_peer;  /* of a connector with tls: the acceptor's certificate must be
+                              eep://CLUSTER/THIS; copied; NULL = "coordinator" */
+    const int *fds;        /* of a listener: sockets that listen on its addresses already (address_listen,
+                              address_adopt), its own from then on, also on failure; -1 or NULL = make
+                              them */
+    bool fds_lent;         /* of fds: others listen there too, so they are only closed at the end: never shut
+                              down, their files stay */
 };
 
 /* Listens on every address ("host:port", ":port", "[v6]:port", "unix:/path"); all or none. */
@@ -83,15 +93,15 @@ void rpc_listener_close(struct rpc_listener *listener);
 int rpc_connect(struct rpc *rpc, const char *address, const struct rpc_options *options, struct rpc_conn **ret_conn,
                 struct err *err) MUST_CHECK;
 
-/* Of an accepted connection whose peer makes calls: while more than pause_bytes are unsent, nothing more is read from it
- * (no frame is handed on); with more than cut_bytes, or when the peer has taken nothing for stall_ms, it is cut off.
+/* Of an accepted connection whose peer makes calls: while more than pause_bytes are unsent, nothing more is read from
+ * it (no frame is handed on); with more than cut_bytes, or when the peer has taken nothing for stall_ms, it is cut off.
  * Without this there is only options.output_limit. */
 void rpc_conn_limit(struct rpc_conn *conn, size_t pause_bytes, size_t cut_bytes, unsigned stall_ms);
 void rpc_conn_set_user(struct rpc_conn *conn, void *user); /* replaces options.user for this connection */
-uint64_t rpc_conn_id(const struct rpc_conn *conn); /* unique in this struct rpc, from 1; never reused */
+uint64_t rpc_conn_id(const struct rpc_conn *conn);         /* unique in this struct rpc, from 1; never reused */
 const struct rpc_identity *rpc_conn_peer(const struct rpc_conn *conn); /* what the other end said; role 0 = acceptor */
-const char *rpc_conn_name(const struct rpc_conn *conn); /* "agent gpu3 127.0.0.1:4242", for logs */
-size_t rpc_conn_unsent(const struct rpc_conn *conn);    /* bytes in the output buffer */
+const char *rpc_conn_name(const struct rpc_conn *conn);                /* "agent gpu3 127.0.0.1:4242", for logs */
+size_t rpc_conn_unsent(const struct rpc_conn *conn);                   /* bytes in the output buffer */
 
 /* Queues one frame; msg NULL = no payload.  0, or ERR_UNREACHABLE when the connection is closing, ERR_LIMIT when the
  * frame is too long or the peer too slow, ERR_NOMEM.  After the latter two the connection is closed and on_close
@@ -111,7 +121,8 @@ void rpc_conn_finish(struct rpc_conn *conn, unsigned linger_ms);
 
 /* Memory that the unpacked form of a frame may take: a multiple of its length, not more. */
 size_t rpc_budget(size_t len);
-/* ERR_PROTOCOL: not such a message, or it asks for more than budget (0 = rpc_budget(len)).  Free with rpc_unpack_free. */
+/* ERR_PROTOCOL: not such a message, or it asks for more than budget (0 = rpc_budget(len)).  Free with rpc_unpack_free.
+ */
 int rpc_unpack(const ProtobufCMessageDescriptor *type, const uint8_t *data, size_t len, size_t budget,
                ProtobufCMessage **ret_msg, struct err *err) MUST_CHECK;
 void rpc_unpack_free(ProtobufCMessage *msg); /* takes NULL */
@@ -137,13 +148,18 @@ struct rpc_client;
 /* ERR_UNREACHABLE, ERR_TIMEOUT, or what the acceptor refused it with. */
 int rpc_client_connect(const char *address, const struct rpc_identity *self, const ProtobufCServiceDescriptor *service,
                        int timeout_ms, struct rpc_client **ret_client, struct err *err) MUST_CHECK;
+/* The same with TLS when the address is one of TCP; tls is needed only during the call. */
+int rpc_client_connect_tls(const char *address, const struct rpc_identity *self,
+                           const ProtobufCServiceDescriptor *service, const struct tls *tls, int timeout_ms,
+                           struct rpc_client **ret_client, struct err *err) MUST_CHECK;
 void rpc_client_free(struct rpc_client *client); /* takes NULL */
 const struct rpc_identity *rpc_client_peer(const struct rpc_client *client);
 /* Readable when rpc_client_next may have something.  Poll it only after rpc_client_next with timeout 0 has said
  * ERR_TIMEOUT: frames that were read ahead do not show in it. */
 int rpc_client_fd(const struct rpc_client *client);
 
-/* One call, one reply (free it with rpc_unpack_free).  timeout_ms -1 = none.  After ERR_TIMEOUT the call is forgotten. */
+/* One call, one reply (free it with rpc_unpack_free).  timeout_ms -1 = none.  After ERR_TIMEOUT the call is forgotten.
+ */
 int rpc_client_call(struct rpc_client *client, unsigned method, const ProtobufCMessage *request, int timeout_ms,
                     ProtobufCMessage **ret_reply, struct err *err) MUST_CHECK;
 /* Starts a call whose replies are fetched one by one. */

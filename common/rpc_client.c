@@ -1,6 +1,8 @@
 /* The blocking client: plain sockets, poll, deadlines.  One thread at a time. */
 #include <assert.h>
 #include <errno.h>
+#include <openssl/err.h>
+#include <openssl/ssl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +16,7 @@
 
 #define CALLS_MAX 16
 #define READ_STEP 65536
-#define SEND_MS 30000 /* a peer that takes no bytes for so long is gone */
+#define SEND_MS   30000 /* a peer that takes no bytes for so long is gone */
 
 /* A frame that came for a call while another one was asked for. */
 struct kept {
@@ -30,7 +32,9 @@ struct open_call {
 
 struct rpc_client {
     int fd;
-    int broken; /* ERR_* once the connection is unusable */
+    SSL *ssl;    /* NULL: not encrypted */
+    short wants; /* what to poll for after EAGAIN: TLS may have to read before it can write */
+    int broken;  /* ERR_* once the connection is unusable */
     const ProtobufCServiceDescriptor *service;
     struct rpc_identity peer;
     uint64_t last_call;
@@ -67,19 +71,53 @@ static int client_break(struct rpc_client *c, int code)
     return code;
 }
 
+/* send and recv; with TLS too.  -1: errno, or EPROTO with the sentence in err. */
+static ssize_t client_io(struct rpc_client *c, void *data, size_t len, bool out, struct err *err)
+{
+    size_t n = 0;
+    c->wants = out ? POLLOUT : POLLIN;
+    if (!c->ssl)
+        return out ? send(c->fd, data, len, MSG_NOSIGNAL) : recv(c->fd, data, len, 0);
+    ERR_clear_error();
+    errno = 0;
+    if ((out ? SSL_write_ex(c->ssl, data, len, &n) : SSL_read_ex(c->ssl, data, len, &n)) == 1)
+        return (ssize_t)n;
+    switch (SSL_get_error(c->ssl, 0)) {
+    case SSL_ERROR_WANT_READ:
+        c->wants = POLLIN;
+        errno = EAGAIN;
+        return -1;
+    case SSL_ERROR_WANT_WRITE:
+        c->wants = POLLOUT;
+        errno = EAGAIN;
+        return -1;
+    case SSL_ERROR_ZERO_RETURN:
+        return 0;
+    case SSL_ERROR_SYSCALL:
+        return errno ? -1 : 0;
+    default:
+        break;
+    }
+    client_break(c, tls_failure(c->ssl, ERR_peek_last_error(), err));
+    errno = EPROTO;
+    return -1;
+}
+
 /* ---- output ---- */
 
 static int client_write(struct rpc_client *c, const uint8_t *data, size_t len, uint64_t until, struct err *err)
 {
     size_t done = 0;
     while (done < len) {
-        ssize_t n = send(c->fd, data + done, len - done, MSG_NOSIGNAL);
+        ssize_t n = client_io(c, (uint8_t *)(uintptr_t)data + done, len - done, true, err); /* sending only reads */
         if (n >= 0) {
             done += (size_t)n;
         } else if (errno == EAGAIN) {
-            int rc = client_poll(c, POLLOUT, until, err);
+            int rc = client_poll(c, c->wants, until, err);
             if (rc < 0) /* half a frame may be out: nothing can follow it */
                 return client_break(c, rc);
+        } else if (errno == EPROTO && c->broken) {
+            return c->broken;
         } else if (errno != EINTR) {
             return client_break(c, err_set(err, ERR_UNREACHABLE, "the connection was lost: %s", strerror(errno)));
         }
@@ -142,15 +180,17 @@ static int client_read(struct rpc_client *c, uint32_t limit, uint64_t until, str
         rc = client_room(c, size, err);
         if (rc < 0)
             return rc;
-        ssize_t n = recv(c->fd, c->in + c->have, c->cap - c->have, 0);
+        ssize_t n = client_io(c, c->in + c->have, c->cap - c->have, false, err);
         if (n > 0) {
             c->have += (size_t)n;
         } else if (n == 0) {
             return client_break(c, err_set(err, ERR_UNREACHABLE, "the other end closed the connection"));
         } else if (errno == EAGAIN) {
-            rc = client_poll(c, POLLIN, until, err);
+            rc = client_poll(c, c->wants, until, err);
             if (rc < 0)
                 return rc;
+        } else if (errno == EPROTO && c->broken) {
+            return c->broken;
         } else if (errno != EINTR) {
             return client_break(c, err_set(err, ERR_UNREACHABLE, "the connection was lost: %s", strerror(errno)));
         }
@@ -169,11 +209,33 @@ static int client_handshake(struct rpc_client *c, const struct rpc_identity *sel
         rc = client_read(c, FRAME_LIMIT_HANDSHAKE, until, &frame, err);
     if (rc == 0)
         rc = rpc_hello_answer(&frame, self, &c->peer, err);
+    if (rc == 0)
+        rc = rpc_tls_check(c->ssl, c->peer.cluster, "coordinator", err);
     return rc;
+}
+
+/* TLS on the connected socket; its handshake is made by the first write. */
+static int client_secure(struct rpc_client *c, const struct tls *tls, struct err *err)
+{
+    c->ssl = tls_session(tls, false);
+    return c->ssl && SSL_set_fd(c->ssl, c->fd) == 1 ? 0 : err_set(err, ERR_NOMEM, "no memory for a connection");
+}
+
+static bool address_is_unix(const char *text)
+{
+    struct address a;
+    return address_parse(text, &a, NULL) == 0 && a.is_unix;
 }
 
 int rpc_client_connect(const char *address, const struct rpc_identity *self, const ProtobufCServiceDescriptor *service,
                        int timeout_ms, struct rpc_client **ret_client, struct err *err)
+{
+    return rpc_client_connect_tls(address, self, service, NULL, timeout_ms, ret_client, err);
+}
+
+int rpc_client_connect_tls(const char *address, const struct rpc_identity *self,
+                           const ProtobufCServiceDescriptor *service, const struct tls *tls, int timeout_ms,
+                           struct rpc_client **ret_client, struct err *err)
 {
     uint64_t until = until_of(timeout_ms);
     struct rpc_client *c = calloc(1, sizeof *c);
@@ -182,6 +244,8 @@ int rpc_client_connect(const char *address, const struct rpc_identity *self, con
     c->service = service;
     c->fd = -1;
     int rc = address_connect(address, timeout_ms, &c->fd, err);
+    if (rc == 0 && tls && !address_is_unix(address))
+        rc = client_secure(c, tls, err);
     if (rc == 0) {
         rc = client_handshake(c, self, until, err);
         if (rc < 0)
@@ -201,6 +265,7 @@ void rpc_client_free(struct rpc_client *c)
         return;
     struct kept *kept, *next;
     DL_FOREACH_SAFE(c->kept, kept, next) free(kept);
+    SSL_free(c->ssl);
     if (c->fd >= 0)
         close(c->fd);
     free(c->in);
@@ -231,7 +296,8 @@ static struct open_call *client_call_of(struct rpc_client *c, uint64_t id)
 static void client_forget(struct rpc_client *c, struct open_call *call)
 {
     struct kept *kept, *next;
-    DL_FOREACH_SAFE(c->kept, kept, next) {
+    DL_FOREACH_SAFE(c->kept, kept, next)
+    {
         if (kept->frame.header.call != call->id)
             continue;
         DL_DELETE(c->kept, kept);
@@ -311,7 +377,8 @@ static int client_next(struct rpc_client *c, uint64_t id, uint64_t until, Protob
         return 0;
     }
     struct kept *kept;
-    DL_FOREACH(c->kept, kept) {
+    DL_FOREACH(c->kept, kept)
+    {
         if (kept->frame.header.call == id) {
             DL_DELETE(c->kept, kept);
             c->kept_bytes -= kept->frame.header.length;

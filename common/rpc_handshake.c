@@ -1,4 +1,5 @@
 /* The handshake of connections: Hello, and HelloReply or Error.  Loop thread (the parts for both clients: any). */
+#include <event2/bufferevent.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -21,6 +22,17 @@ void rpc_hello_fill(Pb__Hello *ret_hello, const struct rpc_identity *self)
     ret_hello->agent = (char *)self->agent;
     ret_hello->incarnation = self->incarnation;
     ret_hello->software = (char *)self->software;
+}
+
+int rpc_tls_check(const SSL *ssl, const char *cluster, const char *what, struct err *err)
+{
+    char uri[sizeof "eep://" + 2 * RPC_NAME_MAX + 16];
+    snprintf(uri, sizeof uri, "eep://%.*s/%.*s", RPC_NAME_MAX, cluster, RPC_NAME_MAX + 8, what);
+    return !ssl || tls_is(ssl, uri) ? 0
+                                    : err_set(err, ERR_DENIED,
+                                              "its certificate does not say that it is %s: it needs "
+                                              "this URI in its subjectAltName",
+                                              uri);
 }
 
 /* ---- connecting end ---- */
@@ -94,6 +106,20 @@ static int hello_check(const Pb__Hello *hello, const struct rpc_identity *self, 
     return 0;
 }
 
+/* What it has said of itself, its certificate says too.  An operator may look, too. */
+static int hello_proven(const struct rpc_conn *conn, struct err *err)
+{
+    char what[RPC_NAME_MAX + 16];
+    const struct rpc_identity *peer = &conn->peer;
+    if (peer->role == RPC_ROLE_READER && rpc_tls_check(conn->ssl, conn->self.cluster, "operator", NULL) == 0)
+        return 0;
+    if (peer->role == RPC_ROLE_AGENT || peer->role == RPC_ROLE_PEER)
+        snprintf(what, sizeof what, "agent/%s", peer->agent);
+    else
+        snprintf(what, sizeof what, "%s", peer->role == RPC_ROLE_OPERATOR ? "operator" : "reader");
+    return rpc_tls_check(conn->ssl, conn->self.cluster, what, err);
+}
+
 static int hello_accept(struct rpc_conn *conn, const struct frame *frame, struct err *err)
 {
     if (frame->header.kind != FRAME_HANDSHAKE)
@@ -104,6 +130,8 @@ static int hello_accept(struct rpc_conn *conn, const struct frame *frame, struct
         return rc;
     rc = hello_check((const Pb__Hello *)msg, &conn->self, &conn->peer, err);
     rpc_unpack_free(msg);
+    if (rc == 0)
+        rc = hello_proven(conn, err);
     if (rc < 0)
         return rc;
     char from[ADDRESS_TEXT_MAX];
@@ -116,6 +144,9 @@ static int hello_accept(struct rpc_conn *conn, const struct frame *frame, struct
 static void handshake_done(struct rpc_conn *conn)
 {
     event_del(conn->timer);
+    rpc_conn_uncount(conn);
+    if (conn->ssl)
+        bufferevent_setwatermark(conn->bev, EV_READ, 0, RPC_READ_BYTES);
     conn->state = RPC_READY;
     conn->owed_close = true;
     if (conn->handlers->on_ready)
@@ -129,6 +160,8 @@ static void accept_hello(struct rpc_conn *conn, const struct frame *frame)
     if (conn->state != RPC_SHAKING)
         return; /* on_hello has closed it */
     if (rc < 0) {
+        if (conn->handlers->on_refused)
+            conn->handlers->on_refused(conn->user, conn->name, rc, err.text);
         Pb__Error error = PB__ERROR__INIT;
         error.code = rc;
         error.text = err.text;
@@ -152,6 +185,8 @@ void rpc_handshake_frame(struct rpc_conn *conn, const struct frame *frame)
     }
     struct err err = {0};
     int rc = rpc_hello_answer(frame, &conn->self, &conn->peer, &err);
+    if (rc == 0)
+        rc = rpc_tls_check(conn->ssl, conn->peer.cluster, conn->tls_peer, &err);
     if (rc < 0)
         rpc_conn_fail(conn, rc, "%s: %s", conn->name, err.text);
     else

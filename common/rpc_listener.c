@@ -11,7 +11,8 @@
 #include "common/rpc_parts.h"
 
 #define MAX_CONNS_DEFAULT 4096
-#define PAUSE_MS 100
+#define PAUSE_MS          100
+#define UNKNOWN_MAX       64 /* with TLS: connections of one address that have not said who they are */
 
 static void peer_text(const struct sockaddr *sa, char *ret_text, size_t size)
 {
@@ -29,6 +30,31 @@ static void peer_text(const struct sockaddr *sa, char *ret_text, size_t size)
     }
 }
 
+/* Counts a connection whose peer is not known yet; false: its address has too many of them. */
+static bool source_count(struct rpc_conn *conn, const struct sockaddr *sa)
+{
+    char host[sizeof conn->source->host] = "";
+    struct rpc *rpc = conn->rpc;
+    struct rpc_source *source;
+    if (sa->sa_family == AF_INET)
+        inet_ntop(AF_INET, &((const struct sockaddr_in *)(const void *)sa)->sin_addr, host, sizeof host);
+    else if (sa->sa_family == AF_INET6)
+        inet_ntop(AF_INET6, &((const struct sockaddr_in6 *)(const void *)sa)->sin6_addr, host, sizeof host);
+    HASH_FIND_STR(rpc->sources, host, source);
+    if (source && source->n >= UNKNOWN_MAX)
+        return false;
+    if (!source) {
+        source = calloc(1, sizeof *source);
+        if (!source)
+            return false;
+        memcpy(source->host, host, sizeof host);
+        HASH_ADD_STR(rpc->sources, host, source);
+    }
+    source->n++;
+    conn->source = source;
+    return true;
+}
+
 static void on_accept(struct evconnlistener *ev, evutil_socket_t fd, struct sockaddr *sa, int len, void *arg)
 {
     (void)ev;
@@ -39,7 +65,10 @@ static void on_accept(struct evconnlistener *ev, evutil_socket_t fd, struct sock
         evutil_closesocket(fd);
         return;
     }
-    struct rpc_conn *conn = rpc_conn_new(listener->rpc, &listener->options, fd, RPC_SHAKING);
+    struct rpc_options options = listener->options;
+    if (sa->sa_family == AF_UNIX)
+        options.tls = NULL;
+    struct rpc_conn *conn = rpc_conn_new(listener->rpc, &options, fd, RPC_SHAKING);
     if (!conn) {
         evutil_closesocket(fd);
         return;
@@ -49,6 +78,8 @@ static void on_accept(struct evconnlistener *ev, evutil_socket_t fd, struct sock
     address_tune(fd);
     address_probe(fd); /* who has vanished must not count as arrived at a barrier, or as a waiter, for hours */
     peer_text(sa, conn->name, sizeof conn->name);
+    if (conn->tls && !source_count(conn, sa))
+        rpc_conn_close(conn);
 }
 
 static void listener_enable(struct rpc_listener *listener, bool on)
@@ -81,6 +112,7 @@ static int listener_open(struct rpc_listener *listener, size_t i, const char *ad
 {
     struct rpc_socket *s = &listener->sockets[i];
     int fd = listener->options.fds ? listener->options.fds[i] : -1;
+    s->lent = fd >= 0 && listener->options.fds_lent;
     int rc = fd >= 0 ? address_adopt(address, fd, s->actual, err)
                      : address_listen(address, listener->options.unix_mode, &fd, s->actual, err);
     if (rc < 0) {
@@ -91,7 +123,8 @@ static int listener_open(struct rpc_listener *listener, size_t i, const char *ad
     s->ev = evconnlistener_new(listener->rpc->base, on_accept, listener, LEV_OPT_CLOSE_ON_FREE | LEV_OPT_CLOSE_ON_EXEC,
                                0, fd);
     if (!s->ev) {
-        address_unlink(address, fd);
+        if (!s->lent)
+            address_unlink(address, fd);
         evutil_closesocket(fd);
         return err_set(err, ERR_NOMEM, "no memory to listen on %s", address);
     }
@@ -143,11 +176,12 @@ int rpc_listener_fd(const struct rpc_listener *listener, size_t i)
 static void forget(struct rpc_conn *conns, struct rpc_listener *listener)
 {
     struct rpc_conn *conn, *next;
-    DL_FOREACH_SAFE(conns, conn, next) {
+    DL_FOREACH_SAFE(conns, conn, next)
+    {
         if (conn->listener != listener)
             continue;
         conn->listener = NULL;
-        if (conn->state == RPC_SHAKING)
+        if (conn->state == RPC_SECURING || conn->state == RPC_SHAKING)
             rpc_conn_close(conn);
     }
 }
@@ -158,7 +192,8 @@ void rpc_listener_close(struct rpc_listener *listener)
         return;
     struct rpc *rpc = listener->rpc;
     for (size_t i = 0; i < listener->n; i++) {
-        address_unlink(listener->sockets[i].given, listener->sockets[i].fd);
+        if (!listener->sockets[i].lent)
+            address_unlink(listener->sockets[i].given, listener->sockets[i].fd);
         evconnlistener_free(listener->sockets[i].ev);
     }
     forget(rpc->conns, listener);

@@ -3,6 +3,7 @@
 #define EEP_COMMON_RPC_PARTS_H
 
 #include <event2/listener.h>
+#include <uthash.h>
 #include <utlist.h>
 
 #include "common.pb-c.h"
@@ -13,11 +14,12 @@
 
 enum rpc_state {
     RPC_CONNECTING, /* no connection yet */
+    RPC_SECURING,   /* TLS's own handshake */
     RPC_SHAKING,    /* the other end's half of the handshake is awaited */
     RPC_READY,
-    RPC_FINISHING,  /* the user has let go; queued output is still sent */
-    RPC_FAILING,    /* lost; the user is not told yet */
-    RPC_DEAD,       /* to be freed after the loop turn */
+    RPC_FINISHING, /* the user has let go; queued output is still sent */
+    RPC_FAILING,   /* lost; the user is not told yet */
+    RPC_DEAD,      /* to be freed after the loop turn */
 };
 
 struct rpc_conn {
@@ -29,15 +31,19 @@ struct rpc_conn {
     uint64_t id;
     enum rpc_state state;
     bool connector;
-    bool owed_close; /* the user knows this connection and must be told of its end */
+    bool owed_close;                  /* the user knows this connection and must be told of its end */
     size_t output_limit, pause_bytes; /* pause_bytes 0 = never */
-    bool dirty;  /* in rpc->dirty: has output to be sent at the end of the loop turn */
-    bool paused; /* nothing is read until its output has been taken */
+    bool dirty;                       /* in rpc->dirty: has output to be sent at the end of the loop turn */
+    bool paused;                      /* nothing is read until its output has been taken */
     struct rpc_conn *dirty_prev, *dirty_next;
-    struct bufferevent *bev; /* connects, and waits for writability; it never reads */
-    struct event *readable;  /* NULL until there is a connection */
-    struct evbuffer *in;     /* what was read and is no whole frame yet, or waits while it is paused */
-    struct event *timer; /* of the handshake, or of lingering */
+    struct bufferevent *bev; /* connects, and waits for writability; it reads and writes only with TLS */
+    struct event *readable;  /* NULL until there is a connection, and with TLS */
+    const struct tls *tls;   /* it is to be encrypted; NULL = not */
+    SSL *ssl;                /* the bev's; NULL before and without */
+    char tls_peer[RPC_NAME_MAX + 16];
+    struct rpc_source *source; /* while it is not through its handshake; NULL = not counted */
+    struct evbuffer *in;       /* what was read and is no whole frame yet, or waits while it is paused */
+    struct event *timer;       /* of the handshake, or of lingering */
     int why_code;
     char why[ERR_TEXT_MAX];
     char name[64 + RPC_NAME_MAX + ADDRESS_TEXT_MAX];
@@ -54,12 +60,21 @@ struct rpc {
     uint64_t last_id;
     struct rpc_conn *conns, *failing, *dead;
     struct rpc_listener *listeners;
+    struct rpc_source *sources;
 };
 
 struct rpc_socket {
     struct evconnlistener *ev;
     int fd;
+    bool lent;
     char given[ADDRESS_TEXT_MAX], actual[ADDRESS_TEXT_MAX];
+};
+
+/* An address with accepted connections that are not through their handshakes. */
+struct rpc_source {
+    char host[64];
+    unsigned n;
+    UT_hash_handle hh; /* rpc.sources by host */
 };
 
 struct rpc_listener {
@@ -76,6 +91,8 @@ struct rpc_listener {
 /* bev on fd (-1: not connected yet), in rpc->conns, its handshake timer running.  NULL when out of memory; fd stays
  * the caller's then. */
 struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options, int fd, enum rpc_state state);
+/* It is through its handshake, or gone: its address may have another one. */
+void rpc_conn_uncount(struct rpc_conn *conn);
 void rpc_conn_fail(struct rpc_conn *conn, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 /* As rpc_conn_send, in any state that has a connection. */
 int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, uint64_t call,
@@ -85,6 +102,8 @@ int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, u
 
 void rpc_handshake_start(struct rpc_conn *conn); /* connector: sends Hello */
 void rpc_handshake_frame(struct rpc_conn *conn, const struct frame *frame);
+/* The other end's certificate says that it is what it says; always without TLS.  what: "agent/gpu3", of the cluster. */
+int rpc_tls_check(const SSL *ssl, const char *cluster, const char *what, struct err *err) MUST_CHECK;
 /* Shared with the blocking client.  hello_fill borrows the strings of self. */
 void rpc_hello_fill(Pb__Hello *ret_hello, const struct rpc_identity *self);
 /* The acceptor's answer: HelloReply, or the error that it carries. */

@@ -9,6 +9,7 @@
 
 #include "common/daemon.h"
 #include "common/options.h"
+#include "common/tls.h"
 #include "common/version.h"
 #include "coordinator/server.h"
 
@@ -17,7 +18,9 @@
 struct options {
     const char *listen[LISTEN_MAX];
     size_t n_listen;
+    int listen_fd[LISTEN_MAX]; /* systemd's sockets, -1 = to be made */
     bool insecure;
+    struct tls_files tls;
     const char *tcpstore[LISTEN_MAX];
     size_t n_tcpstore;
     bool tcpstore_insecure;
@@ -25,12 +28,14 @@ struct options {
     enum store_durability durability;
     const char *state, *cluster, *port_file;
     enum log_level level;
+    enum log_format format;
     struct coordinator_config core;
 };
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
-       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_NUMBER };
+       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_TLS_CERT, KEY_TLS_KEY,
+       KEY_TLS_CA, KEY_FORMAT, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
 static const struct number {
@@ -69,7 +74,7 @@ static double parse_number(struct argp_state *state, const char *what, const cha
     char *end;
     double number = strtod(arg, &end);
     if (*end || end == arg || !(number >= min && number <= max))
-        argp_error(state, "%s is '%s': it must be a number from %g to %g", what, arg, min, max);
+        options_error(state, "%s is '%s': it must be a number from %g to %g", what, arg, min, max);
     return number;
 }
 
@@ -77,7 +82,7 @@ static double parse_balance(struct argp_state *state, const char *what, const ch
 {
     double balance = parse_number(state, what, arg, 0, 1);
     if (balance <= 0)
-        argp_error(state, "%s is '%s': it must be a number above 0 and at most 1", what, arg);
+        options_error(state, "%s is '%s': it must be a number above 0 and at most 1", what, arg);
     return balance;
 }
 
@@ -87,12 +92,12 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     switch (key) {
     case KEY_LISTEN:
         if (o->n_listen == LISTEN_MAX)
-            argp_error(state, "at most %d addresses to listen on", LISTEN_MAX);
+            return options_error(state, "at most %d addresses to listen on", LISTEN_MAX);
         o->listen[o->n_listen++] = arg;
         return 0;
     case KEY_TCPSTORE:
         if (o->n_tcpstore == LISTEN_MAX)
-            argp_error(state, "at most %d addresses to listen on for TCPStore", LISTEN_MAX);
+            return options_error(state, "at most %d addresses to listen on for TCPStore", LISTEN_MAX);
         o->tcpstore[o->n_tcpstore++] = arg;
         return 0;
     case KEY_TCPSTORE_INSECURE: o->tcpstore_insecure = true; return 0;
@@ -104,15 +109,18 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_DURABILITY:
         if (store_durability_parse(arg, &o->durability) < 0)
-            argp_error(state, "unknown durability '%s': use fsync, os or none", arg);
+            return options_error(state, "unknown durability '%s': use fsync, os or none", arg);
         return 0;
     case KEY_STATE:
         if (!*arg)
-            argp_error(state, "--state needs the name of a folder");
+            return options_error(state, "--state needs the name of a folder");
         o->state = arg;
         return 0;
     case KEY_CLUSTER: o->cluster = arg; return 0;
     case KEY_INSECURE: o->insecure = true; return 0;
+    case KEY_TLS_CERT: o->tls.cert = arg; return 0;
+    case KEY_TLS_KEY: o->tls.key = arg; return 0;
+    case KEY_TLS_CA: o->tls.ca = arg; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
     case KEY_FOREGROUND: return 0;
     case KEY_SCALE_BACK: o->core.scale_back = 1; return 0;
@@ -121,13 +129,16 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_LAMBDA: o->core.lambda = parse_number(state, "--lambda", arg, 0, 0.999); return 0;
     case KEY_DIP: o->core.dip = parse_number(state, "--dip", arg, 0.0001, 1); return 0;
     case KEY_REBALANCE_BELOW: o->core.rebalance_below = parse_balance(state, "--rebalance-below", arg); return 0;
+    case KEY_FORMAT:
+        if (log_format_parse(arg, &o->format) < 0)
+            return options_error(state, "unknown log format '%s': use auto, logfmt or json", arg);
+        return 0;
     case KEY_LEVEL:
         if (log_level_parse(arg, &o->level) < 0)
-            argp_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
+            return options_error(state, "unknown log level '%s': use debug, info, warn or error", arg);
         return 0;
     case ARGP_KEY_ARG:
-        argp_error(state, "unexpected argument '%s'", arg);
-        return 0;
+        return options_error(state, "unexpected argument '%s'", arg);
     default:
         break;
     }
@@ -140,65 +151,108 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     return 0;
 }
 
-static void parse_options(int argc, char **argv, struct options *o)
+static const struct argp_option fixed[] = {
+    {"listen", KEY_LISTEN, "ADDR", OPTIONS_REPEATABLE,
+     "listen here: unix:/path or host:port, port 0 picks one (repeatable; "
+     "default unix:/run/eep/coordinator.sock)", 0},
+    {"insecure", KEY_INSECURE, 0, 0, "allow TCP addresses other than the loopback, without encryption", 0},
+    {"tls-cert", KEY_TLS_CERT, "FILE", OPTIONS_RELOADABLE, "certificate (PEM) of this coordinator: TCP speaks TLS 1.3 only", 0},
+    {"tls-key", KEY_TLS_KEY, "FILE", OPTIONS_RELOADABLE, "its key (PEM)", 0},
+    {"tls-ca", KEY_TLS_CA, "FILE", OPTIONS_RELOADABLE, "the CA (PEM) that all certificates of the cluster are signed by", 0},
+    {"port-file", KEY_PORT_FILE, "FILE", 0, "write the addresses with their real ports there, one a line", 0},
+    {"state", KEY_STATE, "DIR", 0, "folder of the journal (default /var/lib/eep)", 0},
+    {"cluster", KEY_CLUSTER, "NAME", 0, "only agents of this cluster are taken (default eep)", 0},
+    {"durability", KEY_DURABILITY, "MODE", 0,
+     "what an acknowledged write of a durable key survives: fsync (a power failure; default), os (the end of the "
+     "coordinator) or none", 0},
+    {"store-mib", KEY_STORE_MIB, "MIB", 0, "memory for the key-value store (256)", 0},
+    {"tcpstore-listen", KEY_TCPSTORE, "ADDR", OPTIONS_REPEATABLE,
+     "serve the protocol of PyTorch's TCPStore on host:port[/namespace] (repeatable); keys of a namespace go when its last "
+     "connection has closed (default namespace: the port)", 0},
+    {"tcpstore-insecure", KEY_TCPSTORE_INSECURE, 0, 0,
+     "allow that beyond the loopback: its protocol has no authentication", 0},
+    {"tcpstore-grace-ms", KEY_TCPSTORE_GRACE, "MS", 0,
+     "a namespace without connections is emptied after this (1000)", 0},
+    {"log-format", KEY_FORMAT, "FORMAT", 0,
+     "auto (default: systemd's journal where stderr leads there, else logfmt), logfmt or json", 0},
+    {"log-level", KEY_LEVEL, "LEVEL", OPTIONS_RELOADABLE, "debug, info (default), warn or error", 0},
+    {"commit-balance", KEY_COMMIT_BALANCE, "B", 0,
+     "a change of ranks commits when the mean load of a rank over the highest would be B; what is still empty is "
+     "filled afterwards (0.98)", 0},
+    {"scale-back", KEY_SCALE_BACK, 0, 0,
+     "after a repair, scale back by itself to the ranks that were asked for, as soon as agents are spare", 0},
+    {"cross-cost", KEY_CROSS_COST, "X", 0,
+     "what an expert that comes from another node costs a plan, in ones from the own node (4)", 0},
+    {"lambda", KEY_LAMBDA, "L", 0,
+     "balance of a layer that an expert's arrival must buy, one price for all layers (0: whatever reaches the target)", 0},
+    {"dip", KEY_DIP, "D", 0, "part of a step that replicas which are being replaced may cost (0.02)", 0},
+    {"rebalance-below", KEY_REBALANCE_BELOW, "B", 0,
+     "rebalance without being asked when the mean load of a rank over the highest stays below B, if it is worth the "
+     "bytes (default: never)", 0},
+    {"foreground", KEY_FOREGROUND, 0, OPTIONS_COMMAND_LINE, "stay in the foreground (always so)", 0},
+    OPTIONS_CONFIG(0),
+    OPTIONS_HELP(-1),
+};
+#define N_FIXED (sizeof fixed / sizeof fixed[0])
+
+/* The fixed ones, then the numbers; all zero is the end. */
+static void options_table(struct argp_option ret_table[N_FIXED + N_NUMBERS + 2])
 {
-    static const struct argp_option fixed[] = {
-        {"listen", KEY_LISTEN, "ADDR", 0,
-         "listen here: unix:/path or host:port, port 0 picks one (repeatable; "
-         "default unix:/run/eep/coordinator.sock)", 0},
-        {"insecure", KEY_INSECURE, 0, 0, "allow TCP addresses other than the loopback, without encryption", 0},
-        {"port-file", KEY_PORT_FILE, "FILE", 0, "write the addresses with their real ports there, one a line", 0},
-        {"state", KEY_STATE, "DIR", 0, "folder of the journal (default /var/lib/eep)", 0},
-        {"cluster", KEY_CLUSTER, "NAME", 0, "only agents of this cluster are taken (default eep)", 0},
-        {"durability", KEY_DURABILITY, "MODE", 0,
-         "what an acknowledged write of a durable key survives: fsync (a power failure; default), os (the end of the "
-         "coordinator) or none", 0},
-        {"store-mib", KEY_STORE_MIB, "MIB", 0, "memory for the key-value store (256)", 0},
-        {"tcpstore-listen", KEY_TCPSTORE, "ADDR[/NAMESPACE]", 0,
-         "serve the protocol of PyTorch's TCPStore on host:port (repeatable); keys of a namespace go when its last "
-         "connection has closed (default namespace: the port)", 0},
-        {"tcpstore-insecure", KEY_TCPSTORE_INSECURE, 0, 0,
-         "allow that beyond the loopback: its protocol has no authentication", 0},
-        {"tcpstore-grace-ms", KEY_TCPSTORE_GRACE, "MS", 0,
-         "a namespace without connections is emptied after this (1000)", 0},
-        {"log-level", KEY_LEVEL, "LEVEL", 0, "debug, info (default), warn or error", 0},
-        {"commit-balance", KEY_COMMIT_BALANCE, "B", 0,
-         "a change of ranks commits when the mean load of a rank over the highest would be B; what is still empty is "
-         "filled afterwards (0.98)", 0},
-        {"scale-back", KEY_SCALE_BACK, 0, 0,
-         "after a repair, scale back by itself to the ranks that were asked for, as soon as agents are spare", 0},
-        {"cross-cost", KEY_CROSS_COST, "X", 0,
-         "what an expert that comes from another node costs a plan, in ones from the own node (4)", 0},
-        {"lambda", KEY_LAMBDA, "L", 0,
-         "balance of a layer that an expert's arrival must buy, one price for all layers (0: whatever reaches the target)", 0},
-        {"dip", KEY_DIP, "D", 0, "part of a step that replicas which are being replaced may cost (0.02)", 0},
-        {"rebalance-below", KEY_REBALANCE_BELOW, "B", 0,
-         "rebalance without being asked when the mean load of a rank over the highest stays below B, if it is worth the "
-         "bytes (default: never)", 0},
-        {"foreground", KEY_FOREGROUND, 0, 0, "stay in the foreground (always so)", 0},
-        OPTIONS_HELP(-1),
-    };
-    const size_t n_fixed = sizeof fixed / sizeof fixed[0];
-    struct argp_option all[sizeof fixed / sizeof fixed[0] + N_NUMBERS + 2] = {0};
-    memcpy(all, fixed, sizeof fixed);
-    all[n_fixed] = (struct argp_option){.doc = "Times and sizes:", .group = 1};
+    memset(ret_table, 0, (N_FIXED + N_NUMBERS + 2) * sizeof *ret_table);
+    memcpy(ret_table, fixed, sizeof fixed);
+    ret_table[N_FIXED] = (struct argp_option){.doc = "Times and sizes:", .group = 1};
     for (size_t i = 0; i < N_NUMBERS; i++)
-        all[n_fixed + 1 + i] = (struct argp_option){.name = numbers[i].name, .key = KEY_NUMBER + (int)i,
-                                                .arg = numbers[i].unit, .doc = numbers[i].help, .group = 1};
-    const struct argp argp = {
-        .options = all,
-        .parser = parse,
-        .doc = "Coordinates an eep cluster: keeps the view, decides every change of topology, hosts the key-value "
-               "store.  One per cluster; serving engines go on without it.\v"
-               "Example:\n"
-               "  eep-coordinator --state /var/lib/eep --listen 127.0.0.1:7420\n"
-               "\n"
-               "SIGTERM and SIGINT stop it; agents and engines serve on.  Exit status: 0 stopped, 1 failed, 2 usage.",
-    };
-    argp_err_exit_status = 2;
-    if (argp_parse(&argp, argc, argv, ARGP_NO_HELP, NULL, o))
-        exit(2);
+        ret_table[N_FIXED + 1 + i] = (struct argp_option){.name = numbers[i].name, .key = KEY_NUMBER + (int)i,
+                                                          .arg = numbers[i].unit, .doc = numbers[i].help, .group = 1};
 }
+
+static void options_default(struct options *ret_options)
+{
+    *ret_options = (struct options){.state = "/var/lib/eep", .cluster = "eep", .level = LOG_LEVEL_INFO};
+    coordinator_config_default(&ret_options->core);
+}
+
+/* Sockets of systemd are addresses to listen on, named by an option or not. */
+static int options_take_sockets(struct options *o, struct daemon_socket *sockets, size_t n, struct err *err)
+{
+    for (size_t i = 0; i < LISTEN_MAX; i++)
+        o->listen_fd[i] = -1;
+    for (size_t s = 0; s < n; s++) {
+        size_t at = 0;
+        while (at < o->n_listen && strcmp(o->listen[at], sockets[s].address) != 0)
+            at++;
+        if (!sockets[s].address[0])
+            return err_set(err, ERR_INVALID, "descriptor %d, given by systemd, is no socket of TCP or of a unix path",
+                           sockets[s].fd);
+        if (at == LISTEN_MAX)
+            return err_set(err, ERR_INVALID, "at most %d addresses to listen on, those of systemd included", LISTEN_MAX);
+        if (at == o->n_listen)
+            o->listen[o->n_listen++] = sockets[s].address;
+        o->listen_fd[at] = sockets[s].fd;
+    }
+    return 0;
+}
+
+/* What no option can tell alone. */
+static int options_complete(struct options *o, struct err *err)
+{
+    if (!o->n_listen)
+        o->listen[o->n_listen++] = "unix:/run/eep/coordinator.sock";
+    if (o->core.lease_ms < 2 * o->core.heartbeat_ms)
+        return err_set(err, ERR_INVALID, "--lease-ms %u must be at least twice --heartbeat-ms %u, or agents are lost "
+                       "between two heartbeats", o->core.lease_ms, o->core.heartbeat_ms);
+    return 0;
+}
+
+static const char about[] =
+    "Coordinates an eep cluster: keeps the view, decides every change of topology, hosts the key-value store.  One per "
+    "cluster; serving engines go on without it.\v"
+    "Examples:\n"
+    "  eep-coordinator --state /var/lib/eep --listen 127.0.0.1:7420\n"
+    "  eep-coordinator --config /etc/eep/coordinator.conf --check-config\n"
+    "\n"
+    "SIGTERM and SIGINT stop it; agents and engines serve on.  SIGHUP reads the configuration files again.  Exit status: 0 "
+    "stopped, 1 failed, 2 usage.";
 
 /* Every connection is a descriptor: as many as we are allowed. */
 static void raise_descriptors(void)
@@ -211,8 +265,11 @@ static void raise_descriptors(void)
 }
 
 struct process {
+    const struct options_program *program;
+    struct options_sources *sources;
     struct event_base *base;
     struct log *log;
+    struct tls *tls;
     struct server *server;
 };
 
@@ -225,18 +282,51 @@ static void on_stop(evutil_socket_t signal_number, short what, void *user)
     event_base_loopbreak(p->base);
 }
 
+/* What is marked OPTIONS_RELOADABLE is taken over; a file with a mistake changes nothing. */
+static void reload(struct process *p)
+{
+    struct options o;
+    struct options_sources *sources = NULL;
+    struct err err;
+    char *restart = NULL;
+    options_default(&o);
+    int rc = options_reload(p->program, p->sources, &o, &sources, &restart, &err);
+    if (rc == 0)
+        rc = options_complete(&o, &err);
+    if (rc == 0 && p->tls)
+        rc = tls_reload(p->tls, &o.tls, &err);
+    if (rc == 0)
+        log_level_set(p->log, o.level);
+    if (rc < 0)
+        log_event(p->log, LOG_LEVEL_ERROR, "reload-failed", "why=%s", err.text);
+    else
+        log_event(p->log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s", *restart ? restart : "none");
+    daemon_log_certificate(p->log, p->tls);
+    free(restart);
+    options_free(sources);
+}
+
 static void on_hangup(evutil_socket_t signal_number, short what, void *user)
 {
     (void)signal_number, (void)what;
-    log_event(((struct process *)user)->log, LOG_LEVEL_INFO, "nothing-to-reload", NULL);
+    daemon_notify_reloading();
+    reload(user);
+    daemon_notify("READY=1");
+}
+
+static void on_day(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    const struct process *p = user;
+    daemon_log_certificate(p->log, p->tls);
 }
 
 static void on_status(evutil_socket_t fd, short what, void *user)
 {
     (void)fd, (void)what;
-    char text[256] = "STATUS=";
-    server_status_text(((struct process *)user)->server, text + 7, sizeof text - 7);
-    daemon_notify(text);
+    char text[256];
+    server_status_text(((struct process *)user)->server, text, sizeof text);
+    daemon_notify_alive(text);
 }
 
 static void on_fatal(void *user, const struct err *err)
@@ -256,15 +346,20 @@ static int announce(const struct process *p, const struct options *o, struct err
     return o->port_file ? daemon_write_addresses(o->port_file, addresses, n, err) : 0;
 }
 
-static int serve(struct process *p, const struct options *o, struct err *err)
+static struct server_config server_config_of(struct process *p, const struct options *o)
 {
-    const struct server_config config = {
+    return (struct server_config){
         .base = p->base, .log = p->log, .cluster = o->cluster, .state = o->state, .listen = o->listen,
-        .n_listen = o->n_listen, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
+        .n_listen = o->n_listen, .listen_fds = o->listen_fd, .tls = p->tls, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
         .store_bytes = (size_t)o->store_mib << 20, .durability = o->durability, .tcpstore = o->tcpstore,
         .n_tcpstore = o->n_tcpstore, .tcpstore_insecure = o->tcpstore_insecure,
         .tcpstore_grace_ms = o->tcpstore_grace_ms,
     };
+}
+
+static int serve(struct process *p, const struct options *o, struct err *err)
+{
+    const struct server_config config = server_config_of(p, o);
     int rc = server_open(&config, &p->server, err);
     if (rc < 0)
         return rc;
@@ -272,17 +367,20 @@ static int serve(struct process *p, const struct options *o, struct err *err)
         evsignal_new(p->base, SIGTERM, on_stop, p),
         evsignal_new(p->base, SIGINT, on_stop, p),
         evsignal_new(p->base, SIGHUP, on_hangup, p),
+        event_new(p->base, -1, EV_PERSIST, on_day, p),
         event_new(p->base, -1, EV_PERSIST, on_status, p),
     };
     const size_t n = sizeof events / sizeof events[0];
-    const struct timeval every = {.tv_sec = 2};
+    const unsigned every_ms = daemon_alive_ms();
+    const struct timeval every = {.tv_sec = every_ms / 1000, .tv_usec = (suseconds_t)(every_ms % 1000) * 1000};
+    const struct timeval day = {.tv_sec = 86400}, *const intervals[] = {NULL, NULL, NULL, &day, &every};
     for (size_t i = 0; i < n; i++) {
-        bool timer = i == n - 1;
-        if (timer && !getenv("NOTIFY_SOCKET"))
+        if (i == n - 1 && !getenv("NOTIFY_SOCKET"))
             continue; /* nobody reads the status: no wake-ups for it */
-        if (!events[i] || event_add(events[i], timer ? &every : NULL) != 0)
+        if (!events[i] || event_add(events[i], intervals[i]) != 0)
             rc = err_set(err, ERR_NOMEM, "out of memory");
     }
+    daemon_log_certificate(p->log, p->tls);
     if (rc == 0)
         rc = announce(p, o, err); /* who reads the addresses may also say SIGTERM */
     if (rc == 0) {
@@ -300,22 +398,38 @@ static int serve(struct process *p, const struct options *o, struct err *err)
 
 int main(int argc, char **argv)
 {
-    struct options o = {.state = "/var/lib/eep", .cluster = "eep", .level = LOG_LEVEL_INFO};
-    coordinator_config_default(&o.core);
-    parse_options(argc, argv, &o);
-    if (!o.n_listen)
-        o.listen[o.n_listen++] = "unix:/run/eep/coordinator.sock";
-    if (o.core.lease_ms < 2 * o.core.heartbeat_ms) {
-        fprintf(stderr, "eep-coordinator: --lease-ms %u must be at least twice --heartbeat-ms %u, or agents are lost "
-                "between two heartbeats\n", o.core.lease_ms, o.core.heartbeat_ms);
-        return 2;
+    struct argp_option table[N_FIXED + N_NUMBERS + 2];
+    options_table(table);
+    const struct argp argp = {.options = table, .parser = parse, .doc = about};
+    const struct options_program program = {.argp = &argp, .section = "coordinator"};
+    struct process p = {.program = &program};
+    struct options o;
+    struct err err = {0};
+    bool check;
+    options_default(&o);
+    options_parse(&program, argc, argv, &o, &p.sources, &check);
+    struct daemon_socket sockets[LISTEN_MAX];
+    int rc = options_take_sockets(&o, sockets, daemon_listen_fds(sockets, LISTEN_MAX), &err);
+    if (rc == 0)
+        rc = options_complete(&o, &err);
+    if (rc == 0)
+        rc = tls_open(&o.tls, &p.tls, &err);
+    if (rc == 0 && check) {
+        const struct server_config config = server_config_of(&p, &o);
+        rc = server_check(&config, &err);
+    }
+    if (rc < 0 || check) {
+        tls_free(p.tls);
+        options_free(p.sources);
+        return options_checked("eep-coordinator", rc, &err);
     }
     signal(SIGPIPE, SIG_IGN);
     raise_descriptors();
 
-    struct err err = {0};
-    struct process p = {.base = event_base_new(), .log = log_new("eep-coordinator", o.cluster, o.level, -1)};
-    int rc = p.base && p.log ? serve(&p, &o, &err) : err_set(&err, ERR_NOMEM, "out of memory");
+    p.base = event_base_new();
+    p.log = log_new("eep-coordinator", o.cluster, o.level, -1);
+    log_format_set(p.log, o.format, LOG_JOURNAL_SOCKET);
+    rc = p.base && p.log ? serve(&p, &o, &err) : err_set(&err, ERR_NOMEM, "out of memory");
     if (rc < 0) {
         /* once: a sentence for a person, an event for a collector of logs */
         if (isatty(2))
@@ -329,6 +443,8 @@ int main(int argc, char **argv)
     log_free(p.log);
     if (p.base)
         event_base_free(p.base);
+    options_free(p.sources);
+    tls_free(p.tls);
     if (rc < 0)
         return err.code == ERR_INVALID || err.code == ERR_DENIED ? 2 : 1;
     return 0;

@@ -25,6 +25,7 @@
 #define CALLER_CUT_BYTES ((size_t)32 << 20)
 #define CALLER_STALL_MS 30000
 #define CONNS_MAX 16384
+#define REFUSED_LOG_NS (1000 * UINT64_C(1000000))
 #define STORE_BYTES_DEFAULT ((size_t)256 << 20)
 
 struct session *server_session(struct server *s, uint64_t id)
@@ -214,8 +215,22 @@ static void on_close(void *user, struct rpc_conn *conn, int code, const char *re
     free(session);
 }
 
-static const struct rpc_handlers handlers = {
-    .on_hello = on_hello, .on_ready = on_ready, .on_frame = on_frame, .on_close = on_close};
+/* Anyone who reaches the port can make these: one line in a while, with how many there were. */
+static void on_refused(void *user, const char *name, int code, const char *reason)
+{
+    struct server *s = user;
+    uint64_t now_ns = clock_now_ns();
+    s->refused++;
+    if (s->refused_ns && now_ns - s->refused_ns < REFUSED_LOG_NS)
+        return;
+    log_event(s->log, LOG_LEVEL_WARN, "connection-refused", "peer=%s code=%s count=%llu why=%s", name, err_code_name(code),
+              (unsigned long long)s->refused, reason);
+    s->refused_ns = now_ns;
+    s->refused = 0;
+}
+
+static const struct rpc_handlers handlers = {.on_hello = on_hello, .on_ready = on_ready, .on_frame = on_frame,
+                                             .on_close = on_close, .on_refused = on_refused};
 
 void agent_link_close(struct server *s, const struct coordinator_action *action)
 {
@@ -230,7 +245,7 @@ void agent_link_close(struct server *s, const struct coordinator_action *action)
 
 /* ---- opening, closing ---- */
 
-static int check_listen(const struct server_config *config, struct err *err)
+int server_check(const struct server_config *config, struct err *err)
 {
     if (!config->n_listen)
         return err_set(err, ERR_INVALID, "no address to listen on");
@@ -239,10 +254,11 @@ static int check_listen(const struct server_config *config, struct err *err)
         int rc = address_parse(config->listen[i], &address, err);
         if (rc < 0)
             return rc;
-        if (!config->insecure && !daemon_address_is_local(config->listen[i]))
+        if (!config->tls && !config->insecure && !daemon_address_is_local(config->listen[i]))
             return err_set(err, ERR_DENIED,
-                           "will not listen on %s: connections are neither encrypted nor authenticated; "
-                           "use a unix socket or the loopback, or --insecure in a network that you trust",
+                           "will not listen on %s: connections are neither encrypted nor authenticated; give --tls-cert, "
+                           "--tls-key and --tls-ca, or use a unix socket or the loopback, or --insecure in a network that "
+                           "you trust",
                            config->listen[i]);
     }
     for (size_t i = 0; i < config->n_tcpstore; i++) {
@@ -293,7 +309,7 @@ static int open_events(struct server *s, struct err *err)
 
 int server_open(const struct server_config *config, struct server **ret_server, struct err *err)
 {
-    int rc = check_listen(config, err);
+    int rc = server_check(config, err);
     if (rc < 0)
         return rc;
     struct server *s = calloc(1, sizeof *s);
@@ -308,7 +324,8 @@ int server_open(const struct server_config *config, struct server **ret_server, 
     snprintf(self.cluster, sizeof self.cluster, "%s", config->cluster);
     snprintf(self.software, sizeof self.software, "eep-coordinator %s", EEP_SOFTWARE);
     const struct rpc_options options = {.handlers = &handlers, .user = s, .self = &self, .unix_mode = 0660,
-                                        .max_conns = CONNS_MAX};
+                                        .max_conns = CONNS_MAX, .fds = config->listen_fds, .fds_lent = true,
+                                        .tls = config->tls};
 
     if ((rc = open_core(s, err)) < 0 || (rc = open_events(s, err)) < 0 || (rc = store_edge_open(s, err)) < 0 ||
         (rc = rpc_listen(s->rpc, config->listen, config->n_listen, &options, &s->listener, err)) < 0) {

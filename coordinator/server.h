@@ -19,7 +19,10 @@ struct server_config {
     const char *state;              /* folder of the journal */
     const char *const *listen;      /* addresses */
     size_t n_listen;
-    bool insecure;                  /* TCP addresses other than the loopback are allowed */
+    const int *listen_fds;          /* for each of them a socket that systemd has made, or -1; NULL = none; borrowed by
+                                       server_open, closed by it or by server_close */
+    struct tls *tls;                /* of TCP addresses; borrowed; NULL = not encrypted */
+    bool insecure;                  /* without tls: TCP addresses other than the loopback are allowed */
     size_t store_bytes;             /* budget of the key-value store; 0 = 256 MiB */
     enum store_durability durability; /* of its durable keys */
     const char *const *tcpstore;    /* "host:port[/namespace]": TCPStore's protocol there */
@@ -32,6 +35,8 @@ struct server_config {
     void *user;
 };
 
+/* Is this a configuration that server_open can take?  Opens nothing. */
+int server_check(const struct server_config *config, struct err *err) MUST_CHECK;
 /* Recovers from the journal, then listens.  ERR_CONFLICT: another coordinator has the state or the address. */
 int server_open(const struct server_config *config, struct server **ret_server, struct err *err) MUST_CHECK;
 /* Closes every connection without a word: agents and engines serve on and look for a coordinator.  Takes NULL. */

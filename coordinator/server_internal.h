@@ -67,6 +67,7 @@ struct server {
     struct session *sessions;
     struct call *calls;
     uint64_t next_request;
+    uint64_t refused, refused_ns;  /* connections since the last line about them, and when that was */
     /* control_status.c */
     uint8_t *view_packed;          /* what the view's watchers were sent last */
     size_t view_packed_len;

@@ -40,6 +40,9 @@ for t in "$@"; do
         if [ "${SIM_SEEDS:-0}" -gt 0 ]; then
             run completion tests/integration/completion.sh "$BUILD"
             run simulation "$BUILD/tests/eep-sim" --seeds "$SIM_SEEDS"
+            run messages tests/docs/messages.sh
+            run units tests/systemd/units.sh "$BUILD"
+            run two_nodes tests/systemd/two_nodes.sh "$BUILD"
             run planted-mistakes tests/sim/bugs.sh "$BUILD/tests/eep-sim"
             # strace and a leak checker cannot both trace a process
             [ -n "${SANITIZE:-}" ] || run steps_no_syscall tests/integration/steps_no_syscall.sh "$BUILD"

@@ -5,11 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KEY_COORDINATOR = 'c', KEY_OUTPUT = 'o' };
+enum { KEY_COORDINATOR = 'c', KEY_OUTPUT = 'o', KEY_TLS_CERT = 0x7f00, KEY_TLS_KEY, KEY_TLS_CA };
 
 static const struct argp_option global_options[] = {
     {"coordinator", KEY_COORDINATOR, "ADDR", 0,
      "unix:/path or host:port (default $EEP_COORDINATOR, else unix:/run/eep/coordinator.sock)", 0},
+    {"tls-cert", KEY_TLS_CERT, "FILE", 0, "certificate for a coordinator that speaks TLS (default $EEP_TLS_CERT)", 0},
+    {"tls-key", KEY_TLS_KEY, "FILE", 0, "its key (default $EEP_TLS_KEY)", 0},
+    {"tls-ca", KEY_TLS_CA, "FILE", 0, "the cluster's CA (default $EEP_TLS_CA)", 0},
     {"output", KEY_OUTPUT, "FORMAT", 0, "table (default) or json", 0},
     OPTIONS_HELP(0),
     {0},
@@ -21,6 +24,15 @@ static error_t global_parse(int key, char *arg, struct argp_state *state)
     switch (key) {
     case KEY_COORDINATOR:
         ctl->coordinator = arg;
+        return 0;
+    case KEY_TLS_CERT:
+        ctl->tls.cert = arg;
+        return 0;
+    case KEY_TLS_KEY:
+        ctl->tls.key = arg;
+        return 0;
+    case KEY_TLS_CA:
+        ctl->tls.ca = arg;
         return 0;
     case KEY_OUTPUT:
         if (strcmp(arg, "table") == 0)

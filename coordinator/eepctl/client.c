@@ -11,8 +11,15 @@ int client_connect(struct ctl *ctl, struct err *err)
         return 0;
     struct rpc_identity self = {.role = RPC_ROLE_OPERATOR};
     snprintf(self.software, sizeof self.software, "eepctl %s", EEP_SOFTWARE);
-    int rc = rpc_client_connect(ctl->coordinator, &self, &pb__control__descriptor, CLIENT_CONNECT_MS, &ctl->client,
+    struct tls *tls = NULL;
+    int rc = tls_open(&ctl->tls, &tls, err);
+    if (rc < 0)
+        return rc;
+    if (tls && !tls_self_is(tls, "operator"))
+        self.role = RPC_ROLE_READER;
+    rc = rpc_client_connect_tls(ctl->coordinator, &self, &pb__control__descriptor, tls, CLIENT_CONNECT_MS, &ctl->client,
                                 err);
+    tls_free(tls);
     if (rc == ERR_UNREACHABLE || rc == ERR_TIMEOUT || rc == ERR_NOTFOUND) { /* not found: the host's name */
         struct err why = *err;
         return err_set(err, ERR_UNREACHABLE,

@@ -11,6 +11,7 @@
 #include <stdio.h>
 
 #include "common/err.h"
+#include "common/tls.h"
 #include "common/topology.h"
 #include "control.pb-c.h"
 
@@ -29,6 +30,7 @@ enum ctl_output { CTL_TABLE, CTL_JSON };
 
 struct ctl {
     const char *coordinator; /* address */
+    struct tls_files tls;
     enum ctl_output output;
     struct rpc_client *client; /* connected by the first call */
 };

@@ -140,6 +140,8 @@ int main(int argc, char **argv)
 
     const char *env = getenv("EEP_COORDINATOR");
     struct choice choice = {.ctl.coordinator = env && *env ? env : "unix:/run/eep/coordinator.sock"};
+    choice.ctl.tls = (struct tls_files){.cert = getenv("EEP_TLS_CERT"), .key = getenv("EEP_TLS_KEY"),
+                                        .ca = getenv("EEP_TLS_CA")};
     argv[0] = (char *)"eepctl";
     if (argp_parse(&argp, argc, argv, ARGP_IN_ORDER | ARGP_NO_HELP, NULL, &choice))
         return CTL_USAGE;

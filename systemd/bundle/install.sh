@@ -19,16 +19,16 @@ copy() { # a folder, with all that is in it
         install -D -m 644 "$here/$file" "$root/$file"
     done
 }
-for program in eep-coordinator eep-agent eep-keeper eepctl; do
+for program in eep-coordinator eep-agent eep-keeper eepctl eep-ca; do
     install -D -m 755 "$here/bin/$program" "$root/bin/$program"
 done
 copy include
-copy share
+for folder in lib/sysusers.d lib/tmpfiles.d share; do copy "$folder"; done
 install -D -m 644 "$here/lib/libeep.a" "$root/lib/libeep.a"
 install -m 755 "$here/lib/libeep.so.0" "$root/lib/libeep.so.0"
 ln -sf libeep.so.0 "$root/lib/libeep.so"
 mkdir -p "$root/lib/systemd/system"
-for unit in "$here"/lib/systemd/system/*.service; do
+for unit in "$here"/lib/systemd/system/*; do
     sed "s|/usr/local|$prefix|g" "$unit" >"$root/lib/systemd/system/${unit##*/}"
     chmod 644 "$root/lib/systemd/system/${unit##*/}"
 done

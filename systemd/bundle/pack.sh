@@ -30,7 +30,7 @@ install -m 644 systemd/bundle/INSTALL "$top"
 find agent/python -name '*.py' -o -name '*.toml' -o -name py.typed | while read -r file; do
     install -D -m 644 "$file" "$top/${file#agent/}"
 done
-copyright libevent-dev libprotobuf-c-dev liblmdb-dev libjansson-dev
+copyright libevent-dev libprotobuf-c-dev liblmdb-dev libjansson-dev libinih-dev libssl-dev
 
 if [ $# -gt 0 ]; then
     mkdir -p "$top/bin/tests" "$top/tests/gpu" "$top/tests/bench"
@@ -47,7 +47,7 @@ fi
 
 find "$top/bin" "$top/lib" -type f | while read -r file; do
     case $file in
-    *.service) ;;
+    "$top"/lib/*/* | */eep-ca | *.sh) ;; # no programs
     *.a) strip -D --strip-debug "$file" ;;
     *) strip -D --strip-unneeded "$file" ;;
     esac

@@ -24,7 +24,7 @@ cd "$d"
 tar -xzf "$tarball" && tar -xzf "$instruments"
 [ "$(find . -mindepth 1 -maxdepth 1 | wc -l)" = 2 ] || fail "a tarball has more than one folder at its top"
 top=$d/$(basename "$tarball" .tar.gz) tests=$d/$(basename "$instruments" .tar.gz)
-[ -z "$(find "$tests" -name '*.so*' ! -name 'libeep.so*')" ] || fail "a foreign library is in the tarball"
+[ -z "$(find "$tests" \( -name '*.so' -o -name '*.so.*' \) ! -name 'libeep.so*')" ] || fail "a foreign library is in the tarball"
 [ -z "$(tar -tvzf "$instruments" | awk '$2 != "0/0"')" ] || fail "a file in the tarball does not belong to owner 0"
 [ "$(tar --full-time -tvzf "$instruments" | awk '{ print $4, $5 }' | sort -u | wc -l)" = 1 ] || fail "files of different times"
 pass "layout, owner and time"

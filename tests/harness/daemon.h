@@ -17,6 +17,7 @@ struct daemon_process {
     char bin[256];
     const char *extra[16]; /* more arguments, NULL terminated */
     const char *preload;   /* LD_PRELOAD, or NULL */
+    bool own_level;        /* no --log-level: `extra` or a file says it */
     pid_t pid;
     char address[128];     /* of the first --listen 127.0.0.1:0 */
     char tcpstore[128];    /* of the first --tcpstore-listen, "" = none */
@@ -45,9 +46,10 @@ static inline bool daemon_process_start(struct daemon_process *d)
     if (d->pid == 0) {
         const char *args[32] = {d->bin, "--state", state, "--listen", "127.0.0.1:0", "--port-file", ports,
                                 "--log-level", "warn"};
-        int n = 9, fd = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600);
+        int n = d->own_level ? 7 : 9, fd = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600);
         for (int i = 0; d->extra[i]; i++)
             args[n++] = d->extra[i];
+        args[n] = NULL;
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (d->preload) {
             setenv("LD_PRELOAD", d->preload, 1);

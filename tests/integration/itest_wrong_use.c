@@ -3,6 +3,7 @@
  * Wrong options, addresses in use, one state folder or one agent id twice, checkpoints that are none, and bytes that
  * are no protocol at every socket that listens. */
 #include "tests/integration/itest.h"
+#include "tests/integration/itest_run.h"
 
 #include <errno.h>
 #include <netinet/in.h>
@@ -10,31 +11,6 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
-
-static char said[65536];
-
-/* Runs a program of the tree; its stdout and stderr are in `said`.  The exit code, 128 + signal, or -1 when it had to
- * be ended after two seconds: it had found nothing wrong. */
-static int run(const char *command)
-{
-    char line[2048];
-    const char *bin = getenv("EEP_BIN");
-    snprintf(line, sizeof(line), "exec timeout -k 5 2 %s/%s 2>&1 </dev/null", bin ? bin : "build", command);
-    FILE *p = popen(line, "r");
-    ck_assert_ptr_nonnull(p);
-    size_t n = fread(said, 1, sizeof(said) - 1, p);
-    said[n] = '\0';
-    int status = pclose(p);
-    int code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-    return code == 124 ? -1 : code;
-}
-
-#define REFUSED(command, code, sentence)                                                                               \
-    do {                                                                                                               \
-        int got_ = run(command);                                                                                       \
-        ck_assert_msg(got_ == (code), "%s: exit %d, not %d: %s", command, got_, code, said);                           \
-        ck_assert_msg(strstr(said, sentence) != NULL, "%s: not said: \"%s\", but: %s", command, sentence, said);       \
-    } while (0)
 
 START_TEST(wrong_options_of_the_demo)
 {

@@ -1,11 +1,14 @@
 /* Log lines: one event a line whatever the values hold, quoted so that they can be taken apart again. */
 #include <check.h>
 #include <fcntl.h>
+#include <jansson.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "common/log.h"
@@ -66,7 +69,10 @@ START_TEST(quoting)
         {"unix:/run/eep.sock", "unix:/run/eep.sock"},
         {"\x1b[31mred", "\"\\x1b[31mred\""},
         {"%s%n", "%s%n"},
-        {"gr\xc3\xb6\xc3\x9f" "er", "gr\xc3\xb6\xc3\x9f" "er"},
+        {"gr\xc3\xb6\xc3\x9f"
+         "er",
+         "gr\xc3\xb6\xc3\x9f"
+         "er"},
     };
     struct log *log = log_new("d", "", LOG_LEVEL_DEBUG, pipe_fds[1]);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -135,7 +141,7 @@ END_TEST
 static void *log_many(void *arg)
 {
     for (int i = 0; i < LINES; i++)
-        log_event(arg, LOG_LEVEL_INFO, "many", "i=%d why=%s", i, "a few words that belong together");
+        log_event(arg, LOG_LEVEL_DEBUG, "many", "i=%d why=%s", i, "a few words that belong together");
     return NULL;
 }
 
@@ -171,6 +177,120 @@ START_TEST(levels)
 }
 END_TEST
 
+START_TEST(json)
+{
+    struct log *log = log_new("d", "gpu0", LOG_LEVEL_DEBUG, pipe_fds[1]);
+    char big[8000], want[160];
+    log_format_set(log, LOG_FORMAT_JSON, "");
+    log_event(log, LOG_LEVEL_INFO, "e", "why=%s n=%d zero=%s hex=%s", "a \"b\"\n\x01\\ gr\xc3\xb6\xc3\x9f", 12, "007",
+              "12ab");
+    (void)logged();
+    snprintf(want, sizeof want, "\"%s", strstr(got, "level\""));
+    ck_assert_str_eq(
+        want, "\"level\":\"info\",\"daemon\":\"d\",\"id\":\"gpu0\",\"event\":\"e\",\"why\":\"a \\\"b\\\"\\n\\u0001\\\\ "
+              "gr\xc3\xb6\xc3\x9f\",\"n\":12,\"zero\":\"007\",\"hex\":\"12ab\"}\n");
+    memset(big, 'x', sizeof big - 1);
+    big[0] = '\xff'; /* no UTF-8 */
+    big[sizeof big - 1] = '\0';
+    log_event(log, LOG_LEVEL_INFO, "e", "why=%s", big);
+    (void)logged();
+    json_t *root = json_loads(got, 0, NULL); /* what is cut is still JSON */
+    ck_assert_msg(json_is_true(json_object_get(root, "truncated")), "%s", got);
+    json_decref(root);
+    log_event(log, LOG_LEVEL_INFO, "e", "why=%s", "\xff is no UTF-8");
+    (void)logged();
+    root = json_loads(got, 0, NULL);
+    ck_assert_str_eq(json_string_value(json_object_get(root, "why")), "? is no UTF-8");
+    json_decref(root);
+    log_free(log);
+}
+END_TEST
+
+/* A stand-in for journald: fields, a value with a newline, the level; and lines on stderr when it has gone. */
+START_TEST(native_journal)
+{
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    char folder[] = "/tmp/eep-log-XXXXXX", stream[64], entry[4096], id[33], want[64];
+    struct stat st;
+    ck_assert_ptr_nonnull(mkdtemp(folder));
+    snprintf(name.sun_path, sizeof name.sun_path, "%s/socket", folder);
+    int journal = socket(AF_UNIX, SOCK_DGRAM, 0);
+    ck_assert_int_eq(bind(journal, (struct sockaddr *)&name, sizeof name), 0);
+    ck_assert_int_eq(fstat(pipe_fds[1], &st), 0);
+    snprintf(stream, sizeof stream, "%llu:%llu", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino);
+    setenv("JOURNAL_STREAM", stream, 1);
+
+    struct log *log = log_new("eep-agent", "gpu0", LOG_LEVEL_INFO, pipe_fds[1]);
+    log_format_set(log, LOG_FORMAT_AUTO, name.sun_path);
+    log_event(log, LOG_LEVEL_WARN, "work-failed", "op=%d bytes_per_s=%d why=%s", 7, 8, "two\nlines");
+    ssize_t n = recv(journal, entry, sizeof entry - 1, MSG_DONTWAIT);
+    ck_assert_int_gt(n, 0);
+    log_message_id("work-failed", id);
+    snprintf(want, sizeof want, "MESSAGE_ID=%s\n", id);
+    const char *const fields[] = {"PRIORITY=4\n",
+                                  "SYSLOG_IDENTIFIER=eep-agent\n",
+                                  want,
+                                  "EEP_EVENT=work-failed\n",
+                                  "EEP_ID=gpu0\n",
+                                  "MESSAGE=work-failed op=7 bytes_per_s=8 why=\"two\\nlines\"\n",
+                                  "EEP_OP=7\n",
+                                  "EEP_BYTES_PER_S=8\n"};
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++)
+        ck_assert_msg(memmem(entry, (size_t)n, fields[i], strlen(fields[i])) != NULL, "no %s", fields[i]);
+    static const char binary[] = "EEP_WHY\n\x09\0\0\0\0\0\0\0two\nlines\n";
+    ck_assert_ptr_nonnull(memmem(entry, (size_t)n, binary, sizeof binary - 1));
+    ck_assert_str_eq(logged(), "");
+
+    close(journal);
+    log_event(log, LOG_LEVEL_INFO, "e", NULL);
+    ck_assert_str_eq(logged(), "level=info daemon=eep-agent id=gpu0 event=e\n");
+    log_free(log);
+    unlink(name.sun_path);
+    rmdir(folder);
+}
+END_TEST
+
+/* The table of docs/messages.md tells the ids that are written: they are kept by whoever filters on them. */
+START_TEST(message_ids_are_documented)
+{
+    FILE *f = fopen("docs/messages.md", "r");
+    char line[1024], event[64], id[64], is[33];
+    int rows = 0;
+    ck_assert_ptr_nonnull(f);
+    while (fgets(line, sizeof line, f))
+        if (sscanf(line, "| `%63[a-z-]` | %32[0-9a-f] |", event, id) == 2 && strlen(id) == 32) {
+            log_message_id(event, is);
+            ck_assert_msg(strcmp(id, is) == 0, "%s has MESSAGE_ID %s", event, is);
+            rows++;
+        }
+    fclose(f);
+    ck_assert_int_gt(rows, 40);
+}
+END_TEST
+
+START_TEST(rates)
+{
+    static char lines[1 << 20];
+    struct log *log = log_new("d", "", LOG_LEVEL_INFO, pipe_fds[1]);
+    ck_assert_int_ge(fcntl(pipe_fds[1], F_SETPIPE_SZ, 1 << 20), 0);
+    for (int i = 0; i < 2000; i++)
+        log_event(log, LOG_LEVEL_WARN, "storm", NULL);
+    log_event(log, LOG_LEVEL_ERROR, "storm", NULL); /* errors always */
+    sleep(1);
+    log_event(log, LOG_LEVEL_WARN, "storm", NULL);
+    ssize_t n = read(pipe_fds[0], lines, sizeof lines - 1);
+    ck_assert_int_gt(n, 0);
+    lines[n] = '\0';
+    int count = 0, suppressed = 0, told = 0;
+    for (char *p = lines; (p = strstr(p, "event=storm")); p++, count++)
+        if (sscanf(p, "event=storm suppressed=%d", &suppressed) == 1)
+            told += suppressed;
+    ck_assert_int_lt(count, 1000); /* 202, more when the clock went on to the next second */
+    ck_assert_int_eq(count + told, 2002);
+    log_free(log);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("log");
@@ -183,6 +303,10 @@ int main(void)
     tcase_add_test(tc, journal_prefix);
     tcase_add_test(tc, lines_stay_whole);
     tcase_add_test(tc, levels);
+    tcase_add_test(tc, json);
+    tcase_add_test(tc, native_journal);
+    tcase_add_test(tc, message_ids_are_documented);
+    tcase_add_test(tc, rates);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

@@ -103,7 +103,8 @@ static void on_close(void *user, struct rpc_conn *conn, int code, const char *re
     ck_assert_int_eq(rpc_conn_send(conn, FRAME_MESSAGE, 0, 0, NULL), ERR_UNREACHABLE);
 }
 
-static const struct rpc_handlers handlers = {on_hello, on_ready, on_frame, on_close};
+static const struct rpc_handlers handlers = {
+    .on_hello = on_hello, .on_ready = on_ready, .on_frame = on_frame, .on_close = on_close};
 
 static void world_open(struct world *w, const char *server, const char *client)
 {

@@ -1,0 +1,15 @@
+/* Certificates that end are told ahead: see daemon.h.  A file of its own, for programs without TLS.  Loop thread. */
+#include "common/daemon.h"
+#include "common/log.h"
+#include "common/tls.h"
+
+void daemon_log_certificate(struct log *log, const struct tls *tls)
+{
+    int64_t left = tls ? tls_seconds_left(tls) : INT64_MAX, day = 86400;
+    if (left < 0)
+        log_event(log, LOG_LEVEL_ERROR, "certificate-expired", "hours_ago=%lld what=%s", (long long)(-left / 3600),
+                  "new connections fail: put a new one in its place and reload");
+    else if (left < 30 * day)
+        log_event(log, left < 3 * day ? LOG_LEVEL_ERROR : LOG_LEVEL_WARN, "certificate-expires",
+                  "hours_left=%lld what=%s", (long long)(left / 3600), "put a new one in its place and reload");
+}
