@@ -216,6 +216,8 @@ static void chaos_run(struct chaos *x, int seconds)
     }
     snprintf(x->story, sizeof x->story, "end");
     supervisor_heal(&x->s);
+    cluster_sleep_ms(1000); /* an incarnation that was just evicted takes its engine with it */
+    supervisor_heal(&x->s);
     int code = cluster_feeder_stop(&x->c, 70000);
     char *report = cluster_read(&x->c, "report.json");
     if (code != 0)
