@@ -260,8 +260,11 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: bench_tcpstore EEP_TCPSTORE EEP PYTORCH [SECONDS]\n");
         return 2;
     }
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 3; i++) {
         side_open(&sides[i], argv[1 + i], i != 1);
+        if (conn_open(&sides[i]) < 0) /* stays: a namespace without connections is emptied after its grace */
+            die(sides[i].address);
+    }
     printf("| calls a second, client in C | PyTorch's server | eep, the same bytes | ratio | eep, its own protocol | ratio |\n"
            "|---|---|---|---|---|---|\n");
     for (unsigned n = 1; n <= CONNS_MAX; n += CONNS_MAX - 1)
