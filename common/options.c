@@ -35,7 +35,7 @@ error_t options_error(struct argp_state *state, const char *fmt, ...)
         if (!place->err->code) /* the first one counts */
             err_set(place->err, ERR_INVALID, "%s%s%s", place->where, *place->where ? ": " : "", text);
     } else if (place && *place->where) {
-        fprintf(stderr, "%s: %s: %s\n", state->name, place->where, text);
+        fprintf(stderr, "%s: %s: %s\n", program_invocation_short_name, place->where, text);
         exit(argp_err_exit_status);
     } else {
         argp_error(state, "%s", text);

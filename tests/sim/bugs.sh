@@ -2,7 +2,7 @@
 # Plants each known mistake in turn and shows after how many seeds and events the simulator finds it.
 # Usage: tests/sim/bugs.sh [SIMULATOR] [SEEDS]        exit 1 if one is not found
 sim=${1:-build/tests/eep-sim}
-seeds=${2:-6000}
+seeds=${2:-20000}
 missed=0
 
 printf '%-28s %7s %8s  %s\n' mistake seed event violation

@@ -55,11 +55,11 @@ for _ in $(seq 100); do
 done
 ctl agents >"$d/agents.log" 2>&1 || fail "eepctl agents"
 [ "$(grep -c spare "$d/agents.log")" = 2 ] || fail "both agents do not come"
-ctl scale --to 1 >"$d/scale.log" 2>&1 || fail "scale --to 1"
+ctl scale --to 1 --wait-for-agents=30 >"$d/scale.log" 2>&1 || fail "scale --to 1"
 start $a feeder "$bin/tests/eep-feeder" --coordinator "unix:$d/c.sock" --data tests/data/qwen3-moe-tiny --duration 4 \
     --report "$d/report.json"
 feeder=${pids[-1]}
-ctl scale --to 2 >"$d/scale.log" 2>&1 || fail "scale --to 2"
+ctl scale --to 2 --wait-for-agents=30 >"$d/scale.log" 2>&1 || fail "scale --to 2"
 ctl verify >"$d/verify.log" 2>&1 || fail "verify"
 ctl scale --to 1 --remove b0 >"$d/scale.log" 2>&1 || fail "scale --to 1"
 wait "$feeder" || fail "the feeder"
