@@ -43,6 +43,7 @@ struct ctl_command {
 extern const struct ctl_command ctl_commands[]; /* ended by a NULL name */
 
 int cmd_status(struct ctl *ctl, int argc, char **argv);
+int cmd_health(struct ctl *ctl, int argc, char **argv);
 int cmd_agents(struct ctl *ctl, int argc, char **argv);
 int cmd_scale(struct ctl *ctl, int argc, char **argv);
 int cmd_drain(struct ctl *ctl, int argc, char **argv);

@@ -9,6 +9,7 @@
 
 const struct ctl_command ctl_commands[] = {
     {"status", cmd_status, "the committed view, its members, and the operation"},
+    {"health", cmd_health, "whether the cluster serves, for readiness probes"},
     {"agents", cmd_agents, "every agent that the coordinator knows"},
     {"scale", cmd_scale, "change the number of ranks while serving"},
     {"drain", cmd_drain, "take one agent out of the view"},

@@ -129,6 +129,7 @@ static const struct promise {
      "op kind outcome target why epoch bytes_done bytes_planned hold_ns_max phases started_ms ended_ms parties"},
     {{"scale", "--to", "3", "--dry-run"}, "op outcome text parties summary plan"},
     {{"status"}, "cluster view op op_running spares layers logical slots commit_state members"},
+    {{"health"}, "ready why"},
     {{"agents"}, "agents"},
     {{"watch"}, "op kind outcome target why epoch bytes_done bytes_planned phases"},
     {{"history"}, "operations"},
