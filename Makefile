@@ -127,7 +127,7 @@ $(BUILD)/libagent.a: $(call obj,$(AGENT_SRC))
 	rm -f $@ && ar rcs $@ $^
 # what libeep shares with the agent: the manifest, the frames of the engine socket, the CUDA driver
 LIBEEP_SHARED := agent/manifest.c agent/manifest_wire.c agent/engine_frame.c agent/dtype.c
-LIBEEP_SHARED += $(if $(HAVE_CUDA),agent/cuda_driver.c agent/cuda_memory.c)
+LIBEEP_SHARED += $(if $(HAVE_CUDA),agent/cuda_driver.c agent/cuda_memory.c agent/gpu_errors.c)
 $(BUILD)/agent/libeep/%.o: override CFLAGS += -fvisibility=hidden
 $(BUILD)/libeep.a: $(call obj,$(LIBEEP_SRC) $(LIBEEP_SHARED))
 	rm -f $@ && ar rcs $@ $^

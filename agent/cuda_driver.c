@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "agent/gpu_errors.h"
+
 #define TEXT(name)  TEXT2(name) /* after cuda.h's macros have put the version suffix on */
 #define TEXT2(name) #name
 
@@ -72,6 +74,7 @@ int cuda_check(const struct cuda_driver *cu, CUresult result, struct err *err, c
 {
     if (result == CUDA_SUCCESS)
         return 0;
+    gpu_error_count(GPU_ERROR_CUDA);
     const char *name = NULL, *text = NULL;
     char what[256];
     va_list args;

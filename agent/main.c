@@ -15,6 +15,7 @@
 #include "agent/service.h"
 #include "common/clock.h"
 #include "common/daemon.h"
+#include "common/metrics_http.h"
 #include "common/options.h"
 #include "common/tls.h"
 
@@ -25,7 +26,7 @@
 
 struct options {
     struct service_config service;
-    const char *engine_command, *port_file;
+    const char *engine_command, *port_file, *metrics;
     struct tls_files tls;
     char engine_socket[512], memory[128];
     enum log_level level;
@@ -36,7 +37,8 @@ struct options {
 enum { KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
        KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
        KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS, KEY_SHARED_GPU,
-       KEY_STEP_LIMIT, KEY_TLS_CERT, KEY_TLS_KEY, KEY_TLS_CA, KEY_FORMAT, KEY_DATA_INSECURE };
+       KEY_STEP_LIMIT, KEY_TLS_CERT, KEY_TLS_KEY, KEY_TLS_CA, KEY_FORMAT, KEY_DATA_INSECURE,
+       KEY_METRICS };
 
 static const struct argp_option option_table[] = {
     {"id", KEY_ID, "NAME", 0, "name of this agent, unique in the cluster (required)", 0},
@@ -77,6 +79,8 @@ static const struct argp_option option_table[] = {
     {"data-insecure", KEY_DATA_INSECURE, 0, 0,
      "allow --data-listen beyond the loopback: weights are never encrypted", 3},
     {"port-file", KEY_PORT_FILE, "FILE", 0, "write both addresses with their real ports there, one a line", 3},
+    {"metrics-listen", KEY_METRICS, "ADDR", 0,
+     "serve GET /metrics (Prometheus) and GET /healthz on host:port or unix:/path (default: not)", 3},
     {0, 0, 0, 0, "Process:", 4},
     {"stop-after", KEY_STOP_AFTER, "MS", 0, "how long SIGTERM waits for a drain (30000)", 4},
     {"log-format", KEY_FORMAT, "FORMAT", 0,
@@ -148,6 +152,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_TLS_CA: o->tls.ca = arg; return 0;
     case KEY_SHARED_GPU: s->shared_gpu = true; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
+    case KEY_METRICS: o->metrics = arg; return 0;
     case KEY_STOP_AFTER: o->stop_after_ms = number(state, "--stop-after", arg, 86400000); return 0;
     case KEY_FORMAT:
         if (log_format_parse(arg, &o->format) < 0)
@@ -191,6 +196,8 @@ struct process {
     struct event *turn;  /* what comes next in this phase */
     struct event *stop_after, *status, *day, *signals[4];
     struct tls *tls;
+    struct service_metrics counts;
+    struct metrics_http *metrics;
     bool ready;          /* systemd has been told */
     uint64_t opened_ns;
     unsigned restart_ms;
@@ -218,6 +225,7 @@ static int open_service(struct process *p, struct err *err)
     struct service_config config = p->options->service;
     config.base = p->base;
     config.log = p->log;
+    config.metrics = &p->counts;
     config.keep = p->keep;
     config.tls = p->tls;
     config.on_exit = on_exit_asked;
@@ -408,11 +416,41 @@ static int open_events(struct process *p, struct err *err)
     return bad ? err_set(err, ERR_NOMEM, "out of memory") : 0;
 }
 
+static void metrics_write(void *user, struct metrics_text *t)
+{
+    const struct process *p = user;
+    service_metrics_write(p->service, &p->counts, t);
+}
+
+static bool is_healthy(void *user, char *text, size_t size)
+{
+    const struct process *p = user;
+    snprintf(text, size, "starting again");
+    if (p->service)
+        service_status_text(p->service, text, size);
+    return service_is_welcome(p->service);
+}
+
+static int open_metrics(struct process *p, struct err *err)
+{
+    const struct options *o = p->options;
+    const struct metrics_http_config config = {.base = p->base, .address = o->metrics, .insecure = o->service.insecure,
+                                               .daemon = "eep-agent", .write = metrics_write, .healthy = is_healthy,
+                                               .user = p};
+    service_metrics_init(&p->counts);
+    if (!o->metrics)
+        return 0;
+    int rc = metrics_http_open(&config, &p->metrics, err);
+    if (rc == 0)
+        log_event(p->log, LOG_LEVEL_INFO, "listening", "address=%s protocol=metrics", metrics_http_address(p->metrics));
+    return rc;
+}
+
 static int process_run(struct process *p, struct err *err)
 {
     const struct options *o = p->options;
     int rc;
-    if ((rc = open_events(p, err)) < 0 || (rc = open_service(p, err)) < 0)
+    if ((rc = open_events(p, err)) < 0 || (rc = open_metrics(p, err)) < 0 || (rc = open_service(p, err)) < 0)
         return rc;
     if (o->engine_command &&
         (rc = engine_process_start(p->base, p->log, o->engine_command, o->service.engine_socket, engine_wanted, p,
@@ -426,6 +464,7 @@ static void process_done(struct process *p)
     struct event *events[] = {p->turn, p->stop_after, p->status, p->day, p->signals[0], p->signals[1], p->signals[2],
                               p->signals[3]};
     daemon_signals_hold(); /* libevent gives them their default back */
+    metrics_http_close(p->metrics);
     service_close(p->service);
     engine_process_free(p->engine);
     keep_close(p->keep);
@@ -473,6 +512,8 @@ int main(int argc, char **argv)
     o.service.tls = p.tls;
     if (rc == 0 && check)
         rc = service_check(&o.service, &err);
+    if (rc == 0)
+        rc = metrics_http_check(o.metrics, o.service.insecure, &err);
     if (rc < 0 || check) {
         tls_free(p.tls);
         options_free(p.sources);

@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "agent/gpu_errors.h"
+
 #define NCCL_SONAME      "libnccl.so.2"
 #define NCCL_VERSION_MIN 21400 /* non-blocking communicators */
 #define LAST_ERROR_MAX   200   /* of NCCL's last error, which may be long */
@@ -76,6 +78,7 @@ int nccl_check(const struct nccl_library *library, ncclComm_t comm, ncclResult_t
 {
     if (result == ncclSuccess || result == ncclInProgress)
         return 0;
+    gpu_error_count(GPU_ERROR_NCCL);
     char what[160], last[LAST_ERROR_MAX];
     va_list ap;
     va_start(ap, fmt);

@@ -69,6 +69,7 @@ static void follow_view(struct service *s)
 
 static void log_transition(struct service *s, const struct agent_action *a)
 {
+    service_metrics_transition(s->config.metrics, a->role, a->to);
     char what[256];
     snprintf(what, sizeof what, "agent %s: %s --%s--> %s", s->config.id, machine_state_name(a->from),
              machine_event_name(a->event), machine_state_name(a->to));
@@ -80,6 +81,8 @@ static void perform(struct service *s, struct agent_action *a)
 {
     switch (a->type) {
     case AA_SEND:
+        if (a->msg.type == MSG_FLIPPED)
+            service_metrics_flipped(s->config.metrics, &a->msg.flipped);
         coordinator_link_send(s->coordinator, &a->msg);
         return;
     case AA_PAGE:
@@ -160,6 +163,7 @@ static void on_link_up(void *user)
 
 static void on_link_down(void *user)
 {
+    ((struct service *)user)->config.metrics->coordinator_losses++;
     struct agent_event event = {.type = AE_LINK_DOWN};
     service_event(user, &event);
 }
@@ -240,8 +244,10 @@ static void work_ended(struct service *s, const struct worker_result *result)
         engine_socket_sealed(s->engine, result->code, result->text);
         event.type = AE_ENGINE_SEALED;
     }
-    if (!result->progress)
+    if (!result->progress) {
         log_work(s, result);
+        service_metrics_work(s->config.metrics, result);
+    }
     service_event(s, &event);
 }
 
@@ -541,6 +547,7 @@ int service_open(const struct service_config *config, struct service **ret_servi
     log_event(s->log, LOG_LEVEL_INFO, "incarnation", "incarnation=%016llx address=%s data=%s socket=%s readopted=%s",
               (unsigned long long)s->agent.incarnation, s->agent.address, s->agent.data_address,
               s->config.engine_socket, adopt_record(s->adopt) ? "yes" : "no");
+    s->config.metrics->incarnations++;
     *ret_service = s;
     return 0;
 }
@@ -605,4 +612,21 @@ void service_status_text(const struct service *s, char *text, size_t size)
              (unsigned long long)status.applied_epoch,
              status.engine && status.resuming ? "awaited after a re-adoption" : status.engine ? "attached" : "none",
              status.welcomed ? "coordinator connected" : "no coordinator");
+}
+
+bool service_is_welcome(const struct service *s)
+{
+    struct agent_status status = {0};
+    if (s)
+        agent_core_status(s->core, &status);
+    return status.welcomed;
+}
+
+void service_metrics_write(const struct service *s, const struct service_metrics *metrics, struct metrics_text *t)
+{
+    struct agent_status status = {0};
+    if (s)
+        agent_core_status(s->core, &status);
+    service_metrics_write_present(&status, t);
+    service_metrics_write_counts(metrics, t);
 }

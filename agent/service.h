@@ -9,6 +9,7 @@
 #include <event2/event.h>
 
 #include "agent/core.h"
+#include "agent/service_metrics.h"
 #include "common/log.h"
 
 struct service;
@@ -16,6 +17,7 @@ struct service;
 struct service_config {
     struct event_base *base;
     struct log *log;
+    struct service_metrics *metrics; /* of all incarnations of the process; borrowed */
     const char *id, *cluster, *coordinator;
     const char *listen, *data_listen; /* peers, host transport */
     const char *advertise;            /* host that others reach this one by; NULL = as listened on */
@@ -44,6 +46,9 @@ bool service_has_engine(const struct service *service); /* attached, or awaited 
 void service_stop(struct service *service);
 const char *service_address(const struct service *service);      /* advertised, with its real port */
 const char *service_data_address(const struct service *service);
+/* Counters, and the present of `service`; NULL: between two incarnations. */
+void service_metrics_write(const struct service *service, const struct service_metrics *metrics, struct metrics_text *t);
+bool service_is_welcome(const struct service *service); /* the coordinator has taken us; takes NULL */
 void service_status_text(const struct service *service, char *text, size_t size); /* one sentence for people */
 
 #endif

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <utlist.h>
 
+#include "common/clock.h"
 #include "common/topology_wire.h"
 
 #define CALLS_MAX 4096 /* open at once on one connection */
@@ -338,6 +339,8 @@ void control_frame(struct session *session, const struct frame *frame)
         frame_fail(session, frame, err.code, err.text);
         return;
     }
+    uint64_t begun_ns = clock_now_ns();
     methods[frame->header.method].run(session, frame, request); /* makes no callback: the scratch is its alone */
+    server_metrics_call(&session->server->metrics, (enum control_method)frame->header.method, clock_now_ns() - begun_ns);
     rpc_scratch_free(scratch, request);
 }

@@ -19,6 +19,7 @@
 #include <unistd.h>
 #include <utlist.h>
 
+#include "common/clock.h"
 #include "common/topology.h"
 #include "coordinator/journal_parts.h"
 #include "coordinator/mdb_file.h"
@@ -32,6 +33,7 @@ struct entry {
     struct durable *durable;
     unsigned parts;
     int code;
+    uint64_t submitted_ns, ended_ns;
     struct entry *prev, *next;
 };
 
@@ -47,6 +49,7 @@ struct journal {
     bool started, stop, writing;
     pthread_t writer;
     struct entry *waiting, *done;
+    uint64_t took_ns; /* the loop's */
 };
 
 static void entry_free(struct entry *entry)
@@ -285,6 +288,7 @@ int journal_submit(struct journal *j, uint64_t seq, struct durable *durable, uns
     entry->seq = seq;
     entry->durable = durable;
     entry->parts = parts;
+    entry->submitted_ns = clock_now_ns();
     pthread_mutex_lock(&j->queue);
     DL_APPEND(j->waiting, entry);
     pthread_cond_signal(&j->more);
@@ -309,11 +313,13 @@ static void writer_batch(struct journal *j)
     pthread_mutex_lock(&j->db);
     int code = journal_txn(j, NULL, batch, n, NULL);
     pthread_mutex_unlock(&j->db);
+    uint64_t ended_ns = clock_now_ns();
     for (size_t i = 0; i < n; i++) {
         durable_done(entries[i]->durable);
         free(entries[i]->durable);
         entries[i]->durable = NULL;
         entries[i]->code = code;
+        entries[i]->ended_ns = ended_ns;
     }
     pthread_mutex_lock(&j->queue);
     j->writing = false;
@@ -367,6 +373,12 @@ bool journal_completed(struct journal *j, uint64_t *ret_seq, int *ret_code, stru
     }
     *ret_seq = entry->seq;
     *ret_code = entry->code;
+    j->took_ns = entry->ended_ns - entry->submitted_ns;
     entry_free(entry);
     return true;
+}
+
+uint64_t journal_took_ns(const struct journal *j)
+{
+    return j->took_ns;
 }

@@ -45,5 +45,7 @@ int journal_submit(struct journal *j, uint64_t seq, struct durable *durable, uns
 int journal_fd(const struct journal *j);
 /* The next write that ended, in the order of submission.  *ret_code 0: durable; else ERR_* with its sentence in err. */
 bool journal_completed(struct journal *j, uint64_t *ret_seq, int *ret_code, struct err *err);
+/* How long the write that journal_completed told last took, from its submission to the end of its sync. */
+uint64_t journal_took_ns(const struct journal *j);
 
 #endif

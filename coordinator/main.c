@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "common/daemon.h"
+#include "common/metrics_http.h"
 #include "common/options.h"
 #include "common/tls.h"
 #include "common/version.h"
@@ -26,7 +27,7 @@ struct options {
     bool tcpstore_insecure;
     uint32_t tcpstore_grace_ms, store_mib;
     enum store_durability durability;
-    const char *state, *cluster, *port_file;
+    const char *state, *cluster, *port_file, *metrics;
     enum log_level level;
     enum log_format format;
     struct coordinator_config core;
@@ -35,7 +36,7 @@ struct options {
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
        KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_TLS_CERT, KEY_TLS_KEY,
-       KEY_TLS_CA, KEY_FORMAT, KEY_NUMBER };
+       KEY_TLS_CA, KEY_FORMAT, KEY_METRICS, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
 static const struct number {
@@ -122,6 +123,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_TLS_KEY: o->tls.key = arg; return 0;
     case KEY_TLS_CA: o->tls.ca = arg; return 0;
     case KEY_PORT_FILE: o->port_file = arg; return 0;
+    case KEY_METRICS: o->metrics = arg; return 0;
     case KEY_FOREGROUND: return 0;
     case KEY_SCALE_BACK: o->core.scale_back = 1; return 0;
     case KEY_COMMIT_BALANCE: o->core.commit_balance = parse_balance(state, "--commit-balance", arg); return 0;
@@ -160,6 +162,8 @@ static const struct argp_option fixed[] = {
     {"tls-key", KEY_TLS_KEY, "FILE", OPTIONS_RELOADABLE, "its key (PEM)", 0},
     {"tls-ca", KEY_TLS_CA, "FILE", OPTIONS_RELOADABLE, "the CA (PEM) that all certificates of the cluster are signed by", 0},
     {"port-file", KEY_PORT_FILE, "FILE", 0, "write the addresses with their real ports there, one a line", 0},
+    {"metrics-listen", KEY_METRICS, "ADDR", 0,
+     "serve GET /metrics (Prometheus) and GET /healthz on host:port or unix:/path (default: not)", 0},
     {"state", KEY_STATE, "DIR", 0, "folder of the journal (default /var/lib/eep)", 0},
     {"cluster", KEY_CLUSTER, "NAME", 0, "only agents of this cluster are taken (default eep)", 0},
     {"durability", KEY_DURABILITY, "MODE", 0,
@@ -271,6 +275,7 @@ struct process {
     struct log *log;
     struct tls *tls;
     struct server *server;
+    struct metrics_http *metrics;
 };
 
 static void on_stop(evutil_socket_t signal_number, short what, void *user)
@@ -329,6 +334,26 @@ static void on_status(evutil_socket_t fd, short what, void *user)
     daemon_notify_alive(text);
 }
 
+static void metrics_write(void *user, struct metrics_text *t)
+{
+    server_metrics_write(((struct process *)user)->server, t);
+}
+
+/* The loop turns; how the cluster stands is what `eepctl health` says. */
+static bool is_healthy(void *user, char *text, size_t size)
+{
+    server_status_text(((struct process *)user)->server, text, size);
+    return true;
+}
+
+static int open_metrics(struct process *p, const struct options *o, struct err *err)
+{
+    const struct metrics_http_config config = {.base = p->base, .address = o->metrics, .insecure = o->insecure,
+                                               .daemon = "eep-coordinator", .write = metrics_write,
+                                               .healthy = is_healthy, .user = p};
+    return o->metrics ? metrics_http_open(&config, &p->metrics, err) : 0;
+}
+
 static void on_fatal(void *user, const struct err *err)
 {
     (void)user, (void)err; /* logged; what is not durable must not be acted on, so nothing is tidied up */
@@ -343,6 +368,8 @@ static int announce(const struct process *p, const struct options *o, struct err
         log_event(p->log, LOG_LEVEL_INFO, "listening", "address=%s", addresses[n]);
     for (size_t i = 0; n < 2 * LISTEN_MAX && (addresses[n] = server_tcpstore_address(p->server, i)); i++, n++)
         log_event(p->log, LOG_LEVEL_INFO, "listening", "address=%s protocol=tcpstore", addresses[n]);
+    if (p->metrics)
+        log_event(p->log, LOG_LEVEL_INFO, "listening", "address=%s protocol=metrics", metrics_http_address(p->metrics));
     return o->port_file ? daemon_write_addresses(o->port_file, addresses, n, err) : 0;
 }
 
@@ -361,7 +388,7 @@ static int serve(struct process *p, const struct options *o, struct err *err)
 {
     const struct server_config config = server_config_of(p, o);
     int rc = server_open(&config, &p->server, err);
-    if (rc < 0)
+    if (rc < 0 || (rc = open_metrics(p, o, err)) < 0)
         return rc;
     struct event *events[] = {
         evsignal_new(p->base, SIGTERM, on_stop, p),
@@ -418,6 +445,8 @@ int main(int argc, char **argv)
         const struct server_config config = server_config_of(&p, &o);
         rc = server_check(&config, &err);
     }
+    if (rc == 0)
+        rc = metrics_http_check(o.metrics, o.insecure, &err);
     if (rc < 0 || check) {
         tls_free(p.tls);
         options_free(p.sources);
@@ -437,6 +466,7 @@ int main(int argc, char **argv)
         else
             log_event(p.log, LOG_LEVEL_ERROR, "failed", "code=%s why=%s", err_code_name(err.code), err.text);
     }
+    metrics_http_close(p.metrics);
     server_close(p.server);
     if (rc == 0)
         log_event(p.log, LOG_LEVEL_INFO, "stopped", NULL);

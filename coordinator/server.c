@@ -51,6 +51,14 @@ static void log_phase(struct server *s, const struct coordinator_action *a)
               (unsigned long long)a->epoch, from, to, reason);
 }
 
+/* Of the operation that has ended. */
+static uint64_t planned_bytes(const struct server *s, uint64_t op)
+{
+    struct coordinator_status status;
+    coordinator_status(s->core, clock_now_ns(), &status);
+    return status.last->record.op == op ? status.last->bytes_planned : 0;
+}
+
 static void perform(struct server *s, struct coordinator_action *a)
 {
     struct err err;
@@ -64,6 +72,8 @@ static void perform(struct server *s, struct coordinator_action *a)
     case CA_JOURNAL: {
         struct durable *durable = a->durable;
         a->durable = NULL; /* the journal's now */
+        if (a->parts & DURABLE_HISTORY)
+            server_metrics_operation(&s->metrics, &durable->ended, planned_bytes(s, durable->ended.op));
         if (journal_submit(s->journal, a->seq, durable, a->parts, &err) < 0)
             server_fatal(s, &err);
         break;
@@ -124,6 +134,7 @@ static void on_journal(evutil_socket_t fd, short what, void *user)
     while (journal_completed(s->journal, &seq, &code, &err)) {
         if (code < 0)
             server_fatal(s, &err);
+        metrics_observe(&s->metrics.journal, (double)journal_took_ns(s->journal) / 1e9);
         struct coordinator_event event = {.type = CE_JOURNALED, .seq = seq};
         server_step(s, &event);
     }
@@ -221,6 +232,7 @@ static void on_refused(void *user, const char *name, int code, const char *reaso
     struct server *s = user;
     uint64_t now_ns = clock_now_ns();
     s->refused++;
+    s->metrics.refused++;
     if (s->refused_ns && now_ns - s->refused_ns < REFUSED_LOG_NS)
         return;
     log_event(s->log, LOG_LEVEL_WARN, "connection-refused", "peer=%s code=%s count=%llu why=%s", name, err_code_name(code),
@@ -318,6 +330,7 @@ int server_open(const struct server_config *config, struct server **ret_server, 
     s->config = *config;
     s->base = config->base;
     s->log = config->log;
+    server_metrics_init(&s->metrics);
     if (!s->config.store_bytes)
         s->config.store_bytes = STORE_BYTES_DEFAULT;
     struct rpc_identity self = {0};

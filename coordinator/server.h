@@ -45,5 +45,8 @@ const char *server_address(const struct server *server, size_t i); /* with its r
 const char *server_tcpstore_address(const struct server *server, size_t i);
 /* One sentence for people. */
 void server_status_text(const struct server *server, char *text, size_t size);
+/* docs/metrics.md lists what it writes. */
+struct metrics_text;
+void server_metrics_write(const struct server *server, struct metrics_text *t);
 
 #endif

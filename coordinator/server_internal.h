@@ -9,6 +9,7 @@
 #include "coordinator/barriers.h"
 #include "coordinator/journal.h"
 #include "coordinator/server.h"
+#include "coordinator/server_metrics.h"
 #include "coordinator/store.h"
 
 #include "control.pb-c.h"
@@ -74,6 +75,7 @@ struct server {
     uint64_t view_version;
     struct store_edge *edge;       /* store_edge.c */
     struct rpc_scratch scratch;    /* of the call that is being carried out */
+    struct server_metrics metrics;
 };
 
 /* ---- server.c ---- */

@@ -50,7 +50,7 @@ static void hold(struct session *session, enum frame_kind kind, uint16_t method,
         return;
     }
     *held = (struct held){.batch = batch, .session = session->id, .call = call, .kind = kind, .method = method,
-                          .len = len};
+                          .len = len, .since_ns = clock_now_ns()};
     protobuf_c_message_pack(message, held->payload);
     edge->held_bytes += len;
     DL_APPEND(edge->held, held);
@@ -96,6 +96,7 @@ static void held_tell(struct store_edge *edge)
         struct session *session = server_session(edge->server, held->session);
         if (session)
             (void)rpc_conn_send_bytes(session->conn, held->kind, held->method, held->call, held->payload, held->len);
+        metrics_observe(&edge->server->metrics.disk_wait, (double)(clock_now_ns() - held->since_ns) / 1e9);
         DL_DELETE(edge->held, held);
         edge->held_bytes -= held->len;
         free(held);

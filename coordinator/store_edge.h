@@ -19,7 +19,7 @@
 
 /* An answer that tells of something that is not on disk yet. */
 struct held {
-    uint64_t batch, session, call;
+    uint64_t batch, session, call, since_ns;
     enum frame_kind kind;
     uint16_t method;
     size_t len;

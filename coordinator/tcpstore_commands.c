@@ -311,6 +311,7 @@ int tcpstore_run(struct tcpconn *conn, const uint8_t *command, size_t len, struc
     enum tcpstore_query query = tcpstore_read_query(&reader);
     uint32_t nonce;
     int rc = 0;
+    conn->space->t->edge->server->metrics.tcpstore_commands++;
     if (!conn->valid)
         return run_validate(conn, query, &reader, err);
     switch (query) {
