@@ -316,7 +316,7 @@ install: $(BIN) ## install programs, library, header, systemd units, docs (PREFI
 	ln -sf libeep.so.0 $(DESTDIR)$(LIBDIR)/libeep.so
 	install -m 644 agent/libeep/eep.h $(DESTDIR)$(PREFIX)/include
 	install -m 644 docs/*.md $(DESTDIR)$(PREFIX)/share/doc/eep
-	install -m 644 systemd/config/*.conf $(DESTDIR)$(PREFIX)/share/eep
+	install -m 644 systemd/config/*.conf systemd/eep.rules.yml $(DESTDIR)$(PREFIX)/share/eep
 	install -m 644 systemd/eep.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/eep.conf
 	install -m 644 systemd/eep.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/eep.conf
 	for unit in $(UNITS); do \

@@ -233,6 +233,9 @@ START_TEST(what_is_counted)
     ck_assert_msg(strncmp(answer, "HTTP/1.1 200 ", 13) == 0, "%s", answer);
 
     only_served("docs/metrics.md");
+    only_served("systemd/eep.rules.yml");
+    if (system("command -v promtool >/dev/null 2>&1") == 0)
+        ck_assert_int_eq(system("promtool check rules systemd/eep.rules.yml"), 0);
 
     /* an engine that dies with the last copy of some experts, and comes back; then the coordinator */
     cluster_signal(&c.engine[2], SIGKILL);
