@@ -79,7 +79,8 @@ struct rpc_options {
                               down, their files stay */
 };
 
-/* Listens on every address ("host:port", ":port", "[v6]:port", "unix:/path"); all or none. */
+/* A unix socket takes root, our own user, and members of the group of its file (ERR_DENIED in the handshake).
+ * Listens on every address ("host:port", ":port", "[v6]:port", "unix:/path"); all or none. */
 int rpc_listen(struct rpc *rpc, const char *const *addresses, size_t n, const struct rpc_options *options,
                struct rpc_listener **ret_listener, struct err *err) MUST_CHECK;
 /* i-th address with its real port; NULL when there is none. */

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "common/peer_cred.h"
 #include "common/rpc_parts.h"
 #include "common/topology_wire.h"
 
@@ -132,6 +133,8 @@ static int hello_accept(struct rpc_conn *conn, const struct frame *frame, struct
     rpc_unpack_free(msg);
     if (rc == 0)
         rc = hello_proven(conn, err);
+    if (rc == 0)
+        rc = peer_cred_check(bufferevent_getfd(conn->bev), err);
     if (rc < 0)
         return rc;
     char from[ADDRESS_TEXT_MAX];
