@@ -274,9 +274,12 @@ START_TEST(who_is_awaited_is_said_and_why_it_ended)
     free(data);
     went(&c, "coordinator.log", "2", NULL,
          "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE FINISH");
+    /* the agents hear of it when eepctl does */
+    waits_to_say(&c, "agent-2.log", "operation 2 is aborted: ", 5000);
+    waits_to_say(&c, "agent-2.log", "ABORTED", 5000);
     went(&c, "agent-2.log", "2", "new", "PRE_KV_INIT PREPARE ABORTED");
-    says(&c, "agent-0.log",
-         "operation 2 is aborted: no answer from gpu0, gpu1, gpu2 in ENGINE_PREPARE by its deadline");
+    waits_to_say(&c, "agent-0.log",
+                 "operation 2 is aborted: no answer from gpu0, gpu1, gpu2 in ENGINE_PREPARE by its deadline", 5000);
 
     cluster_signal(&c.engine[1], SIGKILL);
     waits_to_say(&c, "coordinator.log", "waits for gpu1 (no engine)", 5000);

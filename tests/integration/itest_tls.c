@@ -225,7 +225,8 @@ START_TEST(ten_thousand_strangers)
             REFUSED(ctl("ca", "operator", "status"), 0, "no view yet");
     }
     long grown_kb = memory_kb(d.pid) - before_kb;
-    ck_assert_msg(getenv("ASAN_OPTIONS") != NULL || grown_kb < 4096, "grown by %ld KiB", grown_kb);
+    /* 64 connections of one address may be there at once, with some 80 KiB each; 2 KiB lost by each would be 18 MiB */
+    ck_assert_msg(getenv("ASAN_OPTIONS") != NULL || grown_kb < 12288, "grown by %ld KiB", grown_kb);
 
     /* who connects and is silent fills only the places of its own address, and for five seconds */
     for (int i = 0; i < 200; i++)
