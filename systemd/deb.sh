@@ -11,6 +11,7 @@ rm -rf "$out" && mkdir -p "$out/eep"
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || echo 0)}
 export SOURCE_DATE_EPOCH
 git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C "$out/eep"
+mv "$out/eep/systemd/debian" "$out/eep/debian" # where dpkg-buildpackage looks
 unset MAKEFLAGS MFLAGS MAKELEVEL
 (cd "$out/eep" && dpkg-buildpackage -b -us -uc) >"$out/log" 2>&1 || { tail -n 30 "$out/log" >&2; exit 1; }
 rm -rf "$out/eep"

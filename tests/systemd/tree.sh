@@ -1,6 +1,6 @@
 #!/bin/sh
 # A Debian 12 tree with what the programs need, by debootstrap, unless it is there.
-#   tests/systemd/tree.sh TREE
+#   tests/systemd/tree.sh TREE       DEBIAN_MIRROR: where from (default: debootstrap's own)
 set -eu
 [ ! -e "$1/lib/systemd/systemd" ] || exit 0
 command -v debootstrap >/dev/null || { echo "needs debootstrap (a Debian package), or a tree that it has made"; exit 77; }
