@@ -359,4 +359,5 @@ clean:
 help:      ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
--include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+# not in a Debian tree that tests unpack there, whose folders of services are called so, too
+-include $(shell find $(BUILD) -name debian-tree -prune -o -name '*.d' -type f -print 2>/dev/null)
