@@ -49,6 +49,7 @@ static void log_phase(struct server *s, const struct coordinator_action *a)
     (void)sscanf(a->text, "%31s -> %31s %511[^\n]", from, to, reason);
     log_event(s->log, LOG_LEVEL_INFO, "phase", "op=%llu epoch=%llu from=%s to=%s why=%s", (unsigned long long)a->op,
               (unsigned long long)a->epoch, from, to, reason);
+    server_waiting_begin(s);
 }
 
 /* Of the operation that has ended. */
@@ -90,6 +91,8 @@ static void perform(struct server *s, struct coordinator_action *a)
     case CA_LOG:
         log_event(s->log, (enum log_level)a->level, "note", "epoch=%llu op=%llu what=%s",
                   (unsigned long long)a->epoch, (unsigned long long)a->op, a->text);
+        if (a->op == 0 && a->level >= (int)LOG_LEVEL_WARN)
+            server_waiting_begin(s);
         break;
     }
 }
@@ -314,7 +317,8 @@ static int open_events(struct server *s, struct err *err)
     s->changed = event_new(s->base, -1, 0, on_changed, s);
     s->journal_event = event_new(s->base, journal_fd(s->journal), EV_READ | EV_PERSIST, on_journal, s);
     s->rpc = rpc_new(s->base);
-    if (!s->tick || !s->changed || !s->journal_event || !s->rpc || event_add(s->journal_event, NULL) != 0)
+    if (!s->tick || !s->changed || !s->journal_event || !s->rpc || event_add(s->journal_event, NULL) != 0 ||
+        server_waiting_open(s) < 0)
         return err_set(err, ERR_NOMEM, "out of memory");
     return 0;
 }
@@ -369,6 +373,7 @@ void server_close(struct server *s)
     rpc_free(s->rpc);
     store_edge_close(s);
     event_drop(s->tick);
+    server_waiting_close(s);
     event_drop(s->changed);
     event_drop(s->journal_event);
     journal_close(s->journal); /* finishes what is queued */

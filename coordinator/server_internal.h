@@ -76,7 +76,18 @@ struct server {
     struct store_edge *edge;       /* store_edge.c */
     struct rpc_scratch scratch;    /* of the call that is being carried out */
     struct server_metrics metrics;
+    struct {
+        struct event *timer;
+        uint32_t interval_ms;
+    } waiting; /* server_waiting.c */
 };
+
+/* ---- server_waiting.c ---- */
+
+int server_waiting_open(struct server *s);
+/* A phase, or a state that does not serve everything, has begun. */
+void server_waiting_begin(struct server *s);
+void server_waiting_close(struct server *s);
 
 /* ---- server.c ---- */
 /* Hands one event to the core and performs what comes out. */
