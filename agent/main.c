@@ -342,15 +342,7 @@ static void reload(struct process *p)
     char *restart = NULL;
     options_default(&o);
     int rc = options_reload(p->program, p->sources, &o, &sources, &restart, &err);
-    if (rc == 0 && p->tls)
-        rc = tls_reload(p->tls, &o.tls, &err);
-    if (rc == 0)
-        log_level_set(p->log, o.level);
-    if (rc < 0)
-        log_event(p->log, LOG_LEVEL_ERROR, "reload-failed", "why=%s", err.text);
-    else
-        log_event(p->log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s", *restart ? restart : "none");
-    daemon_log_certificate(p->log, p->tls);
+    daemon_reloaded(p->log, p->tls, &o.tls, o.level, rc, restart, &err);
     free(restart);
     options_free(sources);
 }

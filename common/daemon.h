@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 
 #include "common/err.h"
+#include "common/log.h"
 
 /* Where $NOTIFY_SOCKET leads; false: nowhere. */
 struct sockaddr_un;
@@ -41,9 +42,13 @@ bool daemon_address_is_local(const char *address);
 
 /* A certificate that ends within 30 days is told (warn; error within 3 days), an expired one too.  NULL tls: nothing.
  */
-struct log;
 struct tls;
 void daemon_log_certificate(struct log *log, const struct tls *tls);
+/* The end of a reload, which says how it went.  rc, restart, err: of options_reload; with rc < 0, or when the certificate
+ * files (NULL tls: not asked for) cannot be taken over, nothing changes. */
+struct tls_files;
+void daemon_reloaded(struct log *log, struct tls *tls, const struct tls_files *files, enum log_level level, int rc,
+                     const char *restart, struct err *err);
 
 /* Writes one address a line, in place of the file at once (write, then rename). */
 int daemon_write_addresses(const char *path, const char *const *addresses, size_t n, struct err *err) MUST_CHECK;

@@ -13,3 +13,17 @@ void daemon_log_certificate(struct log *log, const struct tls *tls)
         log_event(log, left < 3 * day ? LOG_LEVEL_ERROR : LOG_LEVEL_WARN, "certificate-expires",
                   "hours_left=%lld what=%s", (long long)(left / 3600), "put a new one in its place and reload");
 }
+
+void daemon_reloaded(struct log *log, struct tls *tls, const struct tls_files *files, enum log_level level, int rc,
+                     const char *restart, struct err *err)
+{
+    if (rc == 0 && tls)
+        rc = tls_reload(tls, files, err);
+    if (rc == 0)
+        log_level_set(log, level);
+    if (rc < 0)
+        log_event(log, LOG_LEVEL_ERROR, "reload-failed", "why=%s", err->text);
+    else
+        log_event(log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s", *restart ? restart : "none");
+    daemon_log_certificate(log, tls);
+}

@@ -134,6 +134,18 @@ void supervisor_heal(struct supervisor *s)
     }
 }
 
+void supervisor_end(struct supervisor *s)
+{
+    supervisor_heal(s);
+    cluster_sleep_ms(1000); /* an incarnation that was just evicted takes its engine with it */
+    supervisor_heal(s);
+    int code = cluster_feeder_stop(s->cluster, 70000);
+    char *report = cluster_read(s->cluster, "report.json");
+    if (code != 0)
+        supervisor_fail(s, "feeder exit %d: %.1500s", code, report ? report : "no report");
+    free(report);
+}
+
 int supervisor_wait(struct supervisor *s, pid_t *pid, const char *name)
 {
     int code = -1;

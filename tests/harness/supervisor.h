@@ -26,6 +26,8 @@ bool supervisor_look(struct supervisor *s, struct look *ret_look); /* false: no 
 void supervisor_restart(struct supervisor *s);
 /* Until every agent is there with its engine, no operation runs and every expert is served. */
 void supervisor_heal(struct supervisor *s);
+/* Heals for the last time and ends the feeder: every request must have been answered rightly. */
+void supervisor_end(struct supervisor *s);
 /* `eepctl scale --to`, tried again while a repair is under way or the coordinator is away; supervises meanwhile. */
 void supervisor_scale(struct supervisor *s, const char *to);
 long supervisor_completed(struct supervisor *s); /* requests, by the feeder's status file; -1: there is none */

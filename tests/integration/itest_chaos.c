@@ -215,14 +215,7 @@ static void chaos_run(struct chaos *x, int seconds)
             x->memory = cluster_rss(x->c.coordinator);
     }
     snprintf(x->story, sizeof x->story, "end");
-    supervisor_heal(&x->s);
-    cluster_sleep_ms(1000); /* an incarnation that was just evicted takes its engine with it */
-    supervisor_heal(&x->s);
-    int code = cluster_feeder_stop(&x->c, 70000);
-    char *report = cluster_read(&x->c, "report.json");
-    if (code != 0)
-        supervisor_fail(&x->s, "feeder exit %d: %s", code, report ? report : "no report");
-    free(report);
+    supervisor_end(&x->s);
     struct look look;
     if (!supervisor_look(&x->s, &look))
         supervisor_fail(&x->s, "no status");

@@ -316,14 +316,7 @@ static void matrix_end(struct matrix *x)
 {
     snprintf(x->story, sizeof x->story, "end");
     supervisor_scale(&x->s, x->tight ? "2" : "3");
-    supervisor_heal(&x->s);
-    cluster_sleep_ms(1000); /* an incarnation that was just evicted takes its engine with it */
-    supervisor_heal(&x->s);
-    int code = cluster_feeder_stop(&x->c, 70000);
-    char *report = cluster_read(&x->c, "report.json");
-    if (code != 0)
-        supervisor_fail(&x->s, "feeder exit %d: %.1500s", code, report ? report : "no report");
-    free(report);
+    supervisor_end(&x->s);
     cluster_sleep_ms(200);
     int fds = cluster_fds(x->c.coordinator);
     if (fds > x->coordinator_fds + 4)
