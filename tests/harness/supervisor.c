@@ -65,15 +65,6 @@ long supervisor_completed(struct supervisor *s)
     return n;
 }
 
-void supervisor_progress(struct supervisor *s)
-{
-    long before = supervisor_completed(s);
-    for (uint64_t end = cluster_now_ms() + 20000; cluster_now_ms() < end; cluster_sleep_ms(50))
-        if (supervisor_completed(s) > before)
-            return;
-    supervisor_fail(s, "no request completes any more (%ld so far)", before);
-}
-
 void supervisor_read_logs(struct supervisor *s)
 {
     static const char *const signs[] = {"Sanitizer", "runtime error", "Assertion"};
@@ -115,6 +106,17 @@ void supervisor_restart(struct supervisor *s)
         if (!c->engine[i])
             cluster_engine_start(c, i);
     }
+}
+
+void supervisor_progress(struct supervisor *s)
+{
+    long before = supervisor_completed(s);
+    for (uint64_t end = cluster_now_ms() + 20000; cluster_now_ms() < end; cluster_sleep_ms(50)) {
+        supervisor_restart(s); /* a loss may be noticed only now, and end in a start anew */
+        if (supervisor_completed(s) > before)
+            return;
+    }
+    supervisor_fail(s, "no request completes any more (%ld so far)", before);
 }
 
 void supervisor_heal(struct supervisor *s)
