@@ -265,11 +265,12 @@ static void end(struct process *p)
         event_base_loopbreak(p->base);
 }
 
-static void pause_before_restart(struct process *p)
+static void pause_before_restart(struct process *p, const char *why)
 {
     p->phase = PAUSING;
     if (clock_now_ns() - p->opened_ns >= STEADY_NS)
         p->restart_ms = RESTART_FIRST_MS;
+    log_event(p->log, LOG_LEVEL_WARN, "restarting", "in_ms=%u why=%s", p->restart_ms, why);
     daemon_retry_in(p->turn, &p->restart_ms, RESTART_LAST_MS);
 }
 
@@ -285,13 +286,12 @@ static void on_turn(evutil_socket_t fd, short what, void *user)
     } else if (p->phase == CLOSING) {
         service_close(p->service);
         p->service = NULL;
-        log_event(p->log, LOG_LEVEL_WARN, "restarting", "in_ms=%u why=%s", p->restart_ms, "this incarnation was evicted");
-        pause_before_restart(p);
+        pause_before_restart(p, "this incarnation was evicted");
     } else if (p->phase == PAUSING && open_service(p, &err) < 0) {
         log_event(p->log, LOG_LEVEL_ERROR, "not-restarted", "why=%s", err.text);
         service_close(p->service);
         p->service = NULL;
-        pause_before_restart(p);
+        pause_before_restart(p, "it could not begin anew");
     }
 }
 
