@@ -46,6 +46,12 @@ int checkpoint_load(struct checkpoint *c, struct weights *w, const struct expert
                     bool (*progress)(void *user, uint64_t bytes), void *user, struct err *err) MUST_CHECK;
 /* Bytes that such a load reads. */
 uint64_t checkpoint_load_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank);
+/* The experts of map->held[layer][slot] at `rank` alone, into regions that are there already; w->model must know their
+ * digests and is not changed.  ERR_CORRUPT, naming the expert, when the file has another; what lies in the slots is void
+ * after any error. */
+int checkpoint_reload(struct checkpoint *c, struct weights *w, const struct expert_map *map, uint32_t rank,
+                      bool (*progress)(void *user, uint64_t bytes), void *user, struct err *err) MUST_CHECK;
+uint64_t checkpoint_reload_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank);
 /* How many threads read, at most 8; 0 (at first): as many as there are processors, from 4 to 8. */
 void checkpoint_readers_set(struct checkpoint *c, unsigned n);
 /* Bytes of tensors that loads have read from the files so far. */

@@ -29,6 +29,7 @@ struct load {
     void *user;
     uint64_t bytes;
     bool digests; /* taken by the readers */
+    bool again;   /* experts alone, of which the model knows what they must be */
     struct readers *readers;
     struct piece_sent sent[READINGS];
     size_t put, taken;           /* counted for sent[] */
@@ -206,13 +207,33 @@ static bool words_whole(const struct checkpoint *c)
     return true;
 }
 
-/* What the readers added up, or what the memory says now, into the model. */
+static int load_compare(const struct load *load, size_t i, struct err *err)
+{
+    const struct model *model = load->w->model;
+    size_t at = (size_t)(load->targets[i] - model->expert_digest);
+    unsigned layer = (unsigned)(at / model->logical), expert = (unsigned)(at % model->logical);
+    if (!*load->targets[i])
+        return err_set(err, ERR_NOTFOUND, "nobody knows the digest of expert %u of MoE layer %u", expert, layer);
+    if (*load->targets[i] != weights_digest_known(load->sums[i]))
+        return err_set(err, ERR_CORRUPT,
+                       "%s: expert %u of MoE layer %u is not what the model was started with: has the checkpoint been "
+                       "changed?",
+                       load->c->dir, expert, layer);
+    return 0;
+}
+
+/* What the readers added up, or what the memory says now, into the model; or against it. */
 static int load_digests(struct load *load, uint64_t dense_sum, struct err *err)
 {
     struct model *model = load->w->model;
     int rc = load->digests ? 0 : weights_slot_digests(load->w, load->slots, load->n_slots, load->sums, err);
     for (size_t i = 0; i < load->n_slots && rc == 0; i++)
-        *load->targets[i] = weights_digest_known(load->sums[i]);
+        if (load->again)
+            rc = load_compare(load, i, err);
+        else
+            *load->targets[i] = weights_digest_known(load->sums[i]);
+    if (load->again)
+        return rc;
     for (uint32_t i = 0; i < model->n_dense && rc == 0; i++)
         if (load->digests)
             model->dense_digest[i] = weights_digest_known(dense_sum);
@@ -225,9 +246,15 @@ static int load_digests(struct load *load, uint64_t dense_sum, struct err *err)
 
 uint64_t checkpoint_load_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank)
 {
-    uint64_t sum = 0;
+    uint64_t sum = checkpoint_reload_bytes(c, map, rank);
     for (size_t i = 0; i < c->n_dense; i++)
         sum += c->dense[i]->bytes;
+    return sum;
+}
+
+uint64_t checkpoint_reload_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank)
+{
+    uint64_t sum = 0;
     for (uint32_t layer = 0; layer < map->layers && layer < c->layers; layer++)
         for (uint32_t slot = 0; slot < map->slots; slot++)
             for (uint32_t k = 0; k < c->n_tails && map->held[expert_map_at(map, layer, rank, slot)] >= 0; k++)
@@ -267,7 +294,7 @@ static int load_all(struct load *load, const struct expert_map *map, uint32_t ra
     int rc = readers_start(load->c->n_readers, &load->readers, err);
     if (rc < 0)
         return err_wrap(err, "%s", load->c->dir);
-    rc = load_dense(load, &dense_sum, err);
+    rc = load->again ? 0 : load_dense(load, &dense_sum, err);
     if (rc == 0)
         rc = load_experts(load, map, rank, err);
     if (rc == 0)
@@ -277,10 +304,10 @@ static int load_all(struct load *load, const struct expert_map *map, uint32_t ra
     return rc < 0 ? rc : load_digests(load, dense_sum, err);
 }
 
-int checkpoint_load(struct checkpoint *c, struct weights *w, const struct expert_map *map, uint32_t rank,
+static int load_run(struct checkpoint *c, struct weights *w, const struct expert_map *map, uint32_t rank, bool again,
                     bool (*progress)(void *user, uint64_t bytes), void *user, struct err *err)
 {
-    struct load load = {.c = c, .w = w, .progress = progress, .user = user};
+    struct load load = {.c = c, .w = w, .again = again, .progress = progress, .user = user};
     int rc = load_check(c, w, map, rank, err);
     if (rc < 0)
         return rc;
@@ -297,4 +324,16 @@ int checkpoint_load(struct checkpoint *c, struct weights *w, const struct expert
     free(load.sums);
     free(load.targets);
     return rc;
+}
+
+int checkpoint_load(struct checkpoint *c, struct weights *w, const struct expert_map *map, uint32_t rank,
+                    bool (*progress)(void *user, uint64_t bytes), void *user, struct err *err)
+{
+    return load_run(c, w, map, rank, false, progress, user, err);
+}
+
+int checkpoint_reload(struct checkpoint *c, struct weights *w, const struct expert_map *map, uint32_t rank,
+                      bool (*progress)(void *user, uint64_t bytes), void *user, struct err *err)
+{
+    return load_run(c, w, map, rank, true, progress, user, err);
 }

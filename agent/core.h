@@ -43,6 +43,7 @@ enum work_kind {
     WORK_GROUP_DESTROY,
     WORK_RELEASE,      /* free the regions (leaver, aborted joiner, evicted) */
     WORK_VERIFY,       /* map, rank: every held slot and dense region against the digests */
+    WORK_RELOAD,       /* model, map, self: read the experts of `held` at party self into regions that are there; verify */
 };
 
 struct work {

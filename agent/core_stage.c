@@ -306,18 +306,60 @@ static void stage_kv(struct agent_core *core, struct core_stage *s)
 
 /* ---- grace ---- */
 
+/* What is overwritten is void from here on, also to a process that re-adopts the weights. */
+static void stage_void(struct agent_core *core, const struct expert_map *load)
+{
+    struct expert_map *map = expert_map_copy(core->map);
+    if (!map)
+        abort();
+    for (uint32_t layer = 0; layer < load->layers; layer++)
+        for (uint32_t slot = 0; slot < load->slots; slot++)
+            if (load->held[expert_map_at(load, layer, core->op.self, slot)] >= 0) {
+                size_t at = expert_map_at(map, layer, core->map_rank, slot);
+                map->held[at] = -1;
+                map->live[at] = 0;
+            }
+    expert_map_unref(core->map);
+    core->map = map;
+}
+
+static void stage_reload_run(struct agent_core *core, struct core_stage *s)
+{
+    s->state = STAGE_RUNNING;
+    stage_void(core, s->map);
+    struct work *w = agent_work_submit(core, WORK_RELOAD, s, 0);
+    w->map = expert_map_ref(s->map);
+}
+
 static bool grace_over(const struct agent_core *core, const struct core_stage *s)
 {
+    if (s->stage == STAGE_RELOAD)
+        return !core->engine.attached || core->page.done >= core->page.launched;
     return s->step == 0 || !core->engine.attached || core->page.done + 1 >= s->step ||
            core->bug == AGENT_BUG_NO_GRACE || (core->bug == AGENT_BUG_GRACE_BEGUN && core->page.intent >= s->step);
 }
 
-/* The smallest step that some GRACE waits for; 0 = none does. */
+/* A GRACE, or a RELOAD that has not begun for the same reason. */
+static bool grace_waits(const struct core_stage *s)
+{
+    return (s->stage == STAGE_GRACE && s->state == STAGE_RUNNING) ||
+           (s->stage == STAGE_RELOAD && s->state == STAGE_DEFERRED);
+}
+
+static void grace_end(struct agent_core *core, struct core_stage *s)
+{
+    if (s->stage == STAGE_RELOAD)
+        stage_reload_run(core, s);
+    else
+        stage_end(core, s, 0, NULL);
+}
+
+/* The smallest step that one of them waits for; 0 = none does. */
 static uint64_t grace_awaited(const struct agent_core *core)
 {
     uint64_t least = 0;
     for (const struct core_stage *s = core->op.stages; s; s = s->next)
-        if (s->stage == STAGE_GRACE && s->state == STAGE_RUNNING && (!least || s->step - 1 < least))
+        if (grace_waits(s) && (!least || s->step - 1 < least))
             least = s->step - 1;
     return least;
 }
@@ -335,9 +377,37 @@ static void grace_ask(struct agent_core *core, bool want_page)
 static void stage_grace(struct agent_core *core, struct core_stage *s)
 {
     if (grace_over(core, s))
-        stage_end(core, s, 0, NULL);
+        grace_end(core, s);
     else
         grace_ask(core, true); /* the step may end between the snapshot and the store: look again */
+}
+
+static const char *stage_reload_objection(const struct agent_core *core, const struct expert_map *map)
+{
+    const struct model *model = core->model;
+    if (core->op.kind != OP_REPAIR || !core->promise.epoch || core->promise.kind != FLIP_RESET)
+        return "RELOAD outside of a repair that was promised: the engine may be reading the slots";
+    if (!core->weights || !model || !core->map)
+        return "RELOAD at an agent that holds no weights";
+    if (!map || map->ranks != core->op.n || map->layers != model->layers || map->logical != model->logical ||
+        map->slots != model->slots || core->map->layers != map->layers || core->map->slots != map->slots)
+        return "RELOAD without a map of the model's shape";
+    return NULL;
+}
+
+/* The engine begins no step before the repair's GO; what it has launched before has to be off the device. */
+static void stage_reload(struct agent_core *core, struct core_stage *s, struct expert_map *load)
+{
+    const char *objection = stage_reload_objection(core, load);
+    if (objection || !core->config.can_load) {
+        stage_end(core, s, objection ? ERR_INVALID : ERR_NOTFOUND,
+                  objection ? objection : "no checkpoint is configured here (--checkpoint)");
+        return;
+    }
+    s->map = expert_map_ref(load);
+    s->step = core->page.launched + 1;
+    s->state = STAGE_DEFERRED;
+    stage_grace(core, s);
 }
 
 void agent_stage_check(struct agent_core *core)
@@ -346,12 +416,10 @@ void agent_stage_check(struct agent_core *core)
         return;
     bool ended = false;
     for (struct core_stage *s = core->op.stages; s; s = s->next) {
-        if (s->state != STAGE_RUNNING)
-            continue;
-        if (s->stage == STAGE_GRACE && grace_over(core, s)) {
-            stage_end(core, s, 0, NULL);
+        if (grace_waits(s) && grace_over(core, s)) {
+            grace_end(core, s);
             ended = true;
-        } else if (s->stage == STAGE_DRAIN && core->now_ns >= s->deadline_ns) {
+        } else if (s->stage == STAGE_DRAIN && s->state == STAGE_RUNNING && core->now_ns >= s->deadline_ns) {
             stage_end(core, s, 0, "drain deadline passed");
         }
     }
@@ -402,6 +470,7 @@ static void stage_start(struct agent_core *core, const struct msg_stage *m)
         s->step = m->step;
         stage_grace(core, s);
         return;
+    case STAGE_RELOAD: stage_reload(core, s, m->map); return;
     case STAGE_LET_GO:
     case STAGE_MAX: return; /* refused before */
     }
@@ -424,7 +493,7 @@ static void stage_decline(struct agent_core *core, const struct msg_stage *m, in
 
 void agent_stage_command(struct agent_core *core, const struct msg_stage *m)
 {
-    if (m->stage < STAGE_ALLOCATE || m->stage >= STAGE_LET_GO) {
+    if (m->stage < STAGE_ALLOCATE || m->stage == STAGE_LET_GO || m->stage >= STAGE_MAX) {
         acore_illegal(core, "STAGE %u is not for an agent", m->stage);
         return;
     }

@@ -43,6 +43,7 @@ const char *work_kind_name(enum work_kind kind)
     case WORK_GROUP_DESTROY: return "GROUP_DESTROY";
     case WORK_RELEASE: return "RELEASE";
     case WORK_VERIFY: return "VERIFY";
+    case WORK_RELOAD: return "RELOAD";
     }
     return "?";
 }

@@ -8,7 +8,7 @@
 #include "common/metrics.h"
 
 #define METRICS_ROLES (ROLE_REMOVING + 1)
-#define METRICS_WORKS (WORK_VERIFY + 1)
+#define METRICS_WORKS (WORK_RELOAD + 1)
 
 struct service_metrics {
     uint64_t completed[METRICS_ROLES], aborted[METRICS_ROLES]; /* operations, by the role in them */

@@ -216,6 +216,8 @@ const char *op_stage_name(enum op_stage stage)
         return "FILL";
     case STAGE_LET_GO:
         return "LET_GO";
+    case STAGE_RELOAD:
+        return "RELOAD";
     case STAGE_MAX:
         break;
     }

@@ -84,6 +84,7 @@ enum op_stage {
     STAGE_GRACE,        /* wait until the engine has completed step `step` - 1 */
     STAGE_FILL,         /* the moves of one round */
     STAGE_LET_GO,       /* answered after DISMISS: a leaver has released everything = SHUTDOWN_COMPLETE */
+    STAGE_RELOAD,       /* repair, all promised: read the experts of `map` from the checkpoint, verify them */
     STAGE_MAX
 };
 

@@ -18,7 +18,8 @@ void page_init(struct control_page *page)
  * flip's step; map_applied implies map_applied_step. */
 void page_read(struct control_page *page, struct page_snapshot *ret_snapshot)
 {
-    ret_snapshot->done = atomic_load(&page->done);
+    ret_snapshot->done = atomic_load(&page->done); /* before launched: an old one errs on the safe side */
+    ret_snapshot->launched = atomic_load(&page->launched);
     ret_snapshot->map_applied = atomic_load(&page->map_applied);
     ret_snapshot->map_applied_step = atomic_load(&page->map_applied_step);
     ret_snapshot->cur_view = atomic_load(&page->cur_view);

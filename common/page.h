@@ -56,7 +56,7 @@ struct control_page {
 
 /* What the agent core sees of the page: read by the edge just before an event is handed in. */
 struct page_snapshot {
-    uint64_t intent, done, cur_view, engine_state, wave, running, step_ns_min;
+    uint64_t intent, launched, done, cur_view, engine_state, wave, running, step_ns_min;
     uint64_t map_applied, map_applied_step, last_hold_ns;
 };
 

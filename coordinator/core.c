@@ -33,6 +33,7 @@ void coordinator_config_default(struct coordinator_config *ret_config)
         .rebalance_after_ms = 60000,
         .rebalance_every_ms = 600000,
         .rebalance_horizon_ms = 1800000,
+        .reload_after_ms = 10000,
     };
 }
 
@@ -298,9 +299,12 @@ static void service_log(struct coordinator *c, bool was_torn, const char *was_de
     if (c->degraded[0] && strcmp(c->degraded, was_degraded) != 0) {
         char missing[256];
         repair_missing(c, missing, sizeof(missing));
-        core_log(c, CORE_ERROR, "not serving: %s; waits for %s", c->degraded, missing[0] ? missing : "its ranks");
+        if (c->op.reload)
+            core_log(c, CORE_ERROR, "not serving: %s; lost is %s", c->degraded, missing);
+        else
+            core_log(c, CORE_ERROR, "not serving: %s; waits for %s", c->degraded, missing[0] ? missing : "its ranks");
     }
-    if (was_torn && !c->torn)
+    if (was_torn && !c->torn && c->view)
         core_log(c, CORE_INFO, "serving again, %llu ms after the fault was noticed",
                  (unsigned long long)((c->now_ns - c->torn_ns) / 1000000));
 }
@@ -397,6 +401,7 @@ uint64_t coordinator_deadline(const struct coordinator *c)
     d = earlier(d, balance_deadline(c));
     if (repair_waits(c))
         d = earlier(d, c->retry_ns);
+    d = earlier(d, reload_deadline(c));
     return earlier(d, upkeep_deadline(c));
 }
 

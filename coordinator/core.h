@@ -33,6 +33,9 @@ struct coordinator_config {
     uint32_t min_ranks;        /* 2 */
     double commit_balance;     /* balance wanted at a commit: plan_options.target_balance; 0.98 */
     uint32_t scale_back;       /* 1: after a repair, scale back to the former number of ranks as spares are there; 0 */
+    uint32_t reload_after_ms;  /* experts that lost their last copy are read from the checkpoint again: at once when nobody
+                                  is left who has them, and after this when their agent lacks only an engine; 10000;
+                                  0 = never */
     uint32_t restart_after_ms; /* a view with lost experts, whose ranks have all ended, is given up after this, and
                                   started anew from the checkpoint; 0 = only when an operator says so */
     double cross_cost, lambda, dip; /* the rest of plan_options, see there; 4, 0, 0.02 */
@@ -189,6 +192,8 @@ enum coordinator_bug {
     COORDINATOR_BUG_RETIRE_UNCOVERED,     /* retires the last live replica */
     COORDINATOR_BUG_GRACE_BY_OWN_ACK,     /* T = the holder's s_i instead of the maximum */
     COORDINATOR_BUG_FILL_WITHOUT_GRACE,
+    COORDINATOR_BUG_RELOAD_UNAWAITED,     /* decides before the lost experts have been read */
+    COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN,/* what is overwritten is not void in the journal */
     COORDINATOR_BUG_COUNT_BY_ID,          /* the count of a stage takes a new incarnation for the one that has answered */
 };
 void coordinator_plant(struct coordinator *core, enum coordinator_bug bug);

@@ -300,7 +300,13 @@ void commit_promise(struct coordinator *c, uint32_t peer, const struct msg_promi
         if (promise->wave > k->max_wave)
             k->max_wave = promise->wave;
     }
-    if (arrivals_complete(&k->promised))
+    if (arrivals_complete(&k->promised) && !reload_promised(c))
+        commit_decide(c);
+}
+
+void commit_reloaded(struct coordinator *c)
+{
+    if (c->commit.state == COMMIT_PREPARING && c->commit.durable && arrivals_complete(&c->commit.promised))
         commit_decide(c);
 }
 

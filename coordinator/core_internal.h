@@ -19,6 +19,7 @@ struct peer {
     bool can_load;
     uint32_t dispatch, slots, layers, logical;
     uint64_t applied_epoch, map_version; /* as of its HELLO */
+    uint64_t reload_ns;         /* it reads no experts again before this: it has failed to; 0 = it may */
 };
 
 enum commit_state { COMMIT_IDLE, COMMIT_PREPARING, COMMIT_DECIDING, COMMIT_GOING };
@@ -55,6 +56,7 @@ enum op_phase {
     PHASE_DRAIN,
     PHASE_ENGINE_PREPARE,
     PHASE_PROMISE,
+    PHASE_RELOAD,    /* repair: lost experts are read again */
     PHASE_DECIDE,
     PHASE_GO,
     PHASE_LET_GO,
@@ -88,6 +90,9 @@ struct operation {
     uint64_t *expected;         /* [n] how many there will be, where only the agent knows; counted into bytes_planned */
     uint64_t bytes_done, bytes_planned;
     struct expert_map *load_map;/* cold start */
+    struct expert_map *reload;  /* repair: what is read again, by the parties; NULL = every expert has a copy */
+    uint64_t reloads;           /* how many experts that is */
+    bool reloaded;              /* and it has been */
     bool waits_for_agents;      /* PENDING until enough spares are there */
     bool unattended;            /* nobody asked for it: a scale back, or the drain of an agent that stops */
     bool dropped;               /* the operator aborts it */
@@ -134,6 +139,7 @@ struct coordinator {
     char degraded[256];
     uint64_t torn_ns;           /* when `torn` became true last */
     uint64_t short_ns;          /* since when there are fewer ranks than wanted, by a fault; 0 = there are not */
+    uint64_t unwhole_ns;        /* since when the ranks that are left lack experts; 0 = they do not */
     uint64_t lost_ns;           /* since when nobody is left who could complete the view again; 0 = somebody is */
     uint64_t back_ns, back_wait_ns; /* the last attempt to get back to full strength, and how long until the next */
     uint64_t pause_request, restart_request; /* to be answered when it is durable */
@@ -193,6 +199,7 @@ void commit_hello(struct coordinator *c, uint32_t peer, const struct msg_hello *
 void commit_peer_gone(struct coordinator *c, uint32_t peer, const char *why); /* disconnected or lost */
 void commit_cancel(struct coordinator *c, const char *why); /* PREPARING only: ABORT to everybody */
 void commit_recover(struct coordinator *c);
+void commit_reloaded(struct coordinator *c); /* the decision need not wait any longer */
 void commit_resume(struct coordinator *c, struct view *target); /* a RESET whose epoch the journal has */
 void commit_tick(struct coordinator *c);
 void commit_done(struct commit *commit);
@@ -255,6 +262,17 @@ bool repair_waits(const struct coordinator *c); /* for retry_ns */
 void repair_missing(const struct coordinator *c, char *ret_text, size_t size); /* "gpu1 (lost), gpu2 (no engine)" */
 void repair_resume(struct coordinator *c);
 void repair_committed(struct coordinator *c); /* those who are not in the view any more are put out */
+
+/* core_reload.c: experts that lost their last copy */
+bool reload_begin(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left, uint64_t lost);
+void reload_say(struct coordinator *c);
+void reload_opened(struct coordinator *c);
+bool reload_promised(struct coordinator *c);
+bool reload_concerns(const struct coordinator *c, uint32_t party);
+void reload_done(struct coordinator *c);
+void reload_failed(struct coordinator *c, uint32_t peer, int code, const char *text);
+void reload_late(struct coordinator *c);
+uint64_t reload_deadline(const struct coordinator *c);
 
 /* core_upkeep.c: pauses, agents that stop, back to full strength, giving a view up */
 void upkeep_pause(struct coordinator *c, uint64_t request, bool pause, const char *why);

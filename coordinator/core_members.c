@@ -178,6 +178,11 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     /* Its lease may have ended while the view had to wait for it: then it is a rank as before, weights and all. */
     bool put_out = c->commit.state == COMMIT_DECIDING && c->commit.kind == FLIP_RESET && members_rank(c, peer) >= 0 &&
                    operation_party(c, peer) < 0; /* but not while a view without it is being written */
+    if (known && put_out && c->op.reload) {
+        /* It may have last copies, which are needless only when that view is durable. */
+        members_close(c, conn, "a view without it is being written");
+        return;
+    }
     bool evicted = known && (p->evicted || put_out);
     if (!known)
         memset(p, 0, sizeof(*p));
@@ -195,6 +200,7 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     p->dispatch = hello->dispatch;
     p->slots = hello->slots;
     p->can_load = hello->can_load;
+    p->reload_ns = 0; /* it may have another checkpoint now */
     p->layers = hello->layers;
     p->logical = hello->logical;
     p->applied_epoch = hello->applied_epoch;

@@ -4,7 +4,7 @@
  *   scale up     OPEN ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO
  *                (RETIRE GRACE FILL)* FINISH
  *   scale down   OPEN GROUP_ID GROUP MAPPING (RETIRE GRACE FILL)* DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH
- *   repair       OPEN PROMISE DECIDE GO FINISH
+ *   repair       OPEN PROMISE (RELOAD) DECIDE GO FINISH
  *   rebalance    OPEN GROUP_ID GROUP MAPPING (RETIRE GRACE FILL)* FINISH
  *
  * Before DECIDE any failure aborts: the old membership serves on with the latest committed map.  From DECIDE on the
@@ -22,7 +22,7 @@ const char *op_phase_name(enum op_phase phase)
 {
     static const char *const names[PHASES] = {
         "NONE",  "OPEN", "PENDING", "ALLOCATE",       "GROUP_ID", "GROUP",  "MAPPING", "WEIGHTS", "KV",    "RETIRE",
-        "GRACE", "FILL", "DRAIN",   "ENGINE_PREPARE", "PROMISE",  "DECIDE", "GO",      "LET_GO",  "FINISH"};
+        "GRACE", "FILL", "DRAIN",   "ENGINE_PREPARE", "PROMISE",  "RELOAD", "DECIDE", "GO",      "LET_GO",  "FINISH"};
     return names[phase];
 }
 
@@ -96,6 +96,7 @@ void operation_clear(struct coordinator *c)
     free((void *)(uintptr_t)op->in.node);
     view_unref(op->proposed);
     expert_map_unref(op->load_map);
+    expert_map_unref(op->reload);
     struct arrivals stage = op->stage, drained = op->drained;
     memset(op, 0, sizeof(*op));
     op->stage = stage;
@@ -112,7 +113,7 @@ static void operation_open(struct coordinator *c)
     c->durable.open.started_ms = c->wall_ms;
     c->durable.open.op = ++c->durable.op;
     operation_phase(c, PHASE_OPEN, op_kind_name(c->durable.open.kind));
-    core_journal(c, DURABLE_META | DURABLE_OP, CONT_OPENED);
+    core_journal(c, DURABLE_META | DURABLE_OP | (c->op.reload ? DURABLE_VIEW : 0), CONT_OPENED);
 }
 
 void operation_open_repair(struct coordinator *c, uint32_t ranks)
@@ -409,7 +410,9 @@ void operation_tick(struct coordinator *c)
         return;
     op->deadline_ns = 0;
     core_names(c, operation_awaited(c), names, sizeof(names));
-    if (!op->decided) {
+    if (op->phase == PHASE_RELOAD) {
+        reload_late(c);
+    } else if (!op->decided) {
         operation_abort(c, "no answer from %s in %s by its deadline", names, op_phase_name(op->phase));
     } else if (op->phase != PHASE_GO) {
         snprintf(op->why, sizeof(op->why), "committed; no answer from %s in %s", names, op_phase_name(op->phase));

@@ -123,6 +123,7 @@ void operation_opened(struct coordinator *c, uint64_t op)
 {
     if (c->op.phase != PHASE_OPEN || c->durable.open.op != op)
         return;
+    reload_opened(c);
     if (c->op.accept)
         core_reply(c, c->op.accept, 0, op, OUTCOME_RUNNING, NULL, "operation %llu is accepted", (unsigned long long)op);
     c->op.accept = 0;
@@ -204,6 +205,9 @@ void operation_next(struct coordinator *c)
         operation_remember(c);
         operation_phase(c, PHASE_PROMISE, "every engine is prepared");
         commit_start(c, FLIP_VIEW, view_ref(op->proposed));
+        break;
+    case PHASE_RELOAD:
+        reload_done(c);
         break;
     case PHASE_LET_GO:
         operation_notify(c, NOTIFY_SHUTDOWN_COMPLETE);

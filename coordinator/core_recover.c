@@ -92,6 +92,16 @@ static bool recover_plan(struct coordinator *c)
     return true;
 }
 
+/* A repair that was to read experts again knows no more which, and begins anew when the agents are back. */
+static bool recover_is_whole(struct coordinator *c)
+{
+    struct err err;
+    struct view *target = setup_target(c);
+    bool whole = expert_map_validate(target->map, NULL, &err) == 0;
+    view_unref(target);
+    return whole;
+}
+
 void operation_recover(struct coordinator *c)
 {
     struct op_record *r = &c->durable.open;
@@ -139,6 +149,9 @@ void operation_recover(struct coordinator *c)
     } else if (decided) {
         c->op.decided = true;
         operation_end(c, OUTCOME_DONE, "committed; the coordinator restarted before the slots were all filled");
+    } else if (r->kind == OP_REPAIR && !recover_is_whole(c)) {
+        c->torn = true;
+        operation_end(c, OUTCOME_FAILED, "the coordinator restarted while experts were read again");
     } else if (r->kind == OP_REPAIR && c->bug != COORDINATOR_BUG_RESET_ABORTED_AFTER_RESTART) {
         c->torn = true;
         operation_phase(c, PHASE_PROMISE, "recovered");

@@ -1,10 +1,11 @@
 /* Repair: what a death does.  Part of the coordinator's core; pure.
  *
  * A rank of the view that is gone, or whose engine is gone, leaves the others inside a step that never ends.  The
- * survivors are pulled out (RESET) and go on in a view without it, if every expert still has a copy on them.  Otherwise
- * the view waits for the lost rank: its agent may come back with the weights, its engine may attach again.  A step can
- * also be torn without a loss, when engines cannot reach one another: then all of them retry it in a new view. */
+ * survivors are pulled out (RESET) and go on in a view without it, if every expert still has a copy on them, or can be
+ * read from the checkpoint again (core_reload.c).  Otherwise the view waits for the lost rank: its agent may come back
+ * with the weights, its engine may attach again.  A step can also be torn without a loss, when engines cannot reach one another: then all of them retry it in a new view. */
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "coordinator/core_internal.h"
@@ -13,24 +14,35 @@
 #define REPAIR_RETRY_MAX_NS 10000000000ULL /* ... up to this */
 #define REPAIR_CALM_NS 60000000000ULL     /* a view that worked for so long counts as sound again */
 
-/* Ranks that can serve; *ret_whole tells that they hold every expert. */
-static uint32_t repair_survivors(struct coordinator *c, uint32_t *ret_peers, bool *ret_whole)
+/* What the ranks that can serve hold, with every dormant copy that is needed routed to; they lack *ret_lost experts. */
+static struct expert_map *repair_left(const struct coordinator *c, uint64_t *ret_lost)
 {
     int32_t from[RANKS_MAX];
     uint32_t n = 0;
-    for (uint32_t r = 0; r < c->view->n; r++) {
-        if (setup_fault(c, r))
-            continue;
-        ret_peers[n] = members_find(c, c->view->members[r].id);
-        from[n++] = (int32_t)r;
-    }
-    *ret_whole = false;
-    if (n == 0)
-        return 0;
+    for (uint32_t r = 0; r < c->view->n; r++)
+        if (!setup_fault(c, r))
+            from[n++] = (int32_t)r;
     /* A map on its way to the journal counts already: what it retires may be announced at any moment. */
     const struct view *d = c->durable.view;
     struct expert_map *map = expert_map_select(d && d->epoch == c->view->epoch ? d->map : c->view->map, from, n);
-    uint64_t lost = map ? plan_cover_from_dormant(map) : 1;
+    if (!map)
+        abort();
+    *ret_lost = plan_cover_from_dormant(map);
+    return map;
+}
+
+/* Ranks that can serve; *ret_whole tells that they hold every expert. */
+static uint32_t repair_survivors(struct coordinator *c, uint32_t *ret_peers, bool *ret_whole)
+{
+    uint32_t n = 0;
+    for (uint32_t r = 0; r < c->view->n; r++)
+        if (!setup_fault(c, r))
+            ret_peers[n++] = members_find(c, c->view->members[r].id);
+    *ret_whole = false;
+    if (n == 0)
+        return 0;
+    uint64_t lost;
+    struct expert_map *map = repair_left(c, &lost);
     *ret_whole = lost == 0;
     if (lost)
         snprintf(c->degraded, sizeof(c->degraded),
@@ -186,6 +198,14 @@ static bool repair_ask_silent(struct coordinator *c)
     return any;
 }
 
+static void repair_reload(struct coordinator *c, const uint32_t *peers, uint32_t n)
+{
+    uint64_t lost;
+    struct expert_map *left = repair_left(c, &lost);
+    (void)reload_begin(c, peers, n, left, lost); /* what keeps it from that is in c->degraded */
+    expert_map_unref(left);
+}
+
 void repair_check(struct coordinator *c)
 {
     uint32_t peers[RANKS_MAX], faults, n;
@@ -197,6 +217,7 @@ void repair_check(struct coordinator *c)
         c->torn = true;
     if (!c->torn) {
         c->degraded[0] = '\0';
+        c->unwhole_ns = 0;
         return;
     }
     n = repair_survivors(c, peers, &whole);
@@ -205,8 +226,12 @@ void repair_check(struct coordinator *c)
         faults = repair_faults(c);
     }
     bool again = n == c->view->n && whole;
-    if (c->durable.open.kind == OP_REPAIR && c->op.phase != PHASE_NONE && repair_fits(c, peers, n))
+    if (whole)
+        c->unwhole_ns = 0;
+    if (c->durable.open.kind == OP_REPAIR && c->op.phase != PHASE_NONE && repair_fits(c, peers, n)) {
+        reload_say(c);
         return;
+    }
     if (c->durable.open.kind == OP_REPAIR && c->op.decided && !faults)
         return;
     if (again && repair_waits(c)) {
@@ -219,6 +244,8 @@ void repair_check(struct coordinator *c)
     if (!whole) {
         if (n == 0 && !c->degraded[0])
             snprintf(c->degraded, sizeof(c->degraded), "no rank of the view is left");
+        if (n)
+            repair_reload(c, peers, n);
         return;
     }
     if (faults)

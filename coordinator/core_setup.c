@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "coordinator/core_internal.h"
+#include "coordinator/reload.h"
 
 bool setup_fault(const struct coordinator *c, uint32_t rank)
 {
@@ -271,5 +272,7 @@ struct view *setup_target(struct coordinator *c)
         abort();
     if (r->kind == OP_REPAIR)
         plan_cover_from_dormant(view->map);
+    if (c->op.reload)
+        reload_apply(view->map, c->op.reload);
     return view;
 }

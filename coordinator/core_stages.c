@@ -30,6 +30,8 @@ static bool operation_concerns(const struct coordinator *c, enum op_stage stage,
             if (c->op.plan->moves[k].round == c->op.round && c->op.plan->moves[k].dst == i)
                 return members_rank(c, c->op.peer[i]) >= 0;
         return false;
+    case STAGE_RELOAD:
+        return reload_concerns(c, i);
     default:
         return true;
     }
@@ -46,9 +48,8 @@ void operation_ask(struct coordinator *c, enum op_stage stage, uint32_t i)
     s->stage = stage;
     s->round = stage == STAGE_FILL || stage == STAGE_GRACE ? op->round : 0;
     s->attempt = op->stage_attempt;
-    s->deadline_ms = stage == STAGE_DRAIN                               ? c->config.drain_ms
-                     : stage == STAGE_WEIGHTS || stage == STAGE_FILL ? c->config.transfer_ms
-                                                                        : c->config.stage_ms;
+    bool moves = stage == STAGE_WEIGHTS || stage == STAGE_FILL || stage == STAGE_RELOAD;
+    s->deadline_ms = stage == STAGE_DRAIN ? c->config.drain_ms : moves ? c->config.transfer_ms : c->config.stage_ms;
     switch (stage) {
     case STAGE_ALLOCATE:
         s->load = c->durable.open.kind == OP_START;
@@ -66,6 +67,9 @@ void operation_ask(struct coordinator *c, enum op_stage stage, uint32_t i)
         break;
     case STAGE_FILL:
         s->bandwidth = c->durable.open.kind == OP_REBALANCE ? (uint64_t)op->mib_s << 20 : 0;
+        break;
+    case STAGE_RELOAD:
+        s->map = expert_map_ref(op->reload);
         break;
     case STAGE_GRACE:
         s->step = op->stage_step;
@@ -94,6 +98,7 @@ static const char *stage_purpose(enum op_stage stage)
     case STAGE_DRAIN: return "requests end or are handed back";
     case STAGE_ENGINE_PREPARE: return "engines prepare the next view";
     case STAGE_LET_GO: return "leavers let go of weights and communicators";
+    case STAGE_RELOAD: return "experts without a copy are read from the checkpoint";
     case STAGE_MAX: break;
     }
     return "?";
@@ -114,7 +119,7 @@ void operation_stage(struct coordinator *c, enum op_phase phase, enum op_stage s
     operation_phase(c, phase, why);
     op->stage_kind = stage;
     op->stage_attempt++;
-    bool moves = stage == STAGE_WEIGHTS || stage == STAGE_FILL || stage == STAGE_ALLOCATE;
+    bool moves = stage == STAGE_WEIGHTS || stage == STAGE_FILL || stage == STAGE_ALLOCATE || stage == STAGE_RELOAD;
     op->deadline_ns = c->now_ns + (moves ? c->config.transfer_ms : c->config.stage_ms) * MS;
     for (uint32_t i = 0; i < c->durable.open.n; i++) {
         op->bytes_done += op->progress[i];
@@ -152,6 +157,11 @@ void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg
     if (party < 0 || d->op != r->op)
         return;
     const char *id = c->peers[peer].member.id;
+    if (d->code < 0 && d->stage == STAGE_RELOAD) {
+        if (op->phase == PHASE_RELOAD && d->attempt == op->stage_attempt)
+            reload_failed(c, peer, d->code, d->text);
+        return;
+    }
     if (d->code < 0 && !op->decided) {
         operation_abort(c, "agent %s: %s: %.180s", id, op_stage_name(d->stage), d->text);
         return;
@@ -210,7 +220,8 @@ void operation_progress(struct coordinator *c, uint32_t peer, const struct msg_p
         c->op.expected[party] = p->total;
     }
     if (!stuck && c->op.deadline_ns &&
-        (c->op.phase == PHASE_WEIGHTS || c->op.phase == PHASE_FILL || c->op.phase == PHASE_ALLOCATE))
+        (c->op.phase == PHASE_WEIGHTS || c->op.phase == PHASE_FILL || c->op.phase == PHASE_ALLOCATE ||
+         c->op.phase == PHASE_RELOAD))
         c->op.deadline_ns = c->now_ns + c->config.transfer_ms * MS;
     c->changed = true;
 }
@@ -233,7 +244,7 @@ void operation_hello(struct coordinator *c, uint32_t peer, const struct msg_hell
      * and none in what follows: it cannot be entered in the middle. */
     if (!same && !c->op.decided && c->commit.state != COMMIT_DECIDING)
         operation_announce(c, (uint32_t)party);
-    if ((c->op.phase == PHASE_GRACE || c->op.phase == PHASE_FILL) && !arrivals_has(&c->op.stage, peer) &&
+    if ((c->op.phase == PHASE_GRACE || c->op.phase == PHASE_FILL || c->op.phase == PHASE_RELOAD) && !arrivals_has(&c->op.stage, peer) &&
         operation_concerns(c, c->op.stage_kind, (uint32_t)party))
         operation_ask(c, c->op.stage_kind, (uint32_t)party);
 }

@@ -274,7 +274,7 @@ void agent_tick(struct sim *s, const struct sim_event *e)
 static struct agent_config config_of(struct sim *s, const struct sim_agent *a)
 {
     struct agent_config config = {.node = a->index / 4, .slots = s->slots,
-                                  .can_load = a->index <= s->first_ranks || a->index % 2, .lead_steps_min = 2,
+                                  .can_load = agent_can_load(s, a), .lead_steps_min = 2,
                                   .step_limit_ns = 5000 * MS,
                                   .hang_ns = 3000 * MS};
 

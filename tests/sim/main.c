@@ -36,6 +36,8 @@ static const struct {
     {"incarnation-ignored", .coordinator = COORDINATOR_BUG_INCARNATION_IGNORED},
     {"epoch-reused", .coordinator = COORDINATOR_BUG_EPOCH_REUSED},
     {"reset-at-max", .coordinator = COORDINATOR_BUG_RESET_AT_MAX},
+    {"reload-unawaited", .coordinator = COORDINATOR_BUG_RELOAD_UNAWAITED},
+    {"reload-void-forgotten", .coordinator = COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN},
     {"reset-barely-ahead", .coordinator = COORDINATOR_BUG_RESET_BARELY_AHEAD},
     {"reset-aborted-after-restart", .coordinator = COORDINATOR_BUG_RESET_ABORTED_AFTER_RESTART},
     {"retire-uncovered", .coordinator = COORDINATOR_BUG_RETIRE_UNCOVERED},
@@ -146,7 +148,7 @@ int main(int argc, char **argv)
                "every event.",
     };
     struct sim_options options = {.max_events = 20000, .agents_min = 2, .agents_max = SIM_AGENTS_MAX, .faults = true};
-    uint64_t passed = 0, failed = 0, events = 0, flips = 0, resets = 0, requests = 0, lost = 0, rebalances = 0;
+    uint64_t passed = 0, failed = 0, events = 0, flips = 0, resets = 0, requests = 0, lost = 0, rebalances = 0, reloads = 0;
     struct timespec from, to;
 
     argp_err_exit_status = 2;
@@ -165,6 +167,7 @@ int main(int argc, char **argv)
         requests += s.n_requests;
         lost += s.ended_lost;
         rebalances += s.rebalances;
+        reloads += s.reloads;
         if (s.ended_lost && options.verbose)
             printf("seed %" PRIu64 ": the view was lost\n", seed);
         sim_done(&s);
@@ -183,8 +186,8 @@ int main(int argc, char **argv)
     }
     clock_gettime(CLOCK_MONOTONIC, &to);
     printf("%" PRIu64 " passed, %" PRIu64 " failed (%" PRIu64 " events, %" PRIu64 " views, %" PRIu64
-           " repairs, %" PRIu64 " rebalances, %" PRIu64 " requests, %" PRIu64 " views lost with their experts, %.1f s)\n",
-           passed, failed, events, flips, resets, rebalances, requests, lost,
+           " repairs, %" PRIu64 " rebalances, %" PRIu64 " reloads, %" PRIu64 " requests, %" PRIu64 " views lost with their experts, %.1f s)\n",
+           passed, failed, events, flips, resets, rebalances, reloads, requests, lost,
            (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9);
     if (options.expect_violation)
         return failed ? 0 : 1;

@@ -1,5 +1,6 @@
 /* What a seed means: sizes, delays, the operator's commands, requests, faults, and at the end the quiet in which
  * everything must come to rest and one more operation must succeed.  Single thread. */
+#include "coordinator/reload.h"
 #include "tests/sim/sim.h"
 
 #include <inttypes.h>
@@ -66,6 +67,7 @@ static void time_world(struct sim *s)
     s->config.stage_ms = 5000;
     s->config.transfer_ms = 6000;
     s->config.drain_ms = 500;
+    s->config.reload_after_ms = sim_chance(s, 100) ? 0 : (uint32_t)sim_between(s, 1, 2000);
 }
 
 void scenario_start(struct sim *s)
@@ -416,8 +418,31 @@ static void calm_down(struct sim *s)
     sim_note(s, "---- no more faults, requests or commands ----");
 }
 
-/* Nobody of the committed view is left who could carry it on, or not every expert has a holder that is left: the view
- * waits for ranks that will not come back. */
+/* The ranks that are left have the checkpoint, and room for what they lack: so it must come back. */
+static bool reloadable(struct sim *s, const struct view *view)
+{
+    int32_t from[RANKS_MAX];
+    uint8_t can[RANKS_MAX];
+    uint32_t n = 0;
+    struct expert_map *load;
+    uint64_t placed, unplaced = 1;
+
+    for (uint32_t r = 0; r < view->n; r++) {
+        struct sim_agent *a = agent_of(s, &view->members[r]);
+        if (!agent_is(a, &view->members[r]))
+            continue;
+        can[n] = agent_can_load(s, a);
+        from[n++] = (int32_t)r;
+    }
+    struct expert_map *left = n ? expert_map_select(view->map, from, n) : NULL;
+    if (left && plan_cover_from_dormant(left) && reload_plan(left, can, &load, &placed, &unplaced) == 0)
+        expert_map_unref(load);
+    expert_map_unref(left);
+    return s->config.reload_after_ms && unplaced == 0;
+}
+
+/* Nobody of the committed view is left who could carry it on, or not every expert has a holder that is left, nor can it be
+ * read again: the view waits for ranks that will not come back. */
 static bool lost(struct sim *s)
 {
     const struct view *view = s->coordinator.disk.view;
@@ -432,7 +457,7 @@ static bool lost(struct sim *s)
                     held = view->map->held[expert_map_at(view->map, l, r, slot)] == (int32_t)e &&
                            agent_is(agent_of(s, &view->members[r]), &view->members[r]);
             if (!held)
-                return true;
+                return !reloadable(s, view);
         }
     return false;
 }

@@ -212,6 +212,7 @@ struct sim {
     uint32_t n_keys, n_asked;
     uint64_t load_every, loads; /* ns between reports of load, 0 = there are none; reports so far */
     uint64_t rebalances;        /* that have ended as done */
+    uint64_t reloads;           /* pieces of work in which lost experts were read again */
     uint64_t ops_done, ops_aborted, ops_refused, flips, resets, reset_times[SIM_RESETS];
     /* the world */
     struct sim_process coordinator;
@@ -269,6 +270,11 @@ void agent_ring(struct sim *s, struct sim_agent *a);
 void agent_done(struct sim *s, struct sim_agent *a);
 struct sim_agent *agent_of(struct sim *s, const struct member *member); /* by id; NULL when unknown */
 bool agent_is(const struct sim_agent *a, const struct member *member);  /* this incarnation, alive */
+/* It has the checkpoint. */
+static inline bool agent_can_load(const struct sim *s, const struct sim_agent *a)
+{
+    return a->index <= s->first_ranks || a->index % 2;
+}
 
 /* worker.c */
 void worker_add(struct sim *s, struct sim_agent *a, struct work *work); /* takes what it owns */

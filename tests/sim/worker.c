@@ -88,6 +88,27 @@ static void start_transfer(struct sim *s, struct sim_agent *a, struct work *w)
         end_in(s, a, TRANSFER_TIMEOUT, ERR_TIMEOUT);
 }
 
+/* The slots are garbage while they are written. */
+static void reload_write(struct sim *s, struct sim_agent *a, const struct work *w, bool done)
+{
+    for (uint32_t l = 0; l < s->layers; l++)
+        for (uint32_t slot = 0; slot < s->slots; slot++) {
+            int32_t expert = w->map->held[expert_map_at(w->map, l, w->self, slot)];
+            if (expert < 0)
+                continue;
+            check_destroy(s, a, l, slot, "reload");
+            *slot_of(s, a, l, slot) = done ? expert : SIM_GARBAGE;
+        }
+}
+
+static void reload_begin(struct sim *s, struct sim_agent *a, const struct work *w)
+{
+    reload_write(s, a, w, false);
+    end_in(s, a, sim_between(s, MS, 200 * MS), a->corrupt > 0 ? ERR_CORRUPT : 0);
+    if (a->corrupt > 0)
+        a->corrupt--;
+}
+
 static void start(struct sim *s, struct sim_agent *a)
 {
     struct work *w;
@@ -109,6 +130,7 @@ static void start(struct sim *s, struct sim_agent *a)
     case WORK_WEIGHTS:
     case WORK_FILL: start_transfer(s, a, w); return;
     case WORK_LOAD: end_in(s, a, sim_between(s, MS, 20 * MS), 0); return;
+    case WORK_RELOAD: reload_begin(s, a, w); return;
     default: end_in(s, a, soon, 0);
     }
 }
@@ -218,6 +240,10 @@ static void ended(struct sim *s, struct sim_agent *a, int code)
         case WORK_GROUP_ID: event.blob = blob = blob_new("id", 2); break;
         case WORK_LOAD: event.model = model = loaded(s, a, w); break;
         case WORK_RELEASE: release(s, a); break;
+        case WORK_RELOAD:
+            reload_write(s, a, w, true);
+            s->reloads++;
+            break;
         case WORK_VERIFY:
             event.value = verify(s, a, w, &bad);
             if (bad)

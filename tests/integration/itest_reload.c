@@ -1,0 +1,150 @@
+/* Experts that lost their last copy are read from the checkpoint again by the ranks that are left, and the view serves on
+ * with every token right.  With the real daemons under load; nobody starts again what was killed. */
+#include <fcntl.h>
+#include <unistd.h>
+
+#include "tests/integration/itest.h"
+
+/* 4 ranks of 8 slots hold 16 experts a layer twice: two of them have room for everything. */
+static void serve(struct cluster *c, struct cluster_options o)
+{
+    o.agents = 4;
+    o.loaders = o.loaders ? o.loaders : 4;
+    o.step_ms = 5;
+    itest_start(c, o);
+    CTL(c, 0, "scale", "--to", "2");
+    CTL(c, 0, "scale", "--to", "4");
+    itest_feed(c, "4");
+    cluster_sleep_ms(300);
+}
+
+static void kill_rank(struct cluster *c, int i)
+{
+    cluster_signal(&c->agent[i], SIGKILL);
+    cluster_signal(&c->engine[i], SIGKILL);
+}
+
+static void serves_all(struct cluster *c, int ranks)
+{
+    itest_wait_ranks(c, ranks, 20000);
+    CTL(c, 0, "verify");
+    cluster_sleep_ms(300);
+    itest_fed(c);
+    CTL(c, 0, "history", "--phases");
+    CTL_SAYS("serving again with");
+    CTL_SAYS("RELOAD");
+    char *log = cluster_read(c, "coordinator.log");
+    ck_assert_msg(log && strstr(log, "experts again from the checkpoint"), "logs in %s", c->dir);
+    ck_assert(strstr(log, "that lost their last copy are read again from the checkpoint"));
+    free(log);
+}
+
+START_TEST(what_two_dead_ranks_held_is_read_again)
+{
+    struct cluster c;
+    serve(&c, (struct cluster_options){0});
+    kill(c.agent[1], SIGSTOP); /* together: the first death alone is repaired without */
+    kill_rank(&c, 3);
+    kill_rank(&c, 1);
+    serves_all(&c, 2);
+    CTL(&c, 0, "status");
+    ck_assert_msg(!strstr(ctl_out, "degraded"), "%s", ctl_out);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+/* The agent has the bytes, but no engine comes. */
+START_TEST(an_engine_that_does_not_come_back_is_waited_for_and_then_done_without)
+{
+    struct cluster c;
+    serve(&c, (struct cluster_options){.coordinator_args = {"--reload-after-ms", "1000", NULL}});
+    kill(c.agent[1], SIGSTOP);
+    kill_rank(&c, 3);
+    cluster_signal(&c.engine[1], SIGKILL);
+    kill(c.agent[1], SIGCONT);
+    serves_all(&c, 2);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+/* The option that waits for whoever had them, however long. */
+START_TEST(by_policy_nothing_is_read_again)
+{
+    struct cluster c;
+    serve(&c, (struct cluster_options){.coordinator_args = {"--reload-after-ms", "0", NULL}});
+    kill(c.agent[1], SIGSTOP);
+    kill_rank(&c, 3);
+    kill_rank(&c, 1);
+    itest_wait_status(&c, "no copy on the 2 ranks that are left", 10000);
+    cluster_sleep_ms(500);
+    ck_assert_int_eq(itest_ranks(&c), 4);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+START_TEST(without_room_the_view_waits_and_says_so)
+{
+    struct cluster c;
+    serve(&c, (struct cluster_options){.loaders = 2});
+    kill(c.agent[1], SIGSTOP);
+    kill_rank(&c, 3);
+    kill_rank(&c, 1);
+    itest_wait_status(&c, "there is no room for", 10000);
+    CTL_SAYS("of them on the 1 with a checkpoint");
+    CTL(&c, 0, "restart");
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+/* A copy of the checkpoint that a test may spoil. */
+static void copy_checkpoint(const char *from, const char *to)
+{
+    char command[600];
+    snprintf(command, sizeof command, "cp -r %s %s && chmod -R u+w %s", from, to, to);
+    ck_assert_int_eq(system(command), 0);
+}
+
+/* The file is another one meanwhile: that is seen by the digests, said, and nothing of it is served. */
+START_TEST(a_checkpoint_that_was_changed_is_not_read_again)
+{
+    struct cluster c;
+    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], command[512];
+    ck_assert_ptr_nonnull(mkdtemp(dir));
+    snprintf(path, sizeof path, "%s/model", dir);
+    copy_checkpoint(QWEN, path);
+    serve(&c, (struct cluster_options){.model = path});
+    snprintf(command, sizeof command,
+             "for f in %s/*.safetensors; do s=$(stat -c %%s $f); "
+             "dd if=/dev/urandom of=$f bs=4096 seek=$((s / 8192)) count=$((s / 8192)) conv=notrunc status=none; done", path);
+    ck_assert_int_eq(system(command), 0);
+    kill(c.agent[1], SIGSTOP);
+    kill_rank(&c, 3);
+    kill_rank(&c, 1);
+    for (int i = 0; i < 100; i++) {
+        CTL(&c, 0, "history");
+        if (strstr(ctl_out, "is not what the model was started with"))
+            break;
+        cluster_sleep_ms(100);
+    }
+    CTL_SAYS("cannot read experts again");
+    CTL_SAYS("is not what the model was started with");
+    itest_wait_status(&c, "no copy on the 2 ranks that are left", 10000);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    ck_assert_int_eq(system(command), 0);
+}
+END_TEST
+
+static void add(TCase *t)
+{
+    tcase_add_test(t, what_two_dead_ranks_held_is_read_again);
+    tcase_add_test(t, an_engine_that_does_not_come_back_is_waited_for_and_then_done_without);
+    tcase_add_test(t, by_policy_nothing_is_read_again);
+    tcase_add_test(t, without_room_the_view_waits_and_says_so);
+    tcase_add_test(t, a_checkpoint_that_was_changed_is_not_read_again);
+}
+
+int main(void)
+{
+    return itest_main("reload", add, 120);
+}
