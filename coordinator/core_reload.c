@@ -38,9 +38,18 @@ static bool reload_hopes(const struct coordinator *c)
     return false;
 }
 
+/* A map of an operation that gave way is on its way to the journal: it is announced as the one that is durable then. */
+static bool reload_map_pending(const struct coordinator *c)
+{
+    for (const struct pending_write *w = c->writes; w; w = w->next)
+        if (w->what == CONT_MAP)
+            return true;
+    return false;
+}
+
 static bool reload_is_due(const struct coordinator *c)
 {
-    return c->config.reload_after_ms &&
+    return !reload_map_pending(c) && c->config.reload_after_ms &&
            (!reload_hopes(c) || c->now_ns >= c->unwhole_ns + c->config.reload_after_ms * MS);
 }
 

@@ -150,7 +150,7 @@ void upkeep_report(struct coordinator *c, char *text, size_t size)
     size_t used = strlen(text);
     if (used + 1 >= size)
         return;
-    if (r->kind == OP_SCALE_UP && c->short_ns && n >= c->durable.wanted)
+    if ((r->kind == OP_SCALE_UP || r->kind == OP_START) && c->short_ns && n >= c->durable.wanted)
         snprintf(text + used, size - used, "%sfull strength again, %llu ms after the fault was noticed",
                  used ? "; " : "", (unsigned long long)((c->now_ns - c->short_ns) / MS));
     else if (r->kind == OP_REPAIR && c->op.decided && c->torn_ns && !text[0])
@@ -238,10 +238,12 @@ static void view_give_up(struct coordinator *c, const char *why, uint32_t *ret_e
     if (!d->wanted)
         d->wanted = c->view->n;
     commit_done(&c->commit);
+    if (!c->short_ns && c->torn)
+        c->short_ns = c->torn_ns;
     arrivals_reset(&c->map_acks);
     c->map_announced = c->grace_step = c->torn_epoch = 0;
     c->torn = false;
-    c->lost_ns = 0;
+    c->lost_ns = c->unwhole_ns = 0;
     c->degraded[0] = '\0';
     view_unref(c->view);
     view_unref(d->view);

@@ -91,7 +91,6 @@ START_TEST(without_room_the_view_waits_and_says_so)
     kill_rank(&c, 1);
     itest_wait_status(&c, "there is no room for", 10000);
     CTL_SAYS("of them on the 1 with a checkpoint");
-    CTL(&c, 0, "restart");
     ck_assert_int_eq(cluster_stop(&c, false), 0);
 }
 END_TEST

@@ -206,6 +206,11 @@ START_TEST(by_policy_a_lost_view_starts_anew_from_the_checkpoint)
     cluster_agent_start(&c, 1);
     cluster_engine_start(&c, 1);
     supervise_until(&c, "operation 2: start to 2 ranks, done", 20000);
+    CTL(&c, 0, "history");
+    CTL_SAYS("full strength again");
+    char *log = cluster_read(&c, "coordinator.log");
+    ck_assert_msg(log && !strstr(log, "serving again"), "it says that it serves when its view was given up; logs in %s", c.dir);
+    free(log);
     CTL(&c, 0, "verify");
     cluster_sleep_ms(300);
     itest_fed(&c);

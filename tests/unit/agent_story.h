@@ -113,7 +113,7 @@ static inline void story_send(struct story *s, const struct msg *m)
 static inline const char *story_work(enum work_kind kind)
 {
     static const char *const names[] = {"?",       "ALLOCATE", "LOAD",          "GROUP_ID", "GROUP",
-                                        "WEIGHTS", "FILL",     "GROUP_DESTROY", "RELEASE",  "VERIFY"};
+                                        "WEIGHTS", "FILL",     "GROUP_DESTROY", "RELEASE",  "VERIFY", "RELOAD"};
     return names[kind];
 }
 
@@ -288,10 +288,13 @@ static inline struct view *story_view(uint64_t epoch, uint32_t n, uint32_t me, u
     return view;
 }
 
+/* Before a story begins: its agent has a checkpoint. */
+static bool story_can_load;
+
 static inline struct story *story_new(void)
 {
     struct story *s = calloc(1, sizeof(*s));
-    struct agent_config config = {.id = "me", .incarnation = ME_INCARNATION, .slots = 2, .lead_steps_min = 2,
+    struct agent_config config = {.id = "me", .incarnation = ME_INCARNATION, .slots = 2, .lead_steps_min = 2, .can_load = story_can_load,
                                   .step_limit_ns = 5000 * STORY_MS};
     s->now = 1000 * STORY_MS;
     s->core = agent_core_new(&config, s->now);

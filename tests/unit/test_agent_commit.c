@@ -574,6 +574,56 @@ START_TEST(reset_waits_until_the_engine_has_left_its_step)
 }
 END_TEST
 
+static void story_reload(struct story *s, uint64_t attempt)
+{
+    struct msg m = story_stage_msg(2, STAGE_RELOAD, attempt);
+    m.stage.map = expert_map_new(1, 2, 2, 2);
+    m.stage.map->held[1] = 1;
+    story_told(s, &m);
+}
+
+/* Slots are overwritten only when nothing that the engine has launched is on the device any more. */
+START_TEST(reload_waits_for_the_device)
+{
+    story_can_load = true;
+    struct story *s = story_serving(3);
+    engine_runs(s, 17);
+    story_op_begin(s, 2, OP_REPAIR, ROLE_REMAINING, 2, 2, 0);
+    story_reload(s, 1); /* no promise yet: the engine may read them */
+    story_prepare(s, 2, 2, FLIP_RESET, 250);
+    struct agent_event left = {.type = AE_ENGINE_LEFT_STEP, .value = 17};
+    s->page.launched = 17;
+    s->page.done = 16;
+    story_event(s, &left);
+    story_forget(s);
+    story_reload(s, 2);
+    story_expect(s, "page notify_done = 17\n");
+    story_reload(s, 2); /* a repeat changes nothing */
+    story_expect(s, "");
+    s->page.done = 17;
+    story_happens(s, AE_BELL);
+    story_expect(s, "work RELOAD\n"
+                    "page notify_done = 0\n");
+    story_work_done(s, 0, NULL);
+    story_expect(s, "send STAGE_DONE RELOAD round 0 bytes 100\n");
+    story_reload(s, 2);
+    story_expect(s, "send STAGE_DONE RELOAD round 0 bytes 100\n");
+    story_free(s);
+}
+END_TEST
+
+START_TEST(reload_outside_of_a_promised_repair_is_refused)
+{
+    struct story *s = story_serving(2);
+    story_op_begin(s, 2, OP_SCALE_DOWN, ROLE_REMAINING, 2, 2, 0);
+    story_forget(s);
+    story_reload(s, 1);
+    story_expect(s, "send STAGE_DONE RELOAD round 0 invalid: RELOAD outside of a repair that was promised: the engine may be "
+                    "reading the slots\n");
+    story_free(s);
+}
+END_TEST
+
 /* Something between the engines is broken.  The coordinator hears of it, with every connection, until there is a repair. */
 START_TEST(step_that_fails_by_itself_is_reported)
 {
@@ -879,6 +929,8 @@ int main(void)
     tcase_add_test(faults, in_doubt_the_engine_is_cut_off_and_the_gate_stays);
     tcase_add_test(faults, in_doubt_an_engine_that_is_not_held_goes_on);
     tcase_add_test(reset, reset_waits_until_the_engine_has_left_its_step);
+    tcase_add_test(reset, reload_waits_for_the_device);
+    tcase_add_test(reset, reload_outside_of_a_promised_repair_is_refused);
     tcase_add_test(reset, step_that_fails_by_itself_is_reported);
     tcase_add_test(reset, reset_that_is_given_up_leaves_the_view_torn);
     tcase_add_test(reset, reset_cuts_off_an_engine_that_stays_in_its_step);

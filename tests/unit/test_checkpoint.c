@@ -362,6 +362,38 @@ static bool count_calls(void *user, uint64_t bytes)
     return false;
 }
 
+/* Into weights that are in use: what is read must be what the model was started with. */
+START_TEST(lost_experts_are_read_again)
+{
+    const struct fixture *fx = &fixtures[_i];
+    struct raw raw;
+    struct loaded l;
+    struct err err = {0};
+    char dir[256];
+    fixture_raw(fx, &raw, dir);
+    loaded_prepare(&l, dir, fx->experts);
+    for (uint32_t e = 0; e < fx->experts; e++)
+        l.map->held[expert_map_at(l.map, 1, 1, e)] = (int32_t)e;
+    ck_assert_int_eq(checkpoint_load(l.c, l.w, l.map, 1, NULL, NULL, &err), 0);
+    uint64_t before = checkpoint_bytes_read(l.c), *known = &l.model->expert_digest[fx->experts + 3], digest = *known;
+    struct expert_map *again = expert_map_new(LAYERS, fx->experts, 2, fx->experts);
+    again->held[expert_map_at(again, 1, 0, 5)] = 3;
+    ck_assert_msg(checkpoint_reload(l.c, l.w, again, 0, NULL, NULL, &err) == 0, "%s", err.text);
+    slot_compare(&l, fx, &raw, 1, 5, 3);
+    ck_assert_uint_eq(checkpoint_bytes_read(l.c) - before, 3ull * fx->inner * HIDDEN * 2);
+    ck_assert_uint_eq(checkpoint_reload_bytes(l.c, again, 0), 3ull * fx->inner * HIDDEN * 2);
+    *known = digest + 1;
+    ck_assert_int_eq(checkpoint_reload(l.c, l.w, again, 0, NULL, NULL, &err), ERR_CORRUPT);
+    ck_assert_ptr_nonnull(strstr(err.text, "expert 3 of MoE layer 1 is not what the model was started with"));
+    ck_assert_uint_eq(*known, digest + 1);
+    *known = 0;
+    ck_assert_int_eq(checkpoint_reload(l.c, l.w, again, 0, NULL, NULL, &err), ERR_NOTFOUND);
+    expert_map_unref(again);
+    loaded_done(&l);
+    raw_close(&raw);
+}
+END_TEST
+
 START_TEST(only_what_is_needed_is_read)
 {
     const struct fixture *fx = &fixtures[_i];
@@ -732,6 +764,7 @@ int main(void)
     tcase_set_timeout(t, 60);
     tcase_add_loop_test(t, one_file_equals_an_independent_reading, 0, 2);
     tcase_add_loop_test(t, shards_equal_one_file, 0, 2);
+    tcase_add_loop_test(t, lost_experts_are_read_again, 0, 2);
     tcase_add_loop_test(t, only_what_is_needed_is_read, 0, 2);
     tcase_add_test(t, loading_is_cancelled_and_maps_are_checked);
     tcase_add_test(t, a_file_that_becomes_shorter_is_named);
