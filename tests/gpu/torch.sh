@@ -2,18 +2,20 @@
 # The PyTorch engine on a GPU (or several): right tokens while ranks come and go, then a model of real proportions.
 # Needs PyTorch with CUDA and transformers 5; nothing is compiled or installed.  About 5 minutes.
 #
-#   tests/gpu/torch.sh BUILD [tiny|real|restart ...]     (the folder of a build, or bin of an unpacked bundle with tests)
+#   tests/gpu/torch.sh BUILD [tiny|real|restart|compare ...]     (the folder of a build, or bin of an unpacked bundle with tests)
 #
 #   tiny     eep-demo 2 -> 4 -> 3 -> 2 with Qwen3-MoE and Mixtral in float32: every token must be the reference's
 #   real     Qwen3-30B-A3B's shape in bf16: a run on 2 ranks, and one that scales 2 -> 4 -> 3 -> 2 under the same requests;
 #            tokens a second as CSV, pauses, requests lost, and the tokens of both runs compared
 #   restart  an engine is killed and started: how long until its weights are bound again, against loading the checkpoint
+#   compare  the same model from 2 to 4 ranks by eep (TRANSPORTS), by a scheme that stops everything, by a restart: one table
+#            (compare.py), about 5 minutes; not run unless named
 #
 # Environment: PYTHON (python3), EXCHANGE (nccl; gloo goes through the host), LAYERS (8), MEMORY (cuda, or host to try the
-# script itself), TRANSPORT (cuda_peer), REQUESTS (240), TOKENS (64), CHECKPOINT (a folder that is there), OUT (a folder for
+# script itself), TRANSPORT (cuda_peer), REQUESTS (240; compare: 160), TOKENS (64), TRANSPORTS (cuda_peer,nccl), COMPARE_S (420: the most it may take), CHECKPOINT (a folder that is there), OUT (a folder for
 # CSV, tokens and logs).  Agents share GPUs where there are fewer than 4.
 set -u
-build=$(cd "${1:?usage: torch.sh BUILD [tiny|real|restart ...]}" && pwd)
+build=$(cd "${1:?usage: torch.sh BUILD [PART ...]}" && pwd)
 shift
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -79,10 +81,14 @@ serve() { # i: an engine for agent i
 views() { grep -c 'event=view ' "$dir/engine-$1.log"; }
 engines() { "$build/eepctl" -o json agents 2>/dev/null | "$PYTHON" -c 'import json, sys; print(sum(bool(a["engine"]) for a in json.load(sys.stdin)["agents"]))'; }
 await_engines() { for ((n = 0; n < 600; n++)); do [ "$(engines)" = "$1" ] && return 0; sleep 0.2; done; fail "engines did not attach"; return 1; }
-up() { # coordinator, 4 agents, 4 engines, 2 ranks
-    [ -z "${is_up:-}" ] || return 0
+checkpoint() { # sets $checkpoint
+    [ -z "${checkpoint:-}" ] || return 0
     checkpoint=${CHECKPOINT:-$dir/checkpoint}
     [ -n "${CHECKPOINT:-}" ] || "$build/tests/eep-make-checkpoint" --model qwen3-30b-a3b --layers "${LAYERS:-8}" "$checkpoint" | tail -n 1
+}
+up() { # coordinator, 4 agents, 4 engines, 2 ranks
+    [ -z "${is_up:-}" ] || return 0
+    checkpoint
     start coordinator "$build/eep-coordinator" --listen "$EEP_COORDINATOR" --state "$dir/state" --tcpstore-listen 127.0.0.1:0/engines \
         --port-file "$dir/ports" --drain-ms 60000
     for ((n = 0; n < 100; n++)); do "$build/eepctl" status >/dev/null 2>&1 && break; sleep 0.1; done
@@ -150,10 +156,20 @@ print(f"transformers' from_pretrained of the same checkpoint (all experts, from 
 PY
 }
 
+compare() {
+    say "compare: 2 -> 4 ranks, Qwen3-30B-A3B's shape, ${LAYERS:-8} layers"
+    checkpoint
+    local transports=host
+    [ "$memory" != cuda ] || transports=${TRANSPORTS:-cuda_peer,nccl}
+    timeout -k 30 "${COMPARE_S:-420}" "$PYTHON" "$here/compare.py" --bin "$build" --checkpoint "$checkpoint" --out "$out/compare" \
+        --memory "$memory" --transports "$transports" --requests "${REQUESTS:-160}" --max-tokens "${TOKENS:-64}" ${COMPARE:-} ||
+        fail "compare: exit status $?"
+}
+
 for part in $parts; do
     case $part in
     tiny) tiny qwen3-moe "$root/tests/data/qwen3-moe-tiny"; tiny mixtral "$root/tests/data/mixtral-tiny" ;;
-    real | restart) $part ;;
+    real | restart | compare) $part ;;
     *) echo "torch.sh: no part is called '$part'" >&2; exit 2 ;;
     esac
 done

@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import eep
 
+from batch import Plan
+
 # Names in checkpoints that transformers renames when it loads them: (in the module, in the checkpoint)
 RENAMED = ((".mlp.", ".block_sparse_moe."),)
 
@@ -258,3 +260,18 @@ class Runner:
         values = self._grid([[p, t, int(r in rows)] for r, (p, t) in enumerate(grid)], 3)
         p = Pass(self.cache, slice(0, self.rows), values[:, :1], values[:, 2:].bool())
         return self._head(self._forward(values[:, 1:2], p)[:, 0])
+
+    def run(self, plan: Plan, prefill: bool, decode: bool) -> tuple[int | None, list[int]]:
+        """The passes of a step, which are the same on all ranks, and this rank's tokens: after its prompt (None: it has not
+        ended), of every row.  A rank with nothing to do in a pass takes part, with padding."""
+        prefilled, decoded = None, []
+        if prefill:
+            s = plan.prefill
+            logits = self.prefill(s.row if s else 0, s.done if s else 0, plan.chunk)
+            if s and s.left == len(plan.chunk):
+                prefilled = int(logits[-1].argmax())
+        if decode:
+            rows = {row: (s.done, s.tokens[s.done]) for row, s in plan.decode.items()}
+            decoded = self.decode(rows).argmax(-1).tolist()
+        self.wait()
+        return prefilled, decoded

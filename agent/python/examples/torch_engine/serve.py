@@ -148,16 +148,7 @@ class Serving:
             until = time.monotonic() + self.o.busy_us / 1e6
             while time.monotonic() < until:
                 pass
-        prefilled, decoded = None, []
-        if prefill:  # ranks with nothing to prefill take part, with padding
-            s = plan.prefill
-            logits = self.runner.prefill(s.row if s else 0, s.done if s else 0, plan.chunk)
-            if s and s.left == len(plan.chunk):
-                prefilled = int(logits[-1].argmax())
-        if decode:
-            rows = {row: (s.done, s.tokens[s.done]) for row, s in plan.decode.items()}
-            decoded = self.runner.decode(rows).argmax(-1).tolist()
-        self.runner.wait()
+        prefilled, decoded = self.runner.run(plan, prefill, decode)
         if self.engine.revoked:
             raise eep.PeerLost("the view was revoked while the step ran")
         return plan, prefilled, decoded
