@@ -2,19 +2,27 @@
 # The PyTorch engine on a GPU (or several): right tokens while ranks come and go, then a model of real proportions.
 # Needs PyTorch with CUDA and transformers 5; nothing is compiled or installed.  About 5 minutes.
 #
-#   tests/gpu/torch.sh BUILD [tiny|real|restart|compare ...]     (the folder of a build, or bin of an unpacked bundle with tests)
+#   tests/gpu/torch.sh BUILD [tiny|real|restart|graphs|compare ...]     (the folder of a build, or bin of an unpacked bundle with tests)
 #
 #   tiny     eep-demo 2 -> 4 -> 3 -> 2 with Qwen3-MoE and Mixtral in float32: every token must be the reference's
 #   real     Qwen3-30B-A3B's shape in bf16: a run on 2 ranks, and one that scales 2 -> 4 -> 3 -> 2 under the same requests;
 #            tokens a second as CSV, pauses, requests lost, and the tokens of both runs compared
 #   restart  an engine is killed and started: how long until its weights are bound again, against loading the checkpoint
+#   graphs   decoding by CUDA graphs: the tiny models as above, then the real shape: against the tokens of eager decoding while
+#            maps flip (a rebalance) and ranks come and go; not run unless named
 #   compare  the same model from 2 to 4 ranks by eep (TRANSPORTS), by a scheme that stops everything, by a restart: one table
 #            (compare.py), about 5 minutes; not run unless named
 #
 # Environment: PYTHON (python3), EXCHANGE (nccl; gloo goes through the host), LAYERS (8), MEMORY (cuda, or host to try the
-# script itself), TRANSPORT (cuda_peer), REQUESTS (240; compare: 160), TOKENS (64), TRANSPORTS (cuda_peer,nccl), COMPARE_S (420: the most it may take), CHECKPOINT (a folder that is there), OUT (a folder for
-# CSV, tokens and logs).  Agents share GPUs where there are fewer than 4.
+# script itself), TRANSPORT (cuda_peer), REQUESTS (240; compare: 160), TOKENS (64), TRANSPORTS (cuda_peer,nccl), COMPARE_S
+# (420: the most it may take), TOTAL_S (seconds after which whatever runs is ended), CHECKPOINT (a folder that is there), OUT (a
+# folder for CSV, tokens and logs).  Agents share GPUs where there are fewer than 4.
 set -u
+if [ -n "${TOTAL_S:-}" ]; then # signals all that runs in it
+    limit=$TOTAL_S
+    unset TOTAL_S
+    exec timeout -k 30 "$limit" bash "$0" "$@"
+fi
 build=$(cd "${1:?usage: torch.sh BUILD [PART ...]}" && pwd)
 shift
 here=$(cd "$(dirname "$0")" && pwd)
@@ -32,13 +40,18 @@ for lib in "${EEP_LIB:-}" "$build/libeep.so" "$build/../lib/libeep.so.0"; do
     [ -n "$lib" ] && [ -e "$lib" ] && export EEP_LIB=$lib && break
 done
 engine=$python/examples/torch_engine
-pids=() engine_pid=() failed=0 gpus=0
-clean() {
+pids=() engine_pid=() engine_options=() failed=0 gpus=0 is_up=
+down() { # all that was started, and what it logged: to $out/$1
     for ((i = ${#pids[@]} - 1; i >= 0; i--)); do kill "${pids[i]}" 2>/dev/null; done
-    sleep 1
+    for ((n = 0; n < 50; n++)); do kill -0 "${pids[@]}" 2>/dev/null || break; sleep 0.1; done
     for pid in "${pids[@]}"; do kill -9 "$pid" 2>/dev/null; done
-    wait 2>/dev/null
-    cp "$dir"/*.log "$dir"/*.trace "$out" 2>/dev/null
+    wait "${pids[@]}" 2>/dev/null
+    mkdir -p "$out/$1" && mv "$dir"/*.log "$dir"/*.trace "$out/$1" 2>/dev/null
+    rm -rf "$dir/state" "$dir"/*.sock "$dir/ports"
+    pids=() engine_pid=() is_up=
+}
+clean() {
+    down logs
     rm -rf "$dir"
 }
 trap clean EXIT
@@ -64,18 +77,20 @@ else
     transport=host exchange=gloo
 fi
 
-tiny() { # name, model
-    say "tiny: $1, 2 -> 4 -> 3 -> 2, float32, $exchange"
-    EEP_ENGINE="$PYTHON $engine --dtype float32 --exchange $exchange ${shared[*]:-}" TERM=dumb timeout 170 \
-        "$build/tests/eep-demo" --model "$2" --memory "$memory" --transport "$transport" --sequence 2,4,3,2 --settle-ms 1000 \
-        --step-ms 5 >"$out/tiny-$1.txt" 2>&1
+tiny() { # name, model, engine's options...
+    local name=$1 model=$2
+    shift 2
+    say "tiny: $name, 2 -> 4 -> 3 -> 2, float32, $exchange $*"
+    EEP_ENGINE="$PYTHON $engine --dtype float32 --exchange $exchange ${shared[*]:-} $* 2>>$out/tiny-$name.log" TERM=dumb timeout 170 \
+        "$build/tests/eep-demo" --model "$model" --memory "$memory" --transport "$transport" --sequence 2,4,3,2 --settle-ms 1000 \
+        --step-ms 5 >"$out/tiny-$name.txt" 2>&1
     rc=$?
-    if [ $rc = 0 ]; then sed -n '/^report/,$p' "$out/tiny-$1.txt"; else fail "demo $1: exit status $rc"; tail -n 30 "$out/tiny-$1.txt"; fi
+    if [ $rc = 0 ]; then sed -n '/^report/,$p' "$out/tiny-$name.txt"; else fail "demo $name: exit status $rc"; tail -n 30 "$out/tiny-$name.txt" "$out/tiny-$name.log"; fi
 }
 
 serve() { # i: an engine for agent i
     start "engine-$1" "$PYTHON" "$engine" --socket "$dir/e$1.sock" --exchange "$exchange" "${shared[@]}" --max-batch 8 \
-        --prefill 32 --max-length 256 --attach-ms 60000 --trace "$dir/engine-$1.trace"
+        --prefill 32 --max-length 256 --attach-ms 60000 --trace "$dir/engine-$1.trace" "${engine_options[@]}"
     engine_pid[$1]=$!
 }
 views() { grep -c 'event=view ' "$dir/engine-$1.log"; }
@@ -86,8 +101,10 @@ checkpoint() { # sets $checkpoint
     checkpoint=${CHECKPOINT:-$dir/checkpoint}
     [ -n "${CHECKPOINT:-}" ] || "$build/tests/eep-make-checkpoint" --model qwen3-30b-a3b --layers "${LAYERS:-8}" "$checkpoint" | tail -n 1
 }
-up() { # coordinator, 4 agents, 4 engines, 2 ranks
-    [ -z "${is_up:-}" ] || return 0
+up() { # name, engines' options...: coordinator, 4 agents, 4 engines, 2 ranks
+    [ "$is_up" != "$*" ] || return 0
+    [ -z "$is_up" ] || down "logs$is_up"
+    engine_options=("${@:2}")
     checkpoint
     start coordinator "$build/eep-coordinator" --listen "$EEP_COORDINATOR" --state "$dir/state" --tcpstore-listen 127.0.0.1:0/engines \
         --port-file "$dir/ports" --drain-ms 60000
@@ -100,8 +117,8 @@ up() { # coordinator, 4 agents, 4 engines, 2 ranks
             --checkpoint "$checkpoint" "${where[@]}"
         serve "$i"
     done
-    await_engines 4 && "$build/eepctl" scale --to 2 --timeout 120 || { fail "cold start"; return 1; }
-    is_up=1
+    is_up=$*
+    await_engines 4 && "$build/eepctl" scale --to 2 --timeout 120 || { fail "cold start"; down logs-failed; return 1; }
 }
 load() { # name, more...
     local name=$1
@@ -112,10 +129,10 @@ load() { # name, more...
 
 real() {
     say "real: Qwen3-30B-A3B's shape, ${LAYERS:-8} layers, bf16, $exchange"
-    up || return
+    up eager || return
     load warm --requests 16 --max-tokens 16 >/dev/null
     say "2 ranks, not scaled"
-    load unscaled || fail "the unscaled run"
+    unscaled || return
     say "the same requests, 2 -> 4 -> 3 -> 2"
     load scaled --compare "$out/unscaled.json" >"$out/scaled.txt" 2>&1 &
     local pid=$!
@@ -134,7 +151,7 @@ real() {
 
 restart() {
     say "restart: an engine with its weights resident"
-    up || return
+    up eager || return
     i=$("$build/eepctl" -o json status | "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["view"]["members"][-1]["id"][3:])')
     before=$(views "$i")
     begin=$(date +%s%N)
@@ -156,6 +173,40 @@ print(f"transformers' from_pretrained of the same checkpoint (all experts, from 
 PY
 }
 
+changes() { # name: the tokens must be those of unscaled.json, while ranks come and go and experts are placed anew
+    local name=$1
+    load "$name" --compare "$out/unscaled.json" >"$out/$name.txt" 2>&1 &
+    local pid=$!
+    for what in "scale --to 4" rebalance "scale --to 3" "scale --to 2"; do
+        sleep "${SETTLE:-3}"
+        echo "$name: $what"
+        # shellcheck disable=SC2086
+        timeout 100 "$build/eepctl" $what || fail "$name: $what"
+    done
+    wait $pid || fail "$name: requests lost, or tokens changed"
+    cat "$out/$name.txt"
+}
+unscaled() { # what eager decoding on 2 ranks gives, once
+    [ ! -e "$out/unscaled.json" ] || return 0
+    up eager && load warm --requests 16 --max-tokens 16 >/dev/null && load unscaled || { fail "the unscaled run"; return 1; }
+}
+graphs() {
+    tiny qwen3-moe-graphs "$root/tests/data/qwen3-moe-tiny" --graphs
+    tiny mixtral-graphs "$root/tests/data/mixtral-tiny" --graphs
+    say "graphs: Qwen3-30B-A3B's shape, ${LAYERS:-8} layers, bf16, $exchange"
+    unscaled || return
+    up graphs --graphs || return
+    load warm --requests 16 --max-tokens 16 >/dev/null
+    say "graphs: 2 ranks, not scaled, against eager decoding"
+    load graphs-unscaled --compare "$out/unscaled.json" || fail "graphs against eager decoding"
+    say "graphs: the same requests, 2 -> 4, rebalance, 4 -> 3 -> 2"
+    changes graphs-scaled
+    grep -h 'event=prepared .*graph=True' "$dir"/engine-*.log | sed 's/.*event=/  /'
+    grep -hq 'event=map ' "$dir"/engine-*.log || fail "graphs: no map changed under a graph"
+    echo "maps changed under a graph: $(grep -hc 'event=map ' "$dir"/engine-*.log | paste -sd+ | sed 's/.*/echo $((&))/' | sh) times"
+    grep -h 'event=view ' "$dir"/engine-*.log | sed 's/.*event=view //' | sort -t= -k2n
+}
+
 compare() {
     say "compare: 2 -> 4 ranks, Qwen3-30B-A3B's shape, ${LAYERS:-8} layers"
     checkpoint
@@ -169,7 +220,7 @@ compare() {
 for part in $parts; do
     case $part in
     tiny) tiny qwen3-moe "$root/tests/data/qwen3-moe-tiny"; tiny mixtral "$root/tests/data/mixtral-tiny" ;;
-    real | restart | compare) $part ;;
+    real | restart | graphs | compare) $part ;;
     *) echo "torch.sh: no part is called '$part'" >&2; exit 2 ;;
     esac
 done

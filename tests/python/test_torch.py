@@ -142,6 +142,26 @@ class Logits(unittest.TestCase):
 
 
 @unittest.skipUnless(torch and transformers, "torch and transformers are not here")
+class Graphs(unittest.TestCase):
+    """Decoding as with CUDA graphs, which on the host are rehearsed but not captured: made by all ranks while a view is
+    prepared and steps go on, and still right when maps change under them."""
+
+    def test_demo(self):
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder, "demo.log")
+            env = {**os.environ, "EEP_BIN": str(BIN), "TERM": "dumb",
+                   "EEP_ENGINE": f"{sys.executable} {PYTHON / 'examples/torch_engine'} --graphs 2>>{trace}"}
+            done = subprocess.run([str(BIN / "tests/eep-demo"), "--model", str(QWEN3), "--sequence", "2,3,2", "--settle-ms", "500",
+                                   "--concurrency", "6", "--step-ms", "5"], env=env, capture_output=True, text=True, timeout=300)
+            said = trace.read_text() if trace.exists() else ""
+            self.assertEqual(done.returncode, 0, done.stdout[-3000:] + done.stderr[-2000:] + said[-2000:])
+            self.assertIn("good: ", done.stdout)
+            for ranks in (2, 3):
+                self.assertRegex(said, f"event=prepared ranks={ranks} graph=True")
+            self.assertRegex(said, "event=map ")
+
+
+@unittest.skipUnless(torch and transformers, "torch and transformers are not here")
 class Death(unittest.TestCase):
     """An engine of two is killed under load and started again: every request completes, with the tokens of a quiet run."""
 

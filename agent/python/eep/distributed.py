@@ -66,6 +66,7 @@ class Group:
     def __init__(self, store: dist.Store, peers: Peers, device: torch.device, nccl: bool, host: str, timeout: timedelta):
         self.peers, self.rank, self.size = peers, peers.self, len(peers.ids)
         self.device = device
+        self.made: object = None  # what the caller of Groups.prepare made for this group
         self._gloo = self._nccl = None
         self._process_group: dist.ProcessGroup | None = None
         self._store = store
@@ -146,12 +147,13 @@ class Group:
     def abort(self) -> None:
         """Ends collectives that hang on a peer.  Any thread.  (gloo's end by themselves when the peer's process is gone.)"""
         nccl = self._nccl
-        if nccl is not None:
-            nccl.abort()
+        if nccl is not None:  # it returns when no graph uses the communicator any more, so not here
+            threading.Thread(target=nccl.abort, daemon=True, name="abort").start()
 
     def close(self) -> None:
-        """Returns at once.  NCCL's part goes a while later: its proxies may still carry what a slower peer waits for."""
-        self._process_group = self._gloo = None
+        """Returns at once.  NCCL's part goes a while later: its proxies may still carry what a slower peer waits for.  A CUDA
+        graph that uses the group must have been dropped."""
+        self._process_group = self._gloo = self.made = None
         nccl, self._nccl = self._nccl, None
         if nccl is not None:
             late = threading.Timer(CLOSE_AFTER_S, nccl.abort)
@@ -162,24 +164,32 @@ class Group:
 class _Build:
     """A group that is being built by a thread of its own, or waits to be adopted."""
 
-    def __init__(self, groups: "Groups", peers: Peers, key: str, op: int = 0, answer: Callable[[str | None], None] | None = None):
+    def __init__(self, groups: "Groups", peers: Peers, key: str, make: Callable[[Group], object] | None, op: int = 0,
+                 answer: Callable[[str | None], None] | None = None):
         self.peers, self.op = peers, op
         self.group: Group | None = None
+        self._making: Group | None = None  # it is there, what is made for it is not
         self.why: str | None = None  # it is not there, or shall not be used
         self.silent = False  # no answer is owed any more
         self.done = threading.Event()
         self._lock = threading.Lock()
-        self.thread = threading.Thread(target=self._main, args=(groups, key, answer), daemon=True, name=f"group {key}")
+        self.thread = threading.Thread(target=self._main, args=(groups, key, make, answer), daemon=True, name=f"group {key}")
         self.thread.start()
 
-    def _main(self, groups: "Groups", key: str, answer: Callable[[str | None], None] | None) -> None:
+    def _main(self, groups: "Groups", key: str, make: Callable[[Group], object] | None,
+              answer: Callable[[str | None], None] | None) -> None:
         group, why = None, None
         try:
-            group = groups._make(self.peers, key) if self.peers.self >= 0 else None
+            if self.peers.self >= 0:
+                group = groups._make(self.peers, key)
+                with self._lock:
+                    self._making = group if self.why is None else None
+                if make and self._making:
+                    group.made = make(group)
         except Exception as e:  # whatever torch raises is a group that was not built
             why = f"{type(e).__name__}: {e}"
         with self._lock:
-            self.why = self.why or why
+            self._making, self.why = None, self.why or why
             if self.why is None:
                 self.group, group = group, None
         if group:
@@ -197,6 +207,8 @@ class _Build:
         with self._lock:
             self.why = self.why or why
             group, self.group = self.group, None
+            if self._making:  # it may wait there for a peer that is gone
+                self._making.abort()
         if group:
             group.close()
 
@@ -215,6 +227,7 @@ class Groups:
         self._own = None if self._address else dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._lock = threading.Lock()
         self._prepared: _Build | None = None
+        self._make_more: Callable[[Group], object] | None = None
         self._group: Group | None = None
         self._before: Group | None = None  # of the view before, until all have met in the present one
         self._threads: list[threading.Thread] = []
@@ -246,10 +259,14 @@ class Groups:
         store = dist.PrefixStore(f"{key}/{hashlib.sha256(' '.join(peers.ids).encode()).hexdigest()[:16]}", store)
         return Group(store, peers, self.device, self._nccl, self.host, self._timeout)
 
-    def prepare(self, engine: Engine, event: Event) -> None:
-        """Answers PREPARE when the group is there, from a thread of its own; at once where this rank needs none."""
+    def prepare(self, engine: Engine, event: Event, make: Callable[[Group], object] | None = None) -> None:
+        """Answers PREPARE when the group is there, from a thread of its own; at once where this rank needs none.
+
+        make(group): what else is needed before steps can run in it, such as graphs; called by that thread on every rank of the
+        group, and kept in `group.made`.  An exception is the answer.  It is called for the groups of repairs too."""
         self._drop_prepared(None, silent=True)
-        build = _Build(self, self.peers(event.view), f"eep/{event.op}.{event.attempt}", event.op,
+        self._make_more = make
+        build = _Build(self, self.peers(event.view), f"eep/{event.op}.{event.attempt}", make, event.op,
                        lambda why: engine.prepared(event.op, event.attempt, why))
         with self._lock:
             self._prepared = build
@@ -298,7 +315,7 @@ class Groups:
         return group
 
     def _repair(self, engine: Engine, peers: Peers, epoch: int) -> Group:
-        build = _Build(self, peers, f"eep/epoch{epoch}")
+        build = _Build(self, peers, f"eep/epoch{epoch}", self._make_more)
         while not build.done.wait(0.02):
             if engine.revoked:
                 build.drop("the view was revoked")

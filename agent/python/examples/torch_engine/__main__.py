@@ -43,6 +43,8 @@ def options() -> argparse.Namespace:
                    help="of the arithmetic; weights stay as they are (default: bfloat16 on a GPU)")
     p.add_argument("--exchange", choices=("auto", "gloo", "nccl"), default="auto", help="the all-to-all (default: nccl on a GPU)")
     p.add_argument("--shared-gpu", action="store_true", help="several ranks use one GPU: each calls itself a host to nccl")
+    p.add_argument("--graphs", action="store_true",
+                   help="decode by a CUDA graph, captured anew for each group (on the host: the same without a graph)")
     p.add_argument("--max-batch", type=int, default=8, help="sequences at once (default %(default)s)")
     p.add_argument("--prefill", type=int, default=16, help="tokens of one prompt per step (default %(default)s)")
     p.add_argument("--max-length", type=int, default=256, help="tokens of a sequence (default %(default)s)")

@@ -4,12 +4,14 @@
   Experts     takes the place of a block's `experts` module: same call, but the experts lie on all ranks
   attention   one attention function for transformers (`attn_implementation="eep"`), over a cache with a row per sequence
   Runner      two shapes of a pass, both fixed: a chunk of one prompt, and one token of every row
+  Decode      the latter, which may be captured in a CUDA graph, once for each group
 
 Nothing here knows a model family: routers, norms, attention projections and shared experts are the stock modules.
 """
 from __future__ import annotations
 
 import json
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +27,11 @@ RENAMED = ((".mlp.", ".block_sparse_moe."),)
 
 
 class Pass:
-    """What a forward pass is about: rows of the cache, positions [rows, tokens], and which of them are real."""
+    """What a forward pass is about: rows of the cache, positions [rows, tokens], which of them are real, and the group whose
+    ranks take part.  rehearsal: what is computed is thrown away, and no load is counted."""
 
-    def __init__(self, cache: "Cache", rows: slice, positions: torch.Tensor, valid: torch.Tensor):
-        self.cache, self.rows, self.valid = cache, rows, valid
+    def __init__(self, cache: "Cache", group, rows: slice, positions: torch.Tensor, valid: torch.Tensor, rehearsal: bool = False):
+        self.cache, self.group, self.rows, self.valid, self.rehearsal = cache, group, rows, valid, rehearsal
         # what is not real goes where nobody reads it
         self.positions = torch.where(valid, positions, torch.full_like(positions, cache.length))
         self.mask = torch.arange(cache.length, device=positions.device) <= self.positions[:, None, :, None]
@@ -54,12 +57,12 @@ class Cache:
         return out[0], out[1]
 
 
-_current: Pass | None = None  # of the stepping thread
+_now = threading.local()  # .p: this thread's pass; a graph is captured by another thread while steps go on
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, **_):
     """[rows, heads, tokens, dim] each; queries of the heads that share keys become more tokens of one head."""
-    p = _current
+    p = _now.p
     key, value = p.cache.update(module.layer_idx, key, value, p)
     rows, heads, tokens, dim = query.shape
     shared = heads // key.shape[1]
@@ -83,7 +86,8 @@ class Upcast(TorchFunctionMode):
 
 
 class Dispatch:
-    """What all layers share: the maps, the group of the view, and which tokens of the pass are real."""
+    """What all layers share: the maps, and this rank's number in the view.  All of it lies at fixed addresses, so what a graph
+    has captured reads the present values."""
 
     def __init__(self, maps: eep.Maps):
         maps = maps.on_device
@@ -91,8 +95,7 @@ class Dispatch:
         self.logical_to_physical = maps.logical_to_physical.torch()
         self.replica_count = maps.replica_count.torch()
         self.load = maps.load.torch(torch.int64)
-        self.group, self.rank = None, -1  # of the view in use; the rank in the view
-        self.valid: torch.Tensor | None = None
+        self.rank = torch.zeros((), dtype=torch.int32, device=self.load.device)
 
 
 class Experts(torch.nn.Module):
@@ -105,33 +108,34 @@ class Experts(torch.nn.Module):
         self.dispatch, self.layer, self.w13, self.w2, self.act_fn = dispatch, layer, w13, w2, act_fn
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        d = self.dispatch
+        d, p = self.dispatch, _now.p
         tokens, k = chosen.shape
         hidden = x.shape[1]
-        packet = torch.cat([x.contiguous().view(torch.uint8), self.route(chosen).view(torch.uint8)], 1)
-        packets = d.group.all_gather(packet)
+        packet = torch.cat([x.contiguous().view(torch.uint8), self.route(chosen, p.valid.reshape(-1)).view(torch.uint8)], 1)
+        packets = p.group.all_gather(packet)
         cut = packet.shape[1] - 4 * k
         xs = packets[..., :cut].contiguous().view(x.dtype).view(-1, hidden)
         slot = packets[..., cut:].contiguous().view(torch.int32).view(-1) - d.rank * d.slots
         slot = torch.where((slot >= 0) & (slot < d.slots), slot, d.slots)  # those of others: behind all of ours
         order = torch.argsort(slot, stable=True)
         ends = torch.searchsorted(slot[order], torch.arange(d.slots, dtype=slot.dtype, device=x.device), right=True)
-        d.load[self.layer] += torch.diff(ends, prepend=ends.new_zeros(1))
+        if not p.rehearsal:
+            d.load[self.layer] += torch.diff(ends, prepend=ends.new_zeros(1))
         out = torch.zeros(order.shape[0], hidden, dtype=x.dtype, device=x.device)
         out[order] = self.compute(xs[order // k], ends)
-        back = d.group.all_to_all(out.view(d.group.size, tokens * k, hidden))
+        back = p.group.all_to_all(out.view(p.group.size, tokens * k, hidden))
         y = back.sum(0).view(tokens, k, hidden)  # one rank computed it, the others sent zeros
         return (y * weights[..., None].to(y.dtype)).sum(1)
 
-    def route(self, chosen: torch.Tensor) -> torch.Tensor:
+    def route(self, chosen: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Logical experts to physical slots, replicas in turn; -1 for tokens that are padding."""
         d = self.dispatch
         count = d.replica_count[self.layer][chosen].clamp(min=1)
         turn = torch.arange(chosen.shape[0], device=chosen.device)[:, None] + d.rank
         physical = d.logical_to_physical[self.layer][chosen, turn % count]
-        if not chosen.is_cuda and bool(((physical < 0) & d.valid[:, None]).any()):
+        if not chosen.is_cuda and bool(((physical < 0) & valid[:, None]).any()):
             raise RuntimeError(f"the map of MoE layer {self.layer} has no slot for an expert that a token chose")
-        return torch.where(d.valid[:, None], physical, -1)
+        return torch.where(valid[:, None], physical, -1)
 
     def compute(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """x: [rows, hidden], sorted by slot; slot s has the rows [ends[s - 1], ends[s]).  Zeros for rows of no slot."""
@@ -141,6 +145,12 @@ class Experts(torch.nn.Module):
             y = torch._grouped_mm((self.act_fn(gate) * up).contiguous(), self.w2.transpose(1, 2), offs=offsets)
             ours = torch.arange(x.shape[0], device=x.device) < ends[-1]
             return torch.where(ours[:, None], y, 0)
+        if x.is_cuda:  # float32 is for tests: every row gets a copy of its expert, and nothing waits for the host
+            slot = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True)
+            mine = slot.clamp(max=self.w13.shape[0] - 1)
+            gate, up = torch.bmm(self.w13[mine].to(x.dtype), x[..., None]).squeeze(-1).chunk(2, -1)
+            y = torch.bmm(self.w2[mine].to(x.dtype), (self.act_fn(gate) * up)[..., None]).squeeze(-1)
+            return torch.where((slot == mine)[:, None], y, 0)
         y, begin = torch.zeros_like(x), 0
         for slot, end in enumerate(ends.tolist()):
             if end > begin:
@@ -203,63 +213,110 @@ def bind(engine: eep.Engine):
     return model, dispatch
 
 
+class Decode:
+    """One token of every row, for one group: `input` [rows, (position, token, real)] gives `logits`, both at fixed addresses.
+
+    On a GPU with `captured`, the pass is a CUDA graph with its collectives in it.  It is made by the thread that builds the
+    group, during PREPARE, while steps go on in the group before; all ranks of the new group do so.  Maps may change under
+    it.  The graph must be dropped before its group is closed."""
+
+    def __init__(self, runner: "Runner", group, captured: bool, stream=None):
+        self.runner, self.group, self.stream = runner, group, stream
+        self.input = torch.zeros(runner.rows, 3, dtype=torch.int64).to(runner.device)  # complete for every stream
+        self.logits: torch.Tensor | None = None
+        self._graph = None
+        if not captured:
+            return
+        with torch.inference_mode():
+            if not stream:  # the host has no graphs; the rehearsal is the same
+                self._pass(rehearsal=True)
+                return
+            with torch.cuda.stream(stream):
+                self._pass(rehearsal=True)  # libraries are loaded, workspaces made
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(capture_error_mode="thread_local")  # what other threads do is theirs
+                try:
+                    self.logits = self._pass()
+                finally:
+                    graph.capture_end()
+                stream.synchronize()
+                self._graph = graph
+
+    def _pass(self, rehearsal: bool = False) -> torch.Tensor:
+        r = self.runner
+        p = Pass(r.cache, self.group, slice(0, r.rows), self.input[:, :1], self.input[:, 2:].bool(), rehearsal)
+        return r.head(r.forward(self.input[:, 1:2], p)[:, 0])
+
+    @torch.inference_mode()
+    def __call__(self, rows: dict[int, tuple[int, int]]) -> torch.Tensor:
+        """Logits [rows, vocabulary], until the next call; rows: {row: (position, token)}."""
+        self.input.copy_(torch.tensor([[*rows.get(r, (0, 0)), int(r in rows)] for r in range(self.runner.rows)]))
+        if self._graph:
+            self._graph.replay()
+        else:
+            self.logits = self._pass()
+        return self.logits
+
+
 class Runner:
     """Runs passes.  Their shapes never change, so a row's numbers do not depend on who else is in the batch."""
 
-    def __init__(self, engine: eep.Engine, rows: int, chunk: int, length: int, dtype: torch.dtype):
+    def __init__(self, engine: eep.Engine, rows: int, chunk: int, length: int, dtype: torch.dtype, graphs: bool = False):
         self.model, self.dispatch = bind(engine)
         self.device = self.dispatch.load.device
         self.length = min(length, self.model.config.max_position_embeddings)
-        self.rows, self.chunk, self.dtype = rows, chunk, dtype
+        self.rows, self.chunk, self.dtype, self.graphs = rows, chunk, dtype, graphs
         self.cache = Cache(rows, self.length)
         self.vocab = self.model.config.vocab_size
+        self.group, self.decode = None, None  # of the view in use
         cuda = self.device.type == "cuda"
-        # not the default stream, whose number says "none"
-        self.stream = torch.cuda.Stream(self.device) if cuda else None
+        # Not the default stream, whose number says "none".  Graphs are captured on one of two others, which the graph in use
+        # was not: what cuBLAS keeps for a stream is read by that graph's replays.
+        self.stream, *self._aside = [torch.cuda.Stream(self.device) for _ in range(3)] if cuda else [None]
         if cuda:  # kernels that round alike whatever the batch; float32 that is no tf32
             torch.backends.cuda.enable_cudnn_sdp(False)
             torch.backends.cuda.enable_mem_efficient_sdp(dtype != torch.float32)
 
-    def view(self, group, rank: int) -> None:
-        self.dispatch.group, self.dispatch.rank = group, rank
+    def prepare(self, group) -> Decode:
+        """For a group that was just built, by the thread that built it."""
+        used = self.decode.stream if self.decode else None
+        return Decode(self, group, self.graphs, next((s for s in self._aside if s is not used), None))
+
+    def view(self, group, rank: int, decode: Decode | None = None) -> None:
+        """From now on in this group, whose decode was prepared or is made now."""
+        self.dispatch.rank.fill_(rank)
+        if self.decode is None or self.decode.group is not group:
+            self.group, self.decode = group, decode or self.prepare(group)
+
+    def leave(self) -> None:
+        """The group is of no use any more."""
+        self.group = self.decode = None
 
     def wait(self) -> None:
         """Everything that was launched is complete."""
         if self.stream:
             self.stream.synchronize()
 
-    @torch.inference_mode()
-    def _forward(self, tokens: torch.Tensor, p: Pass) -> torch.Tensor:
-        global _current
-        _current, self.dispatch.valid = p, p.valid.reshape(-1)
+    def forward(self, tokens: torch.Tensor, p: Pass) -> torch.Tensor:
+        _now.p = p
         # Padding takes part with position 0: it is computed and thrown away.
         positions = torch.where(p.valid, p.positions, 0)
         with Upcast() if self.dtype == torch.float32 else torch.no_grad():
             return self.model.model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
 
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
         with Upcast() if self.dtype == torch.float32 else torch.no_grad():
             return self.model.lm_head(hidden)
-
-    def _grid(self, values: list[list[int]], width: int) -> torch.Tensor:
-        return torch.tensor([v + [0] * (width - len(v)) for v in values], dtype=torch.int64).to(self.device)
 
     @torch.inference_mode()
     def prefill(self, row: int, begin: int, tokens: list[int], every: bool = False) -> torch.Tensor:
         """Logits after the last of up to `chunk` tokens of a row that begin at a position (every: after each)."""
         n = len(tokens)
         at = torch.arange(self.chunk, device=self.device)[None]
-        p = Pass(self.cache, slice(row, row + 1), at + begin, at < n)
-        hidden = self._forward(self._grid([tokens], self.chunk), p)[0]
-        return self._head(hidden[:n] if every else hidden[max(n - 1, 0):max(n, 1)])
-
-    @torch.inference_mode()
-    def decode(self, rows: dict[int, tuple[int, int]]) -> torch.Tensor:
-        """Logits [rows, vocabulary]; rows: {row: (position, token)}."""
-        grid = [list(rows.get(r, (0, 0))) for r in range(self.rows)]
-        values = self._grid([[p, t, int(r in rows)] for r, (p, t) in enumerate(grid)], 3)
-        p = Pass(self.cache, slice(0, self.rows), values[:, :1], values[:, 2:].bool())
-        return self._head(self._forward(values[:, 1:2], p)[:, 0])
+        p = Pass(self.cache, self.group, slice(row, row + 1), at + begin, at < n)
+        hidden = self.forward(torch.tensor([tokens + [0] * (self.chunk - n)]).to(self.device), p)[0]
+        return self.head(hidden[:n] if every else hidden[max(n - 1, 0):max(n, 1)])
 
     def run(self, plan: Plan, prefill: bool, decode: bool) -> tuple[int | None, list[int]]:
         """The passes of a step, which are the same on all ranks, and this rank's tokens: after its prompt (None: it has not

@@ -19,7 +19,7 @@ from eep.distributed import Groups, share_gpu
 
 from batch import Batch, Plan
 from frontend import Frontend
-from model import Runner
+from model import Decode, Runner
 
 IDLE_S = 1.0
 
@@ -41,6 +41,7 @@ class Serving:
         self.host = o.advertise or host
         self.batch = Batch(self.frontend, o.max_batch, o.prefill)
         self.runner: Runner | None = None  # while weights are bound
+        self.bound = threading.Event()  # it is there
         self.group, self.rank = None, -1  # of the view in use
         self.view_draining = False
         self.drain: tuple[float, bool] | None = None  # until when; said that it is over
@@ -62,13 +63,22 @@ class Serving:
         self.log(event.kind.name.lower(), op=event.op, attempt=event.attempt, epoch=event.epoch, why=event.text)
         self.ready.wait()
         if event.kind == eep.EventKind.PREPARE:
-            self.groups.prepare(engine, event)
+            self.groups.prepare(engine, event, self._prepared)
         elif event.kind == eep.EventKind.ABORT:
             self.groups.abort(event.op)
         elif event.kind == eep.EventKind.REVOKE:
             self.groups.revoke()
         self.notes.put(event)
         engine.wake()
+
+    def _prepared(self, group) -> Decode:
+        """A group was built, for a view that is prepared or, after a death, for the present one."""
+        if not self.bound.wait(self.o.stall_ms / 1000):
+            raise TimeoutError("the weights are not bound")
+        began = time.monotonic()
+        decode = self.runner.prepare(group)
+        self.log("prepared", ranks=group.size, graph=self.o.graphs, ms=int((time.monotonic() - began) * 1000))
+        return decode
 
     # ---- between steps ----
 
@@ -91,21 +101,30 @@ class Serving:
         cuda = self.engine.device >= 0
         dtype = {"auto": torch.bfloat16 if cuda else torch.float32}.get(self.o.dtype) or getattr(torch, self.o.dtype)
         self._unbind()
-        self.runner = Runner(self.engine, self.o.max_batch, self.o.prefill, self.o.max_length, dtype)
+        self.runner = Runner(self.engine, self.o.max_batch, self.o.prefill, self.o.max_length, dtype,
+                             self.o.graphs)
+        self.bound.set()
         self.log("bound", producer=self.engine.model.producer, layers=self.engine.model.layers,
                  experts=self.engine.model.logical, slots=self.engine.model.slots, device=self.runner.device, dtype=dtype,
                  ms=int((time.monotonic() - began) * 1000))
 
     def _unbind(self) -> None:
         """Nothing may point into the regions after this."""
+        self.bound.clear()
         self._leave("leaving")
         self.runner = None
         gc.collect()
 
     def _leave(self, why: str) -> None:
         self.batch.hand_back(why)
+        self._drop_group()
+        self.rank, self.drain = -1, None
+
+    def _drop_group(self) -> None:
+        if self.runner:
+            self.runner.leave()  # a graph before the communicators that it uses
         self.groups.drop()
-        self.group, self.rank, self.drain = None, -1, None
+        self.group = None
 
     def _admit(self) -> None:
         refuse = "starting" if self.rank < 0 else "draining" if self.drain or self.view_draining else None
@@ -125,7 +144,8 @@ class Serving:
         view = step.view
         self.group = self.groups.switch(self.engine, view)
         self.rank, self.view_draining = view.rank, view.members[view.rank].draining
-        self.runner.view(self.group, view.rank)
+        self.runner.view(self.group, view.rank, self.group.made)
+        self.group.made = None  # the runner's now
         self.log("view", epoch=view.epoch, step=step.step, rank=view.rank, ranks=view.n, group=self.group.size,
                  held_us=step.held_ns // 1000, switch_us=int((time.monotonic() - began) * 1e6))
 
@@ -141,6 +161,8 @@ class Serving:
     def _compute(self, step: eep.Step) -> tuple[Plan, int | None, list[int]]:
         if step.view_changed or self.group is None:
             self._switch(step)
+        elif step.map_changed:
+            self.log("map", step=step.step, version=self.engine.maps.version)
         self.view_draining = step.view.members[step.view.rank].draining
         plan = self.batch.plan()
         prefill, decode, step.any_work = self._agree(step, plan)
@@ -171,8 +193,7 @@ class Serving:
             self._leave("leaving")
         elif step.failed:
             self.log("step-failed", level="warn", step=step.step)
-            self.groups.drop()
-            self.group = None
+            self._drop_group()
         elif done:
             us = int((time.monotonic() - began) * 1e6)
             self.steps_us.append(us)
@@ -229,6 +250,7 @@ class Serving:
         self.batch.hand_back("ending")
         self.ready.set()
         if self.engine:
+            self._drop_group()
             self.groups.close()
         self.frontend.close()
         self.runner = None
