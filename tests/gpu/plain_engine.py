@@ -155,6 +155,7 @@ class Plain:
         self.batch = Batch(self.frontend, o.max_batch, o.prefill)
         self.weights = Weights(Path(o.checkpoint), self.device, o.slots, o.max_ranks)
         self.runner = Runner(self.weights, o.max_batch, o.prefill, o.max_length, torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.batch.cache = self.runner.cache
         self.group: Group | None = None
         self.members: list[str] = []
         self.wanted = 0  # the view that rank 0 was told of

@@ -118,6 +118,8 @@ class Logits(unittest.TestCase):
             groups = Groups()
             runner = Runner(s.engine, rows=2, chunk=16, length=128, dtype=torch.float32)
             runner.view(groups._make(Peers((groups.id,), 0, ("",)), "alone"), 0)
+            for row in range(2):
+                self.assertTrue(runner.cache.reserve(row, 128))
             before = runner.dispatch.load.sum().item()
             for row, prompt in enumerate(reference["input_ids"][:2].tolist()):
                 logits = runner.prefill(row, 0, prompt, every=True)
@@ -139,6 +141,95 @@ class Logits(unittest.TestCase):
 
     def test_mixtral(self):
         self._compare(MIXTRAL)
+
+
+class _Client:
+    closed = False
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, words):
+        self.said.append(words)
+
+
+@unittest.skipUnless(torch and transformers, "torch and transformers are not here")
+class KvCache(unittest.TestCase):
+    def _batch(self, pages, rows=4):
+        import queue
+        import types
+
+        from batch import Batch
+        from model import PAGE, Cache
+        config = transformers.AutoConfig.from_pretrained(QWEN3)
+        page = config.num_hidden_layers * config.num_key_value_heads * PAGE * 2 * config.head_dim * 4
+        frontend = types.SimpleNamespace(requests=queue.SimpleQueue(), flush=lambda: None)
+        batch = Batch(frontend, rows, 16)
+        batch.cache = Cache(config, rows, 128, (pages + 1) * page, torch.float32, torch.device("cpu"))
+        return batch, frontend, page
+
+    def _ask(self, frontend, id, tokens):
+        from frontend import Request
+        r = Request(_Client(), id, [1] * 4, tokens - 4)
+        frontend.requests.put(r)
+        return r
+
+    def test_requests_wait_for_pages_in_order(self):
+        batch, frontend, page = self._batch(pages=8)
+        self.assertEqual(sum(t.nbytes for pair in batch.cache._layers for t in pair), 9 * page)
+        for id, tokens in (("a", 64), ("b", 64), ("c", 64), ("d", 16)):
+            self._ask(frontend, id, tokens)
+        batch.admit(128, 512)
+        self.assertEqual([s.request.id for s in batch.sequences], ["a", "b"])
+        self.assertTrue(batch.plan().more)
+        batch._end(batch.sequences[0])
+        batch.admit(128, 512)
+        self.assertEqual([s.request.id for s in batch.sequences], ["b", "c"])  # d is smaller, but came later
+        waiting = batch.waiting
+        batch.hand_back("leaving")
+        self.assertEqual(waiting.client.said, [{"id": "d", "refused": "leaving"}])
+        self.assertEqual((len(batch.cache._free), batch.cache.most), (8, 8))
+
+    def test_the_agreed_size_counts(self):
+        batch, frontend, page = self._batch(pages=8)
+        batch.cache.agree(5 * page)  # four pages, and the one for what is not real
+        a, b = self._ask(frontend, "a", 64), self._ask(frontend, "b", 80)
+        batch.admit(128, 512)
+        self.assertEqual([s.request.id for s in batch.sequences], ["a"])
+        batch._end(batch.sequences[0])
+        batch.admit(128, 512)
+        self.assertEqual(b.client.said, [{"id": "b", "refused": "too long for the KV cache"}])
+        batch.cache.agree(eep.engine.UNPROFILED)
+        self.assertEqual(batch.cache.usable, 8)
+
+    def test_too_small(self):
+        with self.assertRaisesRegex(ValueError, "hold no page of 16 tokens"):
+            self._batch(pages=0)
+
+    def test_two_ranks_use_what_the_smaller_has(self):
+        """16 requests of 5 pages each, 8 at once would be let in by rows; the smaller rank has room for two."""
+        import re
+        example = PYTHON / "examples/torch_engine"
+        page = 4 * 2 * 16 * 64 * 4
+        with Cluster(agents=2) as c:
+            for i, pages in enumerate((40, 13)):
+                with open(c.dir / f"engine-{i}.log", "ab") as log:
+                    c.processes.append(subprocess.Popen(
+                        [sys.executable, str(example), "--socket", c.socket(i), "--attach-ms", "60000", "--kv-bytes", str(pages * page)],
+                        stderr=log, env={**os.environ, "PYTHONPATH": str(PYTHON)}))
+            c._wait(lambda: c.engines() == 2, 120)
+            self.assertEqual(c.ctl("scale", "--to", "2").returncode, 0, c.logs())
+            load = subprocess.run([sys.executable, str(example / "load.py"), "--ctl", f"{BIN / 'eepctl'} -c {c.address}", "--requests", "16",
+                                   "--concurrency", "16", "--max-tokens", "40", "--limit", "120", "--csv", f"{c.dir}/a.csv", "--tokens",
+                                   f"{c.dir}/a.json"], capture_output=True, text=True)
+            self.assertEqual(load.returncode, 0, load.stdout + load.stderr + c.logs())
+            for p in c.processes[-2:]:
+                p.terminate()
+                p.wait(20)
+            for i in range(2):
+                said = (c.dir / f"engine-{i}.log").read_text()
+                self.assertEqual(set(re.findall("kv_pages=([0-9]+)", said)), {"12"}, said)
+                self.assertEqual(max(map(int, re.findall("kv_pages_max=([0-9]+)", said))), 10, said)
 
 
 @unittest.skipUnless(torch and transformers, "torch and transformers are not here")

@@ -48,7 +48,8 @@ def options() -> argparse.Namespace:
     p.add_argument("--max-batch", type=int, default=8, help="sequences at once (default %(default)s)")
     p.add_argument("--prefill", type=int, default=16, help="tokens of one prompt per step (default %(default)s)")
     p.add_argument("--max-length", type=int, default=256, help="tokens of a sequence (default %(default)s)")
-    p.add_argument("--kv-bytes", type=int, default=eep.engine.UNPROFILED, help="published in the view (default: not profiled)")
+    p.add_argument("--kv-bytes", type=int, default=eep.engine.UNPROFILED, 
+                   help="for keys and values on this rank; no rank uses more than the least of them (default: all that a batch needs)")
     p.add_argument("--step-ms", type=float, default=0, help="a step takes at least this long, sleeping (default 0)")
     p.add_argument("--busy-us", type=float, default=0, help="a step begins with this much spinning (default 0)")
     p.add_argument("--stall-ms", type=float, default=45000, help="how long a lost peer's revoke is waited for (default %(default)s)")

@@ -2,7 +2,7 @@
 
   bind        the model is built on the meta device; every parameter becomes a view of the agent's memory
   Experts     takes the place of a block's `experts` module: same call, but the experts lie on all ranks
-  attention   one attention function for transformers (`attn_implementation="eep"`), over a cache with a row per sequence
+  attention   one attention function for transformers (`attn_implementation="eep"`), over a paged cache
   Runner      two shapes of a pass, both fixed: a chunk of one prompt, and one token of every row
   Decode      the latter, which may be captured in a CUDA graph, once for each group
 
@@ -24,36 +24,75 @@ from batch import Plan
 
 # Names in checkpoints that transformers renames when it loads them: (in the module, in the checkpoint)
 RENAMED = ((".mlp.", ".block_sparse_moe."),)
+PAGE = 16  # tokens
 
 
 class Pass:
-    """What a forward pass is about: rows of the cache, positions [rows, tokens], which of them are real, and the group whose
+    """What a forward pass is about: rows of the batch, positions [rows, tokens], which of them are real, and the group whose
     ranks take part.  rehearsal: what is computed is thrown away, and no load is counted."""
 
     def __init__(self, cache: "Cache", group, rows: slice, positions: torch.Tensor, valid: torch.Tensor, rehearsal: bool = False):
-        self.cache, self.group, self.rows, self.valid, self.rehearsal = cache, group, rows, valid, rehearsal
-        # what is not real goes where nobody reads it
-        self.positions = torch.where(valid, positions, torch.full_like(positions, cache.length))
+        self.cache, self.group, self.valid, self.rehearsal = cache, group, valid, rehearsal
+        self.table = cache.table[rows]
+        # what is not real goes where nobody reads it: into page 0
+        self.positions = torch.where(valid, positions, cache.length)
+        at = torch.where(valid, positions, 0)
+        self.page = torch.where(valid, self.table.gather(1, at // PAGE), 0)
+        self.offset = at % PAGE
         self.mask = torch.arange(cache.length, device=positions.device) <= self.positions[:, None, :, None]
 
 
 class Cache:
-    """Keys and values: [rows, kv heads, length + 1, dim] per layer, made when their shapes are first seen."""
+    """Keys and values: [pages, kv heads, PAGE, dim] each per layer, and which pages a row has.  The stepping thread's."""
 
-    def __init__(self, rows: int, length: int):
-        self.rows, self.length = rows, length
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, config, rows: int, length: int, budget: int, dtype: torch.dtype, device: torch.device):
+        """budget: bytes, all of it memory that is used from now on; UNPROFILED: as many as all rows can need."""
+        per_row = -(-length // PAGE)
+        self.length = per_row * PAGE
+        if hasattr(config, "kv_lora_rank"):  # latent attention, its keys and values in full
+            heads, sizes = config.num_attention_heads, (config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+        else:
+            dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            heads, sizes = config.num_key_value_heads, (dim, dim)
+        self.page_bytes = config.num_hidden_layers * heads * PAGE * sum(sizes) * dtype.itemsize
+        pages = min(rows * per_row + 1, budget // self.page_bytes)
+        if pages < 2:
+            raise ValueError(f"{budget} bytes of KV cache hold no page of {PAGE} tokens: two have {2 * self.page_bytes} bytes")
+        self._layers = [tuple(torch.zeros(pages, heads, PAGE, size, dtype=dtype, device=device) for size in sizes)
+                        for _ in range(config.num_hidden_layers)]
+        self.table = torch.zeros(rows, per_row, dtype=torch.int64, device=device)
+        self._free = list(range(pages - 1, 0, -1))
+        self._of: dict[int, list[int]] = {}  # row: pages
+        self.pages = self.usable = pages - 1  # that are there; that may be used
+        self.most = 0  # that were used at once
+
+    def agree(self, budget: int) -> None:
+        """No rank uses more than the one that has least: the budget of the view.  What is used already stays."""
+        self.usable = min(self.pages, budget // self.page_bytes - 1)
+
+    def fits(self, tokens: int) -> bool:
+        return -(-tokens // PAGE) <= self.usable
+
+    def reserve(self, row: int, tokens: int) -> bool:
+        """Pages for all that a sequence can become, so that none is ever stopped half-way; False: not now."""
+        n, used = -(-tokens // PAGE), self.pages - len(self._free)
+        if used + n > self.usable:
+            return False
+        self._of[row] = [self._free.pop() for _ in range(n)]
+        self.table[row] = torch.tensor(self._of[row] + [0] * (self.table.shape[1] - n))
+        self.most = max(self.most, used + n)
+        return True
+
+    def release(self, row: int) -> None:
+        self._free += self._of.pop(row)
 
     def update(self, layer: int, key: torch.Tensor, value: torch.Tensor, p: Pass) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer not in self._layers:
-            self._layers[layer] = tuple(
-                x.new_zeros(self.rows, x.shape[1], self.length + 1, x.shape[3]) for x in (key, value))
+        """Stores [rows, heads, tokens, dim], and returns all of the rows: [rows, heads, length, dim].  A kernel for paged
+        attention would read them where they lie."""
         out = []
         for store, x in zip(self._layers[layer], (key, value)):
-            rows = store[p.rows]
-            index = p.positions[:, None, :, None].expand(x.shape)
-            rows.scatter_(2, index, x)
-            out.append(rows[:, :, :self.length])
+            store[p.page, :, p.offset] = x.transpose(1, 2)
+            out.append(store[p.table].transpose(1, 2).flatten(2, 3))
         return out[0], out[1]
 
 
@@ -262,12 +301,13 @@ class Decode:
 class Runner:
     """Runs passes.  Their shapes never change, so a row's numbers do not depend on who else is in the batch."""
 
-    def __init__(self, engine: eep.Engine, rows: int, chunk: int, length: int, dtype: torch.dtype, graphs: bool = False):
+    def __init__(self, engine: eep.Engine, rows: int, chunk: int, length: int, dtype: torch.dtype, graphs: bool = False,
+                 kv_bytes: int = eep.engine.UNPROFILED):
         self.model, self.dispatch = bind(engine)
         self.device = self.dispatch.load.device
         self.length = min(length, self.model.config.max_position_embeddings)
         self.rows, self.chunk, self.dtype, self.graphs = rows, chunk, dtype, graphs
-        self.cache = Cache(rows, self.length)
+        self.cache = Cache(self.model.config, rows, self.length, kv_bytes, dtype, self.device)
         self.vocab = self.model.config.vocab_size
         self.group, self.decode = None, None  # of the view in use
         cuda = self.device.type == "cuda"

@@ -102,7 +102,8 @@ class Serving:
         dtype = {"auto": torch.bfloat16 if cuda else torch.float32}.get(self.o.dtype) or getattr(torch, self.o.dtype)
         self._unbind()
         self.runner = Runner(self.engine, self.o.max_batch, self.o.prefill, self.o.max_length, dtype,
-                             self.o.graphs)
+                             self.o.graphs, self.o.kv_bytes)
+        self.batch.cache = self.runner.cache
         self.bound.set()
         self.log("bound", producer=self.engine.model.producer, layers=self.engine.model.layers,
                  experts=self.engine.model.logical, slots=self.engine.model.slots, device=self.runner.device, dtype=dtype,
@@ -112,7 +113,7 @@ class Serving:
         """Nothing may point into the regions after this."""
         self.bound.clear()
         self._leave("leaving")
-        self.runner = None
+        self.runner = self.batch.cache = None
         gc.collect()
 
     def _leave(self, why: str) -> None:
@@ -146,7 +147,8 @@ class Serving:
         self.rank, self.view_draining = view.rank, view.members[view.rank].draining
         self.runner.view(self.group, view.rank, self.group.made)
         self.group.made = None  # the runner's now
-        self.log("view", epoch=view.epoch, step=step.step, rank=view.rank, ranks=view.n, group=self.group.size,
+        self.runner.cache.agree(view.kv_bytes)
+        self.log("view", epoch=view.epoch, step=step.step, rank=view.rank, ranks=view.n, group=self.group.size, kv_pages=self.runner.cache.usable,
                  held_us=step.held_ns // 1000, switch_us=int((time.monotonic() - began) * 1e6))
 
     def _agree(self, step: eep.Step, plan: Plan) -> tuple[bool, bool, bool]:
@@ -189,7 +191,8 @@ class Serving:
                     done = self._compute(step)
                     time.sleep(max(0.0, self.o.step_ms / 1000 - (time.monotonic() - began)))
         if step.result == eep.StepResult.LEFT:
-            self.log("left", rank=self.rank, handed_back=len(self.batch.sequences))
+            self.log("left", rank=self.rank, handed_back=len(self.batch.sequences),
+                     kv_pages_max=self.runner.cache.most)
             self._leave("leaving")
         elif step.failed:
             self.log("step-failed", level="warn", step=step.step)
@@ -246,7 +249,7 @@ class Serving:
             s = self.engine.stats()
             self.log("end", steps=s.steps, flips=s.flips, holds=s.holds, longest_hold_us=s.longest_hold_ns // 1000,
                      step_p50_us=percentile(self.steps_us, 0.5), step_p99_us=percentile(self.steps_us, 0.99),
-                     step_max_us=max(self.steps_us, default=0))
+                     step_max_us=max(self.steps_us, default=0), kv_pages_max=self.runner.cache.most if self.runner else 0)
         self.batch.hand_back("ending")
         self.ready.set()
         if self.engine:
