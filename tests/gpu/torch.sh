@@ -2,7 +2,7 @@
 # The PyTorch engine on a GPU (or several): right tokens while ranks come and go, then a model of real proportions.
 # Needs PyTorch with CUDA and transformers 5; nothing is compiled or installed.  About 5 minutes.
 #
-#   tests/gpu/torch.sh BUILD [tiny|real|restart|graphs|compare ...]     (the folder of a build, or bin of an unpacked bundle with tests)
+#   tests/gpu/torch.sh BUILD [tiny|real|restart|graphs|fp8|compare ...]     (the folder of a build, or bin of an unpacked bundle with tests)
 #
 #   tiny     eep-demo 2 -> 4 -> 3 -> 2 with Qwen3-MoE and Mixtral in float32: every token must be the reference's
 #   real     Qwen3-30B-A3B's shape in bf16: a run on 2 ranks, and one that scales 2 -> 4 -> 3 -> 2 under the same requests;
@@ -10,6 +10,8 @@
 #   restart  an engine is killed and started: how long until its weights are bound again, against loading the checkpoint
 #   graphs   decoding by CUDA graphs: the tiny models as above, then the real shape: against the tokens of eager decoding while
 #            maps flip (a rebalance) and ranks come and go; not run unless named
+#   fp8      experts in fp8, quantised and sealed by the engines of the cold start: tokens of 2 ranks, and the same while maps flip
+#            and ranks come and go; not run unless named
 #   compare  the same model from 2 to 4 ranks by eep (TRANSPORTS), by a scheme that stops everything, by a restart: one table
 #            (compare.py), about 5 minutes; not run unless named
 #
@@ -106,15 +108,21 @@ up() { # name, engines' options...: coordinator, 4 agents, 4 engines, 2 ranks
     [ -z "$is_up" ] || down "logs$is_up"
     engine_options=("${@:2}")
     checkpoint
+    local slots=0 weights=(--checkpoint "$checkpoint") # engines that bring their own layout: the agents read nothing
+    if [ "$1" = fp8 ]; then
+        weights=()
+        slots=$("$build/eepctl" -o json model inspect "$checkpoint" | "$PYTHON" -c 'import json, sys; print(-(-json.load(sys.stdin)["logical_experts"] // 2))')
+        engine_options+=(--checkpoint "$checkpoint")
+    fi
     start coordinator "$build/eep-coordinator" --listen "$EEP_COORDINATOR" --state "$dir/state" --tcpstore-listen 127.0.0.1:0/engines \
-        --port-file "$dir/ports" --drain-ms 60000
+        --port-file "$dir/ports" --drain-ms 60000 --slots "$slots"
     for ((n = 0; n < 100; n++)); do "$build/eepctl" status >/dev/null 2>&1 && break; sleep 0.1; done
     EEP_TCPSTORE=$(sed -n 2p "$dir/ports" | sed 's|/.*||') && export EEP_TCPSTORE
     for i in 0 1 2 3; do
         where=(--memory "$memory" --transport "$transport")
         [ "$memory" != cuda ] || where=(--memory "cuda:$((i % gpus))" --transport "$transport" "${shared[@]}")
         start "agent-$i" "$build/eep-agent" --id "gpu$i" --coordinator "$EEP_COORDINATOR" --engine-socket "$dir/e$i.sock" \
-            --checkpoint "$checkpoint" "${where[@]}"
+            "${weights[@]}" "${where[@]}"
         serve "$i"
     done
     is_up=$*
@@ -173,9 +181,9 @@ print(f"transformers' from_pretrained of the same checkpoint (all experts, from 
 PY
 }
 
-changes() { # name: the tokens must be those of unscaled.json, while ranks come and go and experts are placed anew
+changes() { # name, run whose tokens it must have: ranks come and go and experts are placed anew
     local name=$1
-    load "$name" --compare "$out/unscaled.json" >"$out/$name.txt" 2>&1 &
+    load "$name" --compare "$out/$2.json" >"$out/$name.txt" 2>&1 &
     local pid=$!
     for what in "scale --to 4" rebalance "scale --to 3" "scale --to 2"; do
         sleep "${SETTLE:-3}"
@@ -200,11 +208,23 @@ graphs() {
     say "graphs: 2 ranks, not scaled, against eager decoding"
     load graphs-unscaled --compare "$out/unscaled.json" || fail "graphs against eager decoding"
     say "graphs: the same requests, 2 -> 4, rebalance, 4 -> 3 -> 2"
-    changes graphs-scaled
+    changes graphs-scaled unscaled
     grep -h 'event=prepared .*graph=True' "$dir"/engine-*.log | sed 's/.*event=/  /'
     grep -hq 'event=map ' "$dir"/engine-*.log || fail "graphs: no map changed under a graph"
     echo "maps changed under a graph: $(grep -hc 'event=map ' "$dir"/engine-*.log | paste -sd+ | sed 's/.*/echo $((&))/' | sh) times"
     grep -h 'event=view ' "$dir"/engine-*.log | sed 's/.*event=view //' | sort -t= -k2n
+}
+
+fp8() {
+    say "fp8: Qwen3-30B-A3B's shape, ${LAYERS:-8} layers, experts in fp8, $exchange"
+    up fp8 --layout fp8 || return
+    load warm --requests 16 --max-tokens 16 >/dev/null
+    load fp8-unscaled || fail "fp8, not scaled"
+    say "fp8: the same requests, 2 -> 4, rebalance, 4 -> 3 -> 2"
+    changes fp8-scaled fp8-unscaled
+    "$build/eepctl" verify || fail "verify"
+    grep -h 'event=sealed' "$dir"/engine-*.log | sed 's/.*event=/  /'
+    [ "$(cat "$dir"/engine-*.log | grep -c 'event=sealed')" = 2 ] || fail "fp8: not the two engines of the cold start alone have quantised"
 }
 
 compare() {
@@ -220,7 +240,7 @@ compare() {
 for part in $parts; do
     case $part in
     tiny) tiny qwen3-moe "$root/tests/data/qwen3-moe-tiny"; tiny mixtral "$root/tests/data/mixtral-tiny" ;;
-    real | restart | graphs | compare) $part ;;
+    real | restart | graphs | fp8 | compare) $part ;;
     *) echo "torch.sh: no part is called '$part'" >&2; exit 2 ;;
     esac
 done

@@ -253,6 +253,67 @@ class Graphs(unittest.TestCase):
 
 
 @unittest.skipUnless(torch and transformers, "torch and transformers are not here")
+class Fp8(unittest.TestCase):
+    """An engine quantises what it loads and seals it; others, which see no weights, get the bytes.  Tokens are those of the
+    same quantised model on one rank."""
+
+    def test_quantised(self):
+        import fp8
+        w = torch.randn(3, 8, 32).bfloat16()
+        q, scale = fp8.quantise(w)
+        self.assertEqual((q.dtype, tuple(scale.shape)), (torch.float8_e4m3fn, (3, 8)))
+        torch.testing.assert_close(fp8.weight(q, scale, torch.float32), w.float(), rtol=1 / 16, atol=1e-2)
+        for e in range(3):  # of that expert alone
+            alone = fp8.quantise(w[e])
+            self.assertTrue(torch.equal(alone[0].view(torch.uint8), q[e].view(torch.uint8)) and torch.equal(alone[1], scale[e]))
+
+    def test_sealed_and_scaled(self):
+        example = PYTHON / "examples/torch_engine"
+        with tempfile.TemporaryDirectory() as bare, Cluster(agents=3, checkpoint=None, coordinator=("--slots", "16")) as c:
+            Path(bare, "config.json").write_text((QWEN3 / "config.json").read_text())
+
+            def engine(i, folder):
+                with open(c.dir / f"engine-{i}.log", "ab") as log:
+                    c.processes.append(subprocess.Popen(
+                        [sys.executable, str(example), "--socket", c.socket(i), "--attach-ms", "60000", "--layout", "fp8",
+                         "--checkpoint", str(folder)], stderr=log, env={**os.environ, "PYTHONPATH": str(PYTHON)}))
+
+            def load(name, *more):
+                return subprocess.Popen([sys.executable, str(example / "load.py"), "--ctl", f"{BIN / 'eepctl'} -c {c.address}",
+                                         "--requests", "24", "--concurrency", "6", "--max-tokens", "40", "--limit", "120", "--csv",
+                                         f"{c.dir}/{name}.csv", "--tokens", f"{c.dir}/{name}.json", *more], stdout=subprocess.PIPE, text=True)
+            engine(0, QWEN3)
+            c._wait(lambda: c.engines() == 1, 120)
+            done = c.ctl("scale", "--to", "1")
+            self.assertEqual(done.returncode, 0, done.stdout + done.stderr + c.logs())
+            for i in (1, 2):
+                engine(i, bare)
+            c._wait(lambda: c.engines() == 3, 120)
+            quiet = load("quiet")
+            said = quiet.communicate(timeout=150)[0]
+            self.assertEqual(quiet.returncode, 0, said + c.logs())
+            busy = load("busy", "--compare", f"{c.dir}/quiet.json")
+            for n in (3, 2):
+                time.sleep(0.5)
+                done = c.ctl("scale", "--to", str(n))
+                self.assertEqual(done.returncode, 0, done.stdout + done.stderr + c.logs())
+            said = busy.communicate(timeout=150)[0]
+            self.assertEqual(busy.returncode, 0, said + c.logs())
+            self.assertEqual(c.ctl("verify").returncode, 0)
+            self.assertIn("event=sealed layout=torch-fp8-e4m3-channel-1 experts=64", (c.dir / "engine-0.log").read_text())
+            for i in (1, 2):
+                said = (c.dir / f"engine-{i}.log").read_text()
+                self.assertIn("event=bound producer=torch-fp8-e4m3-channel-1", said)
+                self.assertNotIn("event=sealed", said)
+
+    def test_without_a_config(self):
+        done = subprocess.run([sys.executable, str(PYTHON / "examples/torch_engine"), "--socket", "x", "--layout", "fp8"],
+                              capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("--layout fp8 needs --checkpoint", done.stderr)
+
+
+@unittest.skipUnless(torch and transformers, "torch and transformers are not here")
 class Death(unittest.TestCase):
     """An engine of two is killed under load and started again: every request completes, with the tokens of a quiet run."""
 

@@ -3,7 +3,7 @@
     PYTHONPATH=agent/python python3 agent/python/examples/torch_engine --socket /run/eep/a0.sock
 
 On the host with gloo, on a GPU with nccl (or gloo: --exchange).  This file: options and logs.  serve.py: the engine's
-life; model.py: the model; batch.py: sequences; frontend.py: requests.
+life; model.py: the model; fp8.py: a layout of its own; batch.py: sequences; frontend.py: requests.
 """
 from __future__ import annotations
 
@@ -55,11 +55,15 @@ def options() -> argparse.Namespace:
     p.add_argument("--stall-ms", type=float, default=45000, help="how long a lost peer's revoke is waited for (default %(default)s)")
     p.add_argument("--attach-ms", type=float, default=10000, help="how long to try to attach (default %(default)s)")
     p.add_argument("--threads", type=int, default=1, help="of torch on the host (default %(default)s)")
-    p.add_argument("--layout", choices=("loader",), default="loader", help="whose layout of the weights: the agent's loader's")
+    p.add_argument("--layout", choices=("loader", "fp8"), default="loader",
+                   help="of the weights: the agent's loader's, or experts in fp8 that this engine makes and seals (default %(default)s)")
+    p.add_argument("--checkpoint", metavar="DIR", help="with --layout fp8: config.json, and the weights where a cold start comes here")
     p.add_argument("--trace", metavar="FILE", help="write a line for each step: time, step, ranks, tokens, microseconds")
     o = p.parse_args()
     if not o.socket:
         p.error("no engine socket: give --socket or set EEP_SOCKET")
+    if o.layout == "fp8" and not (o.checkpoint and os.path.exists(os.path.join(o.checkpoint, "config.json"))):
+        p.error("--layout fp8 needs --checkpoint with a folder that has a config.json")
     return o
 
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 import eep
 
+import fp8
 from batch import Plan
 
 # Names in checkpoints that transformers renames when it loads them: (in the module, in the checkpoint)
@@ -142,9 +143,18 @@ class Experts(torch.nn.Module):
     rank computes what lies in its slots, and each (token, choice) has its own output on the way back.  So the sum is taken
     by the token's owner, in the router's order, and is the same for every placement."""
 
-    def __init__(self, dispatch: Dispatch, layer: int, w13: torch.Tensor, w2: torch.Tensor, act_fn):
+    def __init__(self, dispatch: Dispatch, layer: int, engine: eep.Engine, act_fn):
         super().__init__()
-        self.dispatch, self.layer, self.w13, self.w2, self.act_fn = dispatch, layer, w13, w2, act_fn
+        self.dispatch, self.layer, self.act_fn = dispatch, layer, act_fn
+        part = f"layers.{layer}.experts."
+        self.w13, self.w2 = engine.tensor(part + "w13").torch(), engine.tensor(part + "w2").torch()
+        self.scale13 = self.scale2 = None
+        if self.w13.dtype == torch.float8_e4m3fn:
+            self.scale13, self.scale2 = engine.tensor(part + "w13_scale").torch(), engine.tensor(part + "w2_scale").torch()
+
+    def _weights(self, slot, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(fp8.weight(w[slot], None if scale is None else scale[slot], dtype)
+                     for w, scale in ((self.w13, self.scale13), (self.w2, self.scale2)))
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         d, p = self.dispatch, _now.p
@@ -180,21 +190,23 @@ class Experts(torch.nn.Module):
         """x: [rows, hidden], sorted by slot; slot s has the rows [ends[s - 1], ends[s]).  Zeros for rows of no slot."""
         if x.is_cuda and x.dtype == torch.bfloat16:
             offsets = ends.to(torch.int32)
-            gate, up = torch._grouped_mm(x, self.w13.transpose(1, 2), offs=offsets).chunk(2, -1)
-            y = torch._grouped_mm((self.act_fn(gate) * up).contiguous(), self.w2.transpose(1, 2), offs=offsets)
+            gate, up = fp8.grouped_linear(x, self.w13, self.scale13, offsets).chunk(2, -1)
+            y = fp8.grouped_linear((self.act_fn(gate) * up).contiguous(), self.w2, self.scale2, offsets)
             ours = torch.arange(x.shape[0], device=x.device) < ends[-1]
             return torch.where(ours[:, None], y, 0)
         if x.is_cuda:  # float32 is for tests: every row gets a copy of its expert, and nothing waits for the host
             slot = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True)
             mine = slot.clamp(max=self.w13.shape[0] - 1)
-            gate, up = torch.bmm(self.w13[mine].to(x.dtype), x[..., None]).squeeze(-1).chunk(2, -1)
-            y = torch.bmm(self.w2[mine].to(x.dtype), (self.act_fn(gate) * up)[..., None]).squeeze(-1)
+            w13, w2 = self._weights(mine, x.dtype)
+            gate, up = torch.bmm(w13, x[..., None]).squeeze(-1).chunk(2, -1)
+            y = torch.bmm(w2, (self.act_fn(gate) * up)[..., None]).squeeze(-1)
             return torch.where((slot == mine)[:, None], y, 0)
         y, begin = torch.zeros_like(x), 0
         for slot, end in enumerate(ends.tolist()):
             if end > begin:
-                gate, up = F.linear(x[begin:end], self.w13[slot].to(x.dtype)).chunk(2, -1)
-                y[begin:end] = F.linear(self.act_fn(gate) * up, self.w2[slot].to(x.dtype))
+                w13, w2 = self._weights(slot, x.dtype)
+                gate, up = F.linear(x[begin:end], w13).chunk(2, -1)
+                y[begin:end] = F.linear(self.act_fn(gate) * up, w2)
             begin = end
         return y
 
@@ -227,28 +239,32 @@ def _bind_all(model, engine: eep.Engine) -> None:
             module._buffers[leaf] = tensor
 
 
+def moe_blocks(model) -> list[torch.nn.Module]:
+    return [m for m in model.modules() if hasattr(getattr(m, "experts", None), "gate_up_proj")]
+
+
+def skeleton(config: str):
+    """The stock model of a config.json, without memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config)), attn_implementation="eep",
+                                                dtype=torch.bfloat16).eval()
+
+
 def bind(engine: eep.Engine):
     """(model, dispatch): the model that the agent's config.json names, no byte of its weights copied."""
-    described = json.loads(engine.model.config)
-    config = AutoConfig.for_model(**described)
     device = torch.device("cpu" if engine.device < 0 else f"cuda:{engine.device}")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eep", dtype=torch.bfloat16).eval()
+    model = skeleton(engine.model.config)
     dispatch = Dispatch(engine.maps)
-    layer = 0
-    for module in list(model.modules()):
-        if hasattr(getattr(module, "experts", None), "gate_up_proj"):
-            part = f"layers.{layer}.experts."
-            module.experts = Experts(dispatch, layer, engine.tensor(part + "w13").torch(), engine.tensor(part + "w2").torch(),
-                                     module.experts.act_fn)
-            layer += 1
-    if layer != engine.model.layers:
-        raise ValueError(f"the model has {layer} MoE layers, the weights have {engine.model.layers}")
+    blocks = moe_blocks(model)
+    if len(blocks) != engine.model.layers:
+        raise ValueError(f"the model has {len(blocks)} MoE layers, the weights have {engine.model.layers}")
+    for layer, block in enumerate(blocks):
+        block.experts = Experts(dispatch, layer, engine, block.experts.act_fn)
     _bind_all(model, engine)
     for name, module in list(model.named_modules()):  # tables that are computed, not loaded
         if "inv_freq" in module._buffers:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, type(module)(config=config).to(device))
+            setattr(model.get_submodule(parent), leaf, type(module)(config=model.config).to(device))
     return model, dispatch
 
 

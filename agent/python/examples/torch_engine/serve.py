@@ -11,15 +11,17 @@ import gc
 import queue
 import threading
 import time
+from pathlib import Path
 
 import torch
 
 import eep
 from eep.distributed import Groups, share_gpu
 
+import fp8
 from batch import Batch, Plan
 from frontend import Frontend
-from model import Decode, Runner
+from model import Decode, Runner, moe_blocks, skeleton
 
 IDLE_S = 1.0
 
@@ -85,6 +87,11 @@ class Serving:
     def _note(self, event: eep.Event) -> None:
         kind = eep.EventKind
         if event.kind == kind.REGIONS:
+            self._bind()
+        elif event.kind == kind.LOAD:
+            began = time.monotonic()
+            done = fp8.load(self.engine, event, Path(self.o.checkpoint))
+            self.log("sealed", layout=fp8.NAME, experts=done, ms=int((time.monotonic() - began) * 1000))
             self._bind()
         elif event.kind == kind.DRAIN:
             self.drain = (time.monotonic() + event.deadline_ms / 1000, False)
@@ -237,12 +244,19 @@ class Serving:
         words = f"request={self.host}:{self.frontend.port} {self.groups.endpoint}"
         self.engine = eep.attach(self.o.socket, endpoint=words, dispatch=eep.Dispatch[
             "REPLICATED" if self.o.dispatch == "replicated" else "SOURCE_ROUTED"], kv_bytes=self.o.kv_bytes,
-            on_event=self._on_event, patience=self.o.attach_ms / 1000)
+            on_event=self._on_event, patience=self.o.attach_ms / 1000, **self._layout())
         if self.engine.device >= 0:
             torch.cuda.set_device(self.engine.device)
             self.groups.use_device(torch.device("cuda", self.engine.device), self.o.exchange != "gloo")
         self.ready.set()
         self.log("attached", socket=self.o.socket, endpoint=words, device=self.engine.device)
+
+    def _layout(self) -> dict:
+        """Of an engine that makes its own: what the agent cannot know."""
+        if self.o.layout == "loader":
+            return {}
+        blocks = moe_blocks(skeleton((Path(self.o.checkpoint) / "config.json").read_text()))
+        return {"seals": fp8.NAME, "moe_layers": len(blocks), "logical_experts": blocks[0].experts.gate_up_proj.shape[0]}
 
     def _end(self) -> None:
         if self.engine:
