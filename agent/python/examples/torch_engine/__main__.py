@@ -71,6 +71,8 @@ def main() -> int:
     o = options()
     # Signals go to a thread that waits for them: the stepping thread may be inside libeep or torch.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    # Streams that wait for different peers (the group in use, the next one) must not share a queue of the GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     import torch
     torch.set_num_threads(o.threads)
     torch.backends.cuda.matmul.allow_tf32 = False

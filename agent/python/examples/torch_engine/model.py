@@ -36,9 +36,9 @@ class Pass:
         self.cache, self.group, self.valid, self.rehearsal = cache, group, valid, rehearsal
         self.table = cache.table[rows]
         # what is not real goes where nobody reads it: into page 0
-        self.positions = torch.where(valid, positions, cache.length)
-        at = torch.where(valid, positions, 0)
-        self.page = torch.where(valid, self.table.gather(1, at // PAGE), 0)
+        self.positions = positions.masked_fill(~valid, cache.length)
+        at = positions.masked_fill(~valid, 0)
+        self.page = self.table.gather(1, at // PAGE).masked_fill(~valid, 0)
         self.offset = at % PAGE
         self.mask = torch.arange(cache.length, device=positions.device) <= self.positions[:, None, :, None]
 
@@ -165,7 +165,7 @@ class Experts(torch.nn.Module):
         cut = packet.shape[1] - 4 * k
         xs = packets[..., :cut].contiguous().view(x.dtype).view(-1, hidden)
         slot = packets[..., cut:].contiguous().view(torch.int32).view(-1) - d.rank * d.slots
-        slot = torch.where((slot >= 0) & (slot < d.slots), slot, d.slots)  # those of others: behind all of ours
+        slot = slot.masked_fill((slot < 0) | (slot >= d.slots), d.slots)  # those of others: behind all of ours
         order = torch.argsort(slot, stable=True)
         ends = torch.searchsorted(slot[order], torch.arange(d.slots, dtype=slot.dtype, device=x.device), right=True)
         if not p.rehearsal:
@@ -184,7 +184,7 @@ class Experts(torch.nn.Module):
         physical = d.logical_to_physical[self.layer][chosen, turn % count]
         if not chosen.is_cuda and bool(((physical < 0) & valid[:, None]).any()):
             raise RuntimeError(f"the map of MoE layer {self.layer} has no slot for an expert that a token chose")
-        return torch.where(valid[:, None], physical, -1)
+        return physical.masked_fill(~valid[:, None], -1)
 
     def compute(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """x: [rows, hidden], sorted by slot; slot s has the rows [ends[s - 1], ends[s]).  Zeros for rows of no slot."""
@@ -193,14 +193,14 @@ class Experts(torch.nn.Module):
             gate, up = fp8.grouped_linear(x, self.w13, self.scale13, offsets).chunk(2, -1)
             y = fp8.grouped_linear((self.act_fn(gate) * up).contiguous(), self.w2, self.scale2, offsets)
             ours = torch.arange(x.shape[0], device=x.device) < ends[-1]
-            return torch.where(ours[:, None], y, 0)
+            return y.masked_fill(~ours[:, None], 0)
         if x.is_cuda:  # float32 is for tests: every row gets a copy of its expert, and nothing waits for the host
             slot = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True)
             mine = slot.clamp(max=self.w13.shape[0] - 1)
             w13, w2 = self._weights(mine, x.dtype)
             gate, up = torch.bmm(w13, x[..., None]).squeeze(-1).chunk(2, -1)
             y = torch.bmm(w2, (self.act_fn(gate) * up)[..., None]).squeeze(-1)
-            return torch.where((slot == mine)[:, None], y, 0)
+            return y.masked_fill((slot != mine)[:, None], 0)
         y, begin = torch.zeros_like(x), 0
         for slot, end in enumerate(ends.tolist()):
             if end > begin:
@@ -357,7 +357,7 @@ class Runner:
     def forward(self, tokens: torch.Tensor, p: Pass) -> torch.Tensor:
         _now.p = p
         # Padding takes part with position 0: it is computed and thrown away.
-        positions = torch.where(p.valid, p.positions, 0)
+        positions = p.positions.masked_fill(~p.valid, 0)
         with Upcast() if self.dtype == torch.float32 else torch.no_grad():
             return self.model.model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
 
