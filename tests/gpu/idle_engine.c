@@ -1,12 +1,17 @@
 /* eep-idle-engine: attaches, answers everything and has no requests, for scaling models that nobody here can compute.
  *
- *     eep-idle-engine SOCKET
+ *     eep-idle-engine SOCKET [SKEW]
+ *
+ * SKEW (seconds): it pretends to work, one step every 20 ms, and counts tokens whose experts' popularity is skewed and
+ * changes every so many seconds, the same at every rank: something to rebalance.
  *
  * Also the shortest engine there is: what follows is all that libeep asks of one.  Ends with SIGTERM, or when the agent
  * is gone for good (exit status 1). */
 #include <pthread.h>
 #include <signal.h>
+#include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <time.h>
 
 #include "agent/libeep/eep.h"
@@ -94,13 +99,44 @@ static bool turn(bool *ret_regions)
     return go_on;
 }
 
+/* ---- load ---- */
+
+/* Popularity of an expert in this period: log-normal, sigma 1, from a hash of the three. */
+static uint64_t popularity(uint64_t period, uint32_t layer, int32_t expert)
+{
+    uint64_t x = (period * 1000003 + layer) * 1000003 + (uint64_t)expert;
+    double sum = -6; /* of twelve uniform numbers: nearly normal */
+    for (int i = 0; i < 12; i++) {
+        x ^= x >> 33;
+        x *= 0xff51afd7ed558ccdULL;
+        x ^= x >> 29;
+        sum += (double)(x >> 11) / 9007199254740992.0;
+        x += 0x9e3779b97f4a7c15ULL;
+    }
+    return 1 + (uint64_t)(100 * exp(sum));
+}
+
+/* What this rank's replicas get of one step's tokens. */
+static void count_tokens(const struct eep_maps *maps, uint32_t rank, uint64_t period)
+{
+    for (uint32_t layer = 0; layer < maps->layers; layer++)
+        for (uint32_t slot = 0; slot < maps->slots; slot++) {
+            size_t at = ((size_t)layer * maps->max_ranks + rank) * maps->slots + slot;
+            int32_t expert = maps->physical_to_logical_map[at];
+            int32_t replicas = expert < 0 ? 0 : maps->logical_replica_count[(size_t)layer * maps->logical + (uint32_t)expert];
+            if (replicas > 0)
+                maps->expert_load[(size_t)layer * maps->slots + slot] += popularity(period, layer, expert) / (uint64_t)replicas;
+        }
+}
+
 int main(int argc, char **argv)
 {
     static sigset_t set;
     pthread_t thread;
     bool regions;
-    if (argc != 2 || argv[1][0] == '-') {
-        fputs("usage: eep-idle-engine SOCKET (the agent's engine socket)\n", stderr);
+    unsigned long skew = argc == 3 ? strtoul(argv[2], NULL, 10) : 0;
+    if (argc < 2 || argc > 3 || argv[1][0] == '-' || (argc == 3 && skew == 0)) {
+        fputs("usage: eep-idle-engine SOCKET (the agent's engine socket) [SKEW (seconds)]\n", stderr);
         return 2;
     }
     sigemptyset(&set);
@@ -115,8 +151,14 @@ int main(int argc, char **argv)
         struct eep_step step;
         if (!regions)
             nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
-        else if (eep_step_begin(engine.eep, NULL, false, 1000, &step) == EEP_STEP_RUN)
-            (void)eep_step_end(engine.eep, NULL, false); /* another rank had work: nothing is computed here */
+        else if (eep_step_begin(engine.eep, NULL, skew, 1000, &step) == EEP_STEP_RUN) {
+            const struct eep_maps *maps = eep_maps_get(engine.eep);
+            if (skew && maps)
+                count_tokens(maps, (uint32_t)step.view->rank, (uint64_t)time(NULL) / skew);
+            if (skew)
+                nanosleep(&(struct timespec){.tv_nsec = 20000000}, NULL);
+            (void)eep_step_end(engine.eep, NULL, skew); /* another rank had work: nothing is computed here */
+        }
     }
     eep_detach(engine.eep);
     return engine.detached;
