@@ -251,12 +251,22 @@ static double order_peak(const struct order *o)
     return planner_peak(o->p, o->held, o->live, o->serving, NULL);
 }
 
+/* What the dips of the phase are measured against: the highest load when it begins, or, where that is more because ranks
+ * leave, the one that the commit brings.  What every step is about to take anyway is no dip. */
+static double order_base(const struct order *o)
+{
+    double peak = order_peak(o);
+    if (o->phase == PHASE_BEFORE && o->p->n_leaving)
+        peak = fmax(peak, planner_peak(o->p, o->goal, o->goal_live, o->p->final, NULL));
+    return peak;
+}
+
 static int order_rounds(struct order *o, struct err *err)
 {
     struct layer_rounds *rounds = &o->p->rounds[o->layer];
     bool joins = o->phase == PHASE_BEFORE && o->p->n_joining;
     rounds->first[o->phase] = o->p->n_dips;
-    rounds->peak[o->phase] = order_peak(o);
+    rounds->peak[o->phase] = order_base(o);
     if (joins && order_write(o, true)) {
         order_dip(o, 0);
         order_activate(o);

@@ -25,7 +25,7 @@ struct step {
 struct layer_rounds {
     uint32_t n[PLAN_PHASES];
     size_t first[PLAN_PHASES]; /* into planner.dips */
-    double peak[PLAN_PHASES];  /* highest load at the beginning of the phase */
+    double peak[PLAN_PHASES];  /* highest load, against which the phase's dips are measured */
 };
 
 struct planner {

@@ -84,6 +84,28 @@ START_TEST(lambda_trades)
 }
 END_TEST
 
+/* A scale-down may slow steps to what they will take after it, and by the dip beyond: all layers of 4 -> 2 at once, those of
+ * 16 -> 15, which would cost more, one after the other unless the budget is large. */
+START_TEST(dip_staggers)
+{
+    static const struct case_shape shapes[] = {{64, 4, 2, 32, 0, 0, 0, 0}, {128, 16, 15, 9, 0, 0, 0, 0}};
+    uint32_t rounds[2][2];
+    for (int i = 0; i < 4; i++) {
+        struct placement_case c;
+        struct plan_options options;
+        case_init(&c, &shapes[i / 2], 8, CASE_LOGNORMAL, false, 3);
+        plan_options_default(&options);
+        options.dip = i % 2 ? 1 : 0.02;
+        struct plan *plan = plan_of(&c, &options);
+        rounds[i / 2][i % 2] = plan->rounds_before;
+        plan_unref(plan);
+        case_done(&c);
+    }
+    ck_assert_uint_eq(rounds[0][0], rounds[0][1]);
+    ck_assert_uint_gt(rounds[1][0], rounds[1][1]);
+}
+END_TEST
+
 /* Two nodes: a dear arrival from the other one is avoided where the own one has the expert. */
 START_TEST(nodes_cost)
 {
@@ -311,6 +333,7 @@ int main(void)
     tcase_add_loop_test(tc, figures, 0, (int)CASE_SHAPES);
     tcase_add_loop_test(tc, other_loads, 0, CASE_LOADS);
     tcase_add_test(tc, lambda_trades);
+    tcase_add_test(tc, dip_staggers);
     tcase_add_test(tc, nodes_cost);
     tcase_add_test(tc, brute_force);
     tcase_add_test(tc, random_instances);
