@@ -8,15 +8,18 @@
 
 /* ---- views and maps on the wire ---- */
 
-/* What is routed to, in a fresh array that the caller frees. */
+/* What is routed to, in a fresh array that the caller frees; entries are the map's own. */
 static int32_t *map_fill(const struct expert_map *map, Eep__Engine__ExpertMap *wire)
 {
     size_t n = (size_t)map->layers * map->ranks * map->slots;
     int32_t *routed = malloc((n ? n : 1) * sizeof *routed);
+    bool even = true;
     if (!routed)
         return NULL;
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         routed[i] = map->live[i] ? map->held[i] : -1;
+        even = even && map->live[i] <= 1;
+    }
     eep__engine__expert_map__init(wire);
     wire->layers = map->layers;
     wire->logical = map->logical;
@@ -25,6 +28,9 @@ static int32_t *map_fill(const struct expert_map *map, Eep__Engine__ExpertMap *w
     wire->version = map->version;
     wire->routed = routed;
     wire->n_routed = n;
+    wire->has_entries = !even;
+    if (!even)
+        wire->entries = (ProtobufCBinaryData){n, map->live};
     return routed;
 }
 

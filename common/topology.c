@@ -126,10 +126,16 @@ uint32_t expert_map_live_count(const struct expert_map *map, uint32_t layer, int
     return count;
 }
 
-/* Invariants of one layer; marks in seen[logical] which experts have a live replica on a serving rank. */
-static int map_check_layer(const struct expert_map *map, uint32_t layer, const uint8_t *serving, uint8_t *seen,
+/* Of an expert in one layer, on ranks that serve: live replicas and their entries. */
+struct seen {
+    uint32_t replicas, entries;
+};
+
+/* Invariants of one layer; seen[logical] is scratch. */
+static int map_check_layer(const struct expert_map *map, uint32_t layer, const uint8_t *serving, struct seen *seen,
                            struct err *err)
 {
+    memset(seen, 0, map->logical * sizeof *seen);
     for (uint32_t rank = 0; rank < map->ranks; rank++) {
         for (uint32_t slot = 0; slot < map->slots; slot++) {
             size_t at = expert_map_at(map, layer, rank, slot);
@@ -137,16 +143,23 @@ static int map_check_layer(const struct expert_map *map, uint32_t layer, const u
             if (held < -1 || (held >= 0 && (uint32_t)held >= map->logical))
                 return err_set(err, ERR_INVALID, "layer %u rank %u slot %u holds expert %d, of %u", layer, rank, slot,
                                held, map->logical);
-            if (map->live[at] > 1 || (map->live[at] && held < 0))
+            if (map->live[at] && held < 0)
                 return err_set(err, ERR_INVALID, "layer %u rank %u slot %u is live but empty", layer, rank, slot);
-            if (map->live[at] && (!serving || serving[rank]))
-                seen[held] = 1;
+            if (!map->live[at] || (serving && !serving[rank]))
+                continue;
+            seen[held].replicas++;
+            seen[held].entries += map->live[at];
         }
     }
-    for (uint32_t expert = 0; expert < map->logical; expert++)
-        if (!seen[expert])
+    for (uint32_t expert = 0; expert < map->logical; expert++) {
+        const struct seen *s = &seen[expert];
+        if (!s->replicas)
             return err_set(err, ERR_INVALID, "expert %u of layer %u has no live replica on a serving rank", expert,
                            layer);
+        if (s->entries > ENTRIES_MAX && s->entries > s->replicas)
+            return err_set(err, ERR_INVALID, "the %u replicas of expert %u of layer %u have %u entries, of at most %u",
+                           s->replicas, expert, layer, s->entries, ENTRIES_MAX);
+    }
     return 0;
 }
 
@@ -157,19 +170,17 @@ int expert_map_validate(const struct expert_map *map, const uint8_t *serving, st
         !map_cells(map->layers, map->ranks, map->slots, &cells))
         return err_set(err, ERR_INVALID, "expert map of %u layers, %u experts, %u ranks, %u slots: not a shape",
                        map->layers, map->logical, map->ranks, map->slots);
-    uint8_t *seen = malloc(map->logical);
+    struct seen *seen = malloc(map->logical * sizeof *seen);
     if (!seen)
         return err_set(err, ERR_NOMEM, "no memory to check an expert map");
     int rc = 0;
-    for (uint32_t layer = 0; layer < map->layers && rc == 0; layer++) {
-        memset(seen, 0, map->logical);
+    for (uint32_t layer = 0; layer < map->layers && rc == 0; layer++)
         rc = map_check_layer(map, layer, serving, seen, err);
-    }
     free(seen);
     return rc;
 }
 
-/* Words: the four dimensions, then one per slot (expert + 1, or 0; bit 32 is live): no dependence on the host's
+/* Words: the four dimensions, then one per slot (expert + 1, or 0; from bit 32 on its entries): no dependence on the host's
  * byte order or on how the arrays are stored. */
 uint64_t expert_map_digest(const struct expert_map *map)
 {
@@ -397,6 +408,7 @@ void plan_unref(struct plan *plan)
     if (!plan || !refs_drop(&plan->refs))
         return;
     expert_map_unref(plan->target);
+    expert_map_unref(plan->at_commit);
     free(plan->moves);
     free(plan->retires);
     free(plan->wakes);

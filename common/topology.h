@@ -17,6 +17,7 @@
 #define ENDPOINT_MAX 256   /* opaque to us: what a router needs to reach the engine */
 #define RANKS_MAX 256      /* ranks of a view, parties of an operation */
 #define NO_LIMIT UINT64_MAX
+#define ENTRIES_MAX 64     /* of an expert in logical_to_physical_map, unless it has more replicas: then one for each */
 
 /* One rank of a view, or one party of an operation. */
 struct member {
@@ -35,13 +36,17 @@ int member_find(const struct member *list, uint32_t n, const struct member *who)
 
 /* What every slot of every layer holds, and which slots are routed to.
  * Shapes: held, live [layers][ranks * slots]; physical slot p = rank * slots + slot.
- * Invariant: live implies held >= 0; 0 <= held < logical or held == -1. */
+ * Invariant: live implies held >= 0; 0 <= held < logical or held == -1.
+ *
+ * A live replica gets live / (sum of live over its expert's replicas) of the expert's tokens: the engine's
+ * logical_to_physical_map repeats its slot so many times, and the engine picks an entry at random.  All 1: even shares.
+ * The sum is at most ENTRIES_MAX, or the number of replicas where that is more. */
 struct expert_map {
     atomic_uint refs;
     uint32_t layers, logical, ranks, slots;
     uint64_t version; /* map_version */
     int32_t *held;    /* logical expert whose verified bytes lie there, or -1 */
-    uint8_t *live;    /* 1: tokens are routed to it; 0 with held >= 0: dormant */
+    uint8_t *live;    /* entries, see above; 0: nothing is routed to it, with held >= 0: dormant */
 };
 
 /* All slots empty.  NULL when out of memory. */
@@ -57,8 +62,8 @@ static inline size_t expert_map_at(const struct expert_map *m, uint32_t layer, u
 struct expert_map *expert_map_select(const struct expert_map *map, const int32_t *from, uint32_t ranks);
 /* Number of live replicas of an expert on ranks where serving[rank] (NULL: all). */
 uint32_t expert_map_live_count(const struct expert_map *map, uint32_t layer, int32_t expert, const uint8_t *serving);
-/* 0 when shapes and invariants hold and every logical expert of every layer has a live replica on a rank
- * with serving[rank] (NULL: all ranks). */
+/* 0 when shapes and invariants hold and every logical expert of every layer has a live replica, and not too many
+ * entries, on ranks with serving[rank] (NULL: all ranks). */
 int expert_map_validate(const struct expert_map *map, const uint8_t *serving, struct err *err) MUST_CHECK;
 /* 64-bit fingerprint of shape and content (not of version): both sides of a wire compare it. */
 uint64_t expert_map_digest(const struct expert_map *map);
@@ -143,6 +148,7 @@ struct plan {
     uint32_t n_wakes;
     struct retire *wakes;       /* sorted by round */
     /* Not on the wire. */
+    struct expert_map *at_commit; /* over parties: the entries that the commit's map has; NULL: one for each replica */
     uint64_t bound_balance;
     /* mean over layers of the mean load of a rank over the highest */
     double balance_before, balance_at_commit, balance_after, balance_ceiling;

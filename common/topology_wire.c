@@ -11,6 +11,8 @@
 #define DENSE_MAX (1u << 20)
 #define ROUNDS_MAX (1u << 20)
 #define CELL_LIVE 0x80000000u
+#define CELL_ENTRIES 24 /* from this bit on: entries of a live slot beyond the first */
+#define CELL_EXPERT 0x00ffffffu
 #define MOVE_WORDS 7
 #define RETIRE_WORDS 4
 
@@ -190,7 +192,9 @@ Pb__ExpertMap *expert_map_to_pb(const struct expert_map *map)
         return NULL;
     }
     for (size_t i = 0; i < cells; i++)
-        put_u32(pb->cells.data + i * 4, (uint32_t)(map->held[i] + 1) | (map->live[i] ? CELL_LIVE : 0));
+        put_u32(pb->cells.data + i * 4,
+                (uint32_t)(map->held[i] + 1) |
+                    (map->live[i] ? CELL_LIVE | (map->live[i] - 1u) << CELL_ENTRIES : 0));
     return pb;
 }
 
@@ -208,14 +212,15 @@ int expert_map_from_pb(const Pb__ExpertMap *pb, struct expert_map **ret_map, str
     map->version = pb->version;
     for (size_t i = 0; i < pb->cells.len / 4; i++) {
         uint32_t cell = get_u32(pb->cells.data + i * 4);
-        uint32_t held = cell & ~CELL_LIVE; /* expert + 1 */
-        if (held > pb->logical || cell == CELL_LIVE) {
+        uint32_t held = cell & CELL_EXPERT, more = (cell & ~CELL_LIVE) >> CELL_ENTRIES; /* expert + 1; entries - 1 */
+        bool live = (cell & CELL_LIVE) != 0;
+        if (held > pb->logical || (live && held == 0) || more >= ENTRIES_MAX || (more && !live)) {
             expert_map_unref(map);
             return err_set(err, ERR_PROTOCOL, "slot %zu of an expert map holds %#x, of %u experts", i, cell,
                            pb->logical);
         }
         map->held[i] = (int32_t)held - 1;
-        map->live[i] = (cell & CELL_LIVE) != 0;
+        map->live[i] = (uint8_t)(live ? 1 + more : 0);
     }
     *ret_map = map;
     return 0;

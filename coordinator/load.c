@@ -109,7 +109,7 @@ static double layer_balance(const struct expert_map *map, uint32_t layer, const 
         for (uint32_t slot = 0; slot < map->slots; slot++) {
             size_t at = expert_map_at(map, layer, rank, slot);
             if (map->live[at])
-                share[map->held[at]]++;
+                share[map->held[at]] += map->live[at];
         }
     for (uint32_t e = 0; e < map->logical; e++) {
         total += weight[e];
@@ -119,7 +119,7 @@ static double layer_balance(const struct expert_map *map, uint32_t layer, const 
         double mine = 0;
         for (uint32_t slot = 0; slot < map->slots; slot++) {
             size_t at = expert_map_at(map, layer, rank, slot);
-            mine += map->live[at] ? share[map->held[at]] : 0;
+            mine += map->live[at] ? share[map->held[at]] * map->live[at] : 0;
         }
         peak = mine > peak ? mine : peak;
     }

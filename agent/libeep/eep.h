@@ -158,13 +158,17 @@ EEP_API int eep_released(struct eep *eep); /* waits for launched steps (at most 
 EEP_API int eep_set_endpoint(struct eep *eep, const char *endpoint);
 
 /* ---- maps ---- */
-/* Fixed addresses for the life of the attachment; rewritten at boundaries only.  Empty entries are -1. */
+/* Fixed addresses for the life of the attachment; rewritten at boundaries only.  Empty entries are -1.
+ *
+ * An engine sends a token to one of the first logical_replica_count entries of its expert, each equally likely.  A slot
+ * may stand among them more than once: it is to get so many times the share.  So the count is of entries, at least that
+ * of the replicas; max_replicas is max_ranks, or 64 where that is more.  Every slot comes once before any comes twice. */
 struct eep_maps {
     uint32_t layers, logical, slots, max_ranks, max_replicas;
     uint64_t version;
     int32_t *physical_to_logical_map; /* [layers][max_ranks * slots]; rank r's slot s is r * slots + s */
     int32_t *logical_to_physical_map; /* [layers][logical][max_replicas] */
-    int32_t *logical_replica_count;   /* [layers][logical] */
+    int32_t *logical_replica_count;   /* [layers][logical]: entries in use */
     uint64_t *expert_load;            /* [layers][slots]: the engine adds tokens it computed; read by the agent */
 
     /* On a GPU (device >= 0; NULL otherwise) the same on the device, at fixed addresses, so that captured graphs stay

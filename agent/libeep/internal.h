@@ -25,11 +25,13 @@
 #include "common/page.h"
 #include "engine.pb-c.h"
 
-/* Which expert each physical slot routes to: [layers][ranks * slots], -1 = nothing. */
+/* Which expert each physical slot routes to, and how often the slot is among that expert's entries; -1, 0 = nothing.
+ * [layers][ranks * slots]; entries lie behind routed, in its allocation. */
 struct routing {
     uint64_t version;
     uint32_t layers, logical, ranks, slots;
     int32_t *routed;
+    const uint8_t *entries;
 };
 int routing_from_wire(const Eep__Engine__ExpertMap *wire, struct routing *ret_routing, struct err *err) MUST_CHECK;
 

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 
 #include "agent/libeep/internal.h"
+#include "common/topology.h"
 
 static size_t physical_cells(const struct eep_maps *m)
 {
@@ -62,7 +63,8 @@ static int maps_make(struct eep *eep, const struct manifest *manifest, struct ma
     m->logical = manifest->logical;
     m->slots = manifest->slots;
     m->max_ranks = eep->max_ranks;
-    m->max_replicas = eep->max_ranks; /* one on every rank; further ones on the same rank add no balance */
+    /* one on every rank (further ones on the same rank add no balance), or the entries of an uneven split */
+    m->max_replicas = eep->max_ranks > ENTRIES_MAX ? eep->max_ranks : ENTRIES_MAX;
     m->physical_to_logical_map = malloc(physical_cells(m) * sizeof(int32_t));
     m->logical_to_physical_map = malloc(replica_cells(m) * sizeof(int32_t));
     m->logical_replica_count = malloc((size_t)m->layers * m->logical * sizeof(int32_t));
@@ -109,6 +111,27 @@ bool maps_fit(const struct maps_box *maps, const struct routing *routing)
            routing->ranks <= m->max_ranks;
 }
 
+/* The entries of a layer: every replica its first one, then those that have more a second one, and so on, so that an
+ * engine which takes them in turn is even with few tokens, too. */
+static void layer_entries(struct eep_maps *m, uint32_t layer, const int32_t *routed, const uint8_t *entries, size_t row)
+{
+    bool more = true;
+    for (uint32_t turn = 0; more; turn++) {
+        more = false;
+        for (size_t p = 0; p < row; p++) {
+            if (entries[p] <= turn)
+                continue;
+            more |= entries[p] > turn + 1;
+            size_t expert = (size_t)layer * m->logical + (size_t)routed[p];
+            int32_t n = m->logical_replica_count[expert];
+            if (n >= (int32_t)m->max_replicas)
+                continue;
+            m->logical_to_physical_map[expert * m->max_replicas + (size_t)n] = (int32_t)p;
+            m->logical_replica_count[expert] = n + 1;
+        }
+    }
+}
+
 void maps_write(struct maps_box *maps, const struct routing *routing)
 {
     struct eep_maps *m = &maps->pub;
@@ -117,16 +140,7 @@ void maps_write(struct maps_box *maps, const struct routing *routing)
     for (uint32_t layer = 0; layer < m->layers; layer++) {
         const int32_t *from = routing->routed + layer * row;
         memcpy(m->physical_to_logical_map + (size_t)layer * m->max_ranks * m->slots, from, row * sizeof *from);
-        for (size_t p = 0; p < row; p++) {
-            if (from[p] < 0)
-                continue;
-            size_t expert = (size_t)layer * m->logical + (size_t)from[p];
-            int32_t n = m->logical_replica_count[expert];
-            if (n >= (int32_t)m->max_replicas)
-                continue;
-            m->logical_to_physical_map[expert * m->max_replicas + (size_t)n] = (int32_t)p;
-            m->logical_replica_count[expert] = n + 1;
-        }
+        layer_entries(m, layer, from, routing->entries + layer * row, row);
     }
     m->version = routing->version;
 }

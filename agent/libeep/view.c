@@ -19,16 +19,23 @@ int routing_from_wire(const Eep__Engine__ExpertMap *wire, struct routing *ret_ro
     for (size_t i = 0; i < wire->n_routed; i++)
         if (wire->routed[i] < -1 || wire->routed[i] >= (int32_t)wire->logical)
             return err_set(err, ERR_PROTOCOL, "an expert map that names expert %d of %u", wire->routed[i], wire->logical);
-    int32_t *routed = malloc(wire->n_routed * sizeof *routed);
+    if (wire->has_entries && wire->entries.len != cells)
+        return err_set(err, ERR_PROTOCOL, "an expert map with entries of %zu slots, not %zu", wire->entries.len,
+                       wire->n_routed);
+    int32_t *routed = malloc(wire->n_routed * (sizeof *routed + 1));
     if (!routed)
         return err_set(err, ERR_NOMEM, "no memory for an expert map");
     memcpy(routed, wire->routed, wire->n_routed * sizeof *routed);
+    uint8_t *entries = (uint8_t *)(routed + wire->n_routed);
+    for (size_t i = 0; i < wire->n_routed; i++)
+        entries[i] = routed[i] < 0 ? 0 : wire->has_entries && wire->entries.data[i] ? wire->entries.data[i] : 1;
     *ret_routing = (struct routing){.version = wire->version,
                                     .layers = wire->layers,
                                     .logical = wire->logical,
                                     .ranks = wire->ranks,
                                     .slots = wire->slots,
-                                    .routed = routed};
+                                    .routed = routed,
+                                    .entries = entries};
     return 0;
 }
 

@@ -265,6 +265,42 @@ static void send_map(uint64_t version, unsigned shift)
     agent_wake(&agent);
 }
 
+/* A slot with several entries: as many times among its expert's, after every replica has come once. */
+START_TEST(entries_repeat_a_slot)
+{
+    attach();
+    give_regions(1);
+    join();
+    const struct eep_maps *maps = eep_maps_get(eep);
+    ck_assert_uint_eq(maps->max_replicas, ENTRIES_MAX > maps->max_ranks ? ENTRIES_MAX : maps->max_ranks);
+    begin(false, -1, EEP_STEP_RUN);
+    struct view *view = view_make(1, 2, 0, 2, 0);
+    view->map->live[expert_map_at(view->map, 1, 0, 0)] = 3;
+    view->map->live[expert_map_at(view->map, 1, 1, 1)] = ENTRIES_MAX - 1;
+    agent_do(&agent, (struct agent_action){.type = AA_ENGINE_MAP, .map = view->map});
+    view_unref(view);
+    agent_store(&agent, PAGE_MAP_PENDING, 2);
+    agent_wake(&agent);
+    sleep_ms(10);
+    end(true);
+    begin(true, 0, EEP_STEP_RUN);
+    ck_assert_uint_eq(maps->version, 2);
+    const int32_t *count = maps->logical_replica_count + LOGICAL;
+    const int32_t *slots = maps->logical_to_physical_map + (size_t)LOGICAL * maps->max_replicas;
+    const int32_t want[] = {0, SLOTS, 0, 0, -1};
+    ck_assert_int_eq(count[0], 4);
+    for (int i = 0; i < 5; i++)
+        ck_assert_int_eq(slots[i], want[i]);
+    slots += maps->max_replicas;
+    ck_assert_int_eq(count[1], ENTRIES_MAX);
+    for (int i = 0; i < ENTRIES_MAX; i++)
+        ck_assert_int_eq(slots[i], i == 0 ? 1 : SLOTS + 1);
+    ck_assert_int_eq(maps->logical_replica_count[0], 2);
+    ck_assert_int_eq(maps->physical_to_logical_map[maps->max_ranks * SLOTS + SLOTS + 1], 1);
+    end(false);
+}
+END_TEST
+
 START_TEST(maps_are_rewritten_in_place_at_boundaries)
 {
     attach();
@@ -606,6 +642,7 @@ int main(void)
     tcase_add_test(tc, an_aborted_promise_lets_the_engine_go_on);
     tcase_add_test(tc, idle_waves_and_wake_ups);
     tcase_add_test(tc, a_done_step_rings_when_asked_to);
+    tcase_add_test(tc, entries_repeat_a_slot);
     tcase_add_test(tc, maps_are_rewritten_in_place_at_boundaries);
     tcase_add_test(tc, a_boundary_with_nothing_pending_makes_no_system_call);
     tcase_add_test(tc, a_storm_of_changes);

@@ -169,6 +169,9 @@ START_TEST(balance_of_a_map)
     ck_assert_double_eq_tol(load_balance(map, load), 4.0 / 5, 1e-12); /* 2 + 1 and 3 + 2 */
     map->live[3] = 0;                                                 /* dormant */
     ck_assert_double_eq_tol(load_balance(map, load), 4.0 / 5, 1e-12); /* 4 + 1 and 3 */
+    map->live[3] = 1;
+    map->live[0] = 3; /* 3 and 1 of 4 tokens instead of two each */
+    ck_assert_double_eq_tol(load_balance(map, load), 1, 1e-12);
     ck_assert_double_eq(load_balance(map, none), 1);
     expert_map_unref(map);
 }

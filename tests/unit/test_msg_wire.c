@@ -40,7 +40,7 @@ static struct expert_map *map_make(uint32_t ranks)
     map->version = 77;
     for (uint32_t i = 0; i < 3 * ranks * 4; i++) {
         map->held[i] = (int32_t)(i % 6) - 1;
-        map->live[i] = map->held[i] >= 0 && i % 4 != 3;
+        map->live[i] = (uint8_t)(map->held[i] < 0 || i % 4 == 3 ? 0 : i % 5 == 4 ? ENTRIES_MAX : 1 + i % 5);
     }
     return map;
 }
@@ -488,6 +488,10 @@ START_TEST(bad_maps_and_plans)
     m.stage.map->live[3] = 1;
     refused(&m, "slot 3");
     m.stage.map->live[3] = 0;
+    uint8_t entries = m.stage.map->live[1];
+    m.stage.map->live[1] = ENTRIES_MAX + 1;
+    refused(&m, "slot 1");
+    m.stage.map->live[1] = entries;
     struct plan *plan = m.stage.plan;
     for (int i = 0; i < 7; i++) {
         uint32_t *word = (uint32_t *)&plan->moves[1] + i, good = *word;

@@ -72,6 +72,17 @@ START_TEST(maps_are_checked)
     map->held[last] = 3;
     map->live[expert_map_at(map, 0, 2, 1)] = 1; /* live but empty */
     ck_assert_int_eq(expert_map_validate(map, NULL, &err), ERR_INVALID);
+    map->live[expert_map_at(map, 0, 2, 1)] = 0;
+    ck_assert_uint_eq(expert_map_live_count(map, 1, 0, NULL), 2);
+    size_t zero = expert_map_at(map, 1, 0, 0), more = expert_map_at(map, 1, 2, 0); /* expert 0: 63 + 1 entries may be */
+    ck_assert(map->held[zero] == 0 && map->held[more] == 0);
+    map->live[zero] = ENTRIES_MAX - 1;
+    ck_assert_int_eq(expert_map_validate(map, NULL, &err), 0);
+    ck_assert_uint_eq(expert_map_live_count(map, 1, 0, NULL), 2); /* replicas, not entries */
+    map->live[more] = 2;
+    ck_assert_int_eq(expert_map_validate(map, NULL, &err), ERR_INVALID);
+    ck_assert_ptr_nonnull(strstr(err.text, "2 replicas of expert 0 of layer 1 have 65 entries"));
+    ck_assert_int_eq(expert_map_validate(map, (const uint8_t[]){1, 1, 0}, &err), 0); /* that one does not serve */
     expert_map_unref(map);
     expert_map_unref(NULL);
     ck_assert_ptr_null(expert_map_new(UINT32_MAX, 1, UINT32_MAX, UINT32_MAX));
@@ -97,7 +108,9 @@ START_TEST(maps_are_selected_and_fingerprinted)
         copy->held[i]--;
         copy->live[i] = !copy->live[i];
         ck_assert_uint_ne(expert_map_digest(copy), expert_map_digest(map));
-        copy->live[i] = !copy->live[i];
+        copy->live[i] = (uint8_t)(map->live[i] + 2); /* and its entries */
+        ck_assert_uint_ne(expert_map_digest(copy), expert_map_digest(map));
+        copy->live[i] = map->live[i];
     }
     expert_map_unref(copy);
 

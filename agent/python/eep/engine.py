@@ -117,7 +117,8 @@ class Maps:
     """The expert maps, at fixed addresses for the life of the attachment, rewritten at boundaries only.
 
     Host arrays: physical_to_logical [layers, max_ranks * slots] (rank r's slot s is r * slots + s), logical_to_physical
-    [layers, logical, max_replicas], replica_count [layers, logical], load [layers, slots] (U64: the engine adds the tokens
+    [layers, logical, max_replicas], replica_count [layers, logical] (entries of logical_to_physical to choose from; a
+    slot that is to get more of the tokens is among them more than once), load [layers, slots] (U64: the engine adds the tokens
     it computed).  `on_device` has the same on the GPU, or is this object itself on the host: what kernels and captured
     graphs read, rewritten in the order of the step's stream.
     """

@@ -177,7 +177,7 @@ class Experts(torch.nn.Module):
         return (y * weights[..., None].to(y.dtype)).sum(1)
 
     def route(self, chosen: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Logical experts to physical slots, replicas in turn; -1 for tokens that are padding."""
+        """Logical experts to physical slots, the map's entries in turn; -1 for tokens that are padding."""
         d = self.dispatch
         count = d.replica_count[self.layer][chosen].clamp(min=1)
         turn = torch.arange(chosen.shape[0], device=chosen.device)[:, None] + d.rank
