@@ -55,6 +55,8 @@ void control_load(struct session *session, const struct frame *frame, const Prot
     reply.window_ms = s->config.core.load_window_ms;
     reply.nodes = status.view ? view_nodes(status.view) : 1;
     reply.expert_bytes = status.model ? status.model->expert_bytes : 0;
+    reply.has_uneven = true;
+    reply.uneven = !s->config.core.even_split;
     reply.samples = pointers;
     reply.balance = reply.balance_samples = 1;
     reply.map = map ? expert_map_to_pb(map) : NULL;

@@ -38,6 +38,7 @@ struct coordinator_config {
                                   0 = never */
     uint32_t restart_after_ms; /* a view with lost experts, whose ranks have all ended, is given up after this, and
                                   started anew from the checkpoint; 0 = only when an operator says so */
+    bool even_split;          /* the engines cannot have a slot in a map more than once: plan_options.uneven; false */
     double cross_cost, lambda, dip; /* the rest of plan_options, see there; 4, 0, 0.02 */
     uint32_t load_window_ms;   /* agents report the load this often; 5000 */
     uint32_t load_horizon_ms;  /* it is kept for so long, in so many samples; 300000, 16 */

@@ -216,6 +216,7 @@ int setup_plan(struct coordinator *c, struct err *err)
     options.lambda = c->config.lambda;
     options.dip = c->config.dip;
     options.joiners_only = true;                   /* before the commit only WEIGHTS moves anything in a scale-up */
+    options.uneven = !c->config.even_split;
     options.fill = r->kind != OP_SCALE_DOWN;       /* which ends with its commit */
     int rc = plan_make_window(in, &options, &c->op.plan, err);
     if (rc == 0)

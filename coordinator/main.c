@@ -35,7 +35,7 @@ struct options {
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
-       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_TLS_CERT, KEY_TLS_KEY,
+       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_EVEN_SPLIT, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_TLS_CERT, KEY_TLS_KEY,
        KEY_TLS_CA, KEY_FORMAT, KEY_METRICS, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
@@ -133,6 +133,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_CROSS_COST: o->core.cross_cost = parse_number(state, "--cross-cost", arg, 1, 1000); return 0;
     case KEY_LAMBDA: o->core.lambda = parse_number(state, "--lambda", arg, 0, 0.999); return 0;
     case KEY_DIP: o->core.dip = parse_number(state, "--dip", arg, 0.0001, 1); return 0;
+    case KEY_EVEN_SPLIT: o->core.even_split = true; return 0;
     case KEY_REBALANCE_BELOW: o->core.rebalance_below = parse_balance(state, "--rebalance-below", arg); return 0;
     case KEY_FORMAT:
         if (log_format_parse(arg, &o->format) < 0)
@@ -193,6 +194,9 @@ static const struct argp_option fixed[] = {
     {"lambda", KEY_LAMBDA, "L", 0,
      "balance of a layer that an expert's arrival must buy, one price for all layers (0: whatever reaches the target)", 0},
     {"dip", KEY_DIP, "D", 0, "part of a step that replicas which are being replaced may cost (0.02)", 0},
+    {"even-split", KEY_EVEN_SPLIT, 0, 0,
+     "all replicas of an expert get the same share of its tokens: for engines whose maps cannot have a slot more than "
+     "once", 0},
     {"rebalance-below", KEY_REBALANCE_BELOW, "B", 0,
      "rebalance without being asked when the mean load of a rank over the highest stays below B, if it is worth the "
      "bytes (default: never)", 0},

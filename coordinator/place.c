@@ -1,6 +1,8 @@
 /* The sets, the loads, and how they change.  Pure. */
 #include "coordinator/place.h"
 
+#include "coordinator/split.h"
+
 #include <assert.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,10 +25,12 @@ int place_init(struct place *p, uint32_t ranks, uint32_t slots, uint32_t experts
     p->room = calloc(ranks, sizeof *p->room);
     p->on = calloc(n * p->words, sizeof *p->on);
     p->tier = calloc(n * ranks, sizeof *p->tier);
+    p->kept = calloc((size_t)ranks * slots, sizeof *p->kept);
+    p->n_kept = calloc(ranks, sizeof *p->n_kept);
     p->cap_log = 256;
     p->log = calloc(p->cap_log, sizeof *p->log);
     if (!p->weight || !p->share || !p->less || !p->more || !p->heat || !p->load || !p->count || !p->item || !p->items ||
-        !p->room || !p->on || !p->tier || !p->log) {
+        !p->room || !p->on || !p->tier || !p->kept || !p->n_kept || !p->log) {
         place_done(p);
         return err_set(err, ERR_NOMEM, "no memory to plan %u ranks of %u experts", ranks, experts);
     }
@@ -47,6 +51,8 @@ void place_done(struct place *p)
     free(p->room);
     free(p->on);
     free(p->tier);
+    free(p->kept);
+    free(p->n_kept);
     free(p->log);
 }
 
@@ -65,6 +71,7 @@ void place_reset(struct place *p, const double *weight)
     memset(p->on, 0, (size_t)p->experts * p->words * sizeof *p->on);
     memset(p->tier, TIER_CROSS, (size_t)p->experts * p->ranks);
     memset(p->room, 0, p->ranks * sizeof *p->room);
+    memset(p->n_kept, 0, p->ranks * sizeof *p->n_kept);
     p->arrivals = 0;
     p->n_log = 0;
 }
@@ -137,6 +144,14 @@ static void log_step(struct place *p, uint32_t rank, uint32_t e, bool added)
     p->log[p->n_log++] = (struct place_step){.rank = (uint16_t)rank, .expert = (uint16_t)e, .added = added};
 }
 
+void place_hold(struct place *p, uint32_t rank, uint32_t expert)
+{
+    uint8_t *tier = &p->tier[(size_t)expert * p->ranks + rank];
+    if (*tier != TIER_HELD && p->n_kept[rank] < p->slots)
+        p->kept[(size_t)rank * p->slots + p->n_kept[rank]++] = (uint16_t)expert;
+    *tier = TIER_HELD;
+}
+
 void place_add(struct place *p, uint32_t rank, uint32_t expert)
 {
     assert(!place_on(p, rank, expert) && !place_full(p, rank));
@@ -183,6 +198,40 @@ uint32_t place_hottest(const struct place *p)
     while (r + 1 < p->ranks && p->load[r] < max)
         r++;
     return r;
+}
+
+#define WHOLE 0.998 /* of the limit, for what shares lose when they become whole numbers */
+
+/* What the rank holds beside its set stays, if nothing has to be overwritten. */
+static bool keeps_all(const struct place *p, uint32_t rank)
+{
+    uint32_t beside = 0;
+    for (uint32_t i = 0; i < p->n_kept[rank]; i++)
+        beside += !place_on(p, rank, p->kept[(size_t)rank * p->slots + i]);
+    return p->items[rank] + beside <= p->slots;
+}
+
+double place_peak(struct place *p, double limit)
+{
+    double max = place_max(p);
+    if (max <= limit || !p->split || p->mean <= 0)
+        return max;
+    if (split_begin(p->split, p->ranks, p->experts, 2 * (size_t)p->ranks * p->slots, p->weight, 1) < 0) {
+        p->broken = true;
+        return max;
+    }
+    for (uint32_t r = 0; r < p->ranks; r++) {
+        const uint16_t *item = p->item + (size_t)r * p->slots, *kept = p->kept + (size_t)r * p->slots;
+        bool keeps = keeps_all(p, r);
+        for (uint32_t i = 0; i < p->items[r]; i++)
+            split_add(p->split, item[i], r, 0, 1.0 / p->count[item[i]]);
+        for (uint32_t i = 0; keeps && i < p->n_kept[r]; i++)
+            if (!place_on(p, r, kept[i]))
+                split_add(p->split, kept[i], r, 0, 0);
+    }
+    split_end(p->split);
+    p->work += p->experts;
+    return split_highest(p->split, limit / p->mean * WHOLE) * p->mean <= limit * WHOLE ? limit : max;
 }
 
 double place_balance(const struct place *p)

@@ -42,6 +42,7 @@ struct place {
     double crowd;                /* what an arrival costs more where there is no room */
     uint64_t *on;                /* [experts][words] */
     uint8_t *tier;               /* [experts][ranks] */
+    uint16_t *kept, *n_kept;     /* [ranks][slots], [ranks]: what has TIER_HELD there */
     uint32_t arrivals;           /* (rank, expert) pairs in the sets that are not held now */
     struct place_step *log;      /* for place_rewind */
     size_t n_log, cap_log;
@@ -52,15 +53,17 @@ struct place {
     bool fills;    /* empty slots are to be filled anyway: an arrival there costs nothing */
     uint64_t work; /* candidates looked at: a measure of time that is the same everywhere */
     bool broken;   /* out of memory: the log is incomplete */
+    struct split *split; /* shares may be uneven: scratch; NULL = they are even */
 };
 
 int place_init(struct place *p, uint32_t ranks, uint32_t slots, uint32_t experts, double cross_cost,
                struct err *err) MUST_CHECK;
 void place_done(struct place *p);
 
-/* Empty sets, new weights; all tiers TIER_CROSS, no room.  The caller fills tier and room. */
+/* Empty sets, new weights; all tiers TIER_CROSS, no room.  The caller fills tier (TIER_HELD by place_hold) and room. */
 void place_reset(struct place *p, const double *weight);
 
+void place_hold(struct place *p, uint32_t rank, uint32_t expert);   /* is there from now on: TIER_HELD */
 void place_add(struct place *p, uint32_t rank, uint32_t expert);    /* not on it yet; there is room */
 void place_remove(struct place *p, uint32_t rank, uint32_t expert); /* on it */
 void place_rewind(struct place *p, size_t n_log);                   /* undoes what came after */
@@ -100,6 +103,8 @@ static inline bool place_full(const struct place *p, uint32_t rank)
 
 uint32_t place_hottest(const struct place *p);
 double place_max(const struct place *p);
+/* The highest load, or `limit` where that is less and uneven shares, over all that ranks hold or get, come within it. */
+double place_peak(struct place *p, double limit);
 double place_balance(const struct place *p); /* mean over maximum; 1 for a layer without load */
 
 /* ---- changes of phi ---- */

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define LOOK        0.8 /* of the way to the limit, after which uneven shares are tried again */
 #define EPSILON     1e-9 /* of the mean: what does not count as an improvement */
 #define HOT_MAX     4
 #define COLD_MAX    8
@@ -375,6 +376,7 @@ struct mark {
 struct marks {
     struct mark *v;
     size_t n, cap;
+    double looked; /* highest load when it was looked last what uneven shares can do */
 };
 
 static void marks_add(struct place *p, struct marks *marks)
@@ -423,7 +425,17 @@ static bool shift_mark(struct place *p, struct marks *marks, uint32_t arrivals_m
     return true;
 }
 
-void place_shift(struct place *p, const struct place_style *style, double limit, uint32_t arrivals_max, double lambda)
+/* Do uneven shares reach the limit?  Asked when the load has come a good part nearer to it. */
+static void marks_look(struct place *p, struct marks *marks, double limit)
+{
+    double max = place_max(p);
+    if (p->broken || (marks->looked > 0 && max - limit > LOOK * (marks->looked - limit)))
+        return;
+    marks->looked = max;
+    marks->v[marks->n - 1].max = place_peak(p, limit);
+}
+
+double place_shift(struct place *p, const struct place_style *style, double limit, uint32_t arrivals_max, double lambda)
 {
     struct marks marks = {0};
     uint32_t forced = 0, idle = 0;
@@ -433,18 +445,25 @@ void place_shift(struct place *p, const struct place_style *style, double limit,
     for (uint32_t step = 0; step < 4 * p->ranks * p->slots && idle < 64 && !p->broken; step++, idle++) {
         if (style->polish || forced)
             place_polish(p, limit);
-        if (shift_mark(p, &marks, arrivals_max))
+        if (shift_mark(p, &marks, arrivals_max) || step == 0) {
             idle = 0;
-        if (place_max(p) <= limit || p->arrivals >= arrivals_max)
+            marks_look(p, &marks, limit);
+        }
+        if (p->broken || marks.v[marks.n - 1].max <= limit || p->arrivals >= arrivals_max)
             break;
         if (!shift_step(p, style) && (++forced > 4 || !shift_force(p)))
             break;
     }
+    double peak = place_max(p);
     if (!p->broken) {
-        shift_mark(p, &marks, arrivals_max);
-        place_rewind(p, marks.v[marks_choose(p, &marks, lambda)].n_log);
+        if (marks.v[marks.n - 1].max > limit)
+            shift_mark(p, &marks, arrivals_max);
+        size_t chosen = marks_choose(p, &marks, lambda);
+        place_rewind(p, marks.v[chosen].n_log);
+        peak = marks.v[chosen].max;
     }
     free(marks.v);
+    return peak;
 }
 
 /* ---- prune ---- */

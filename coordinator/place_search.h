@@ -20,8 +20,9 @@ void place_polish(struct place *p, double limit);
 
 /* Polish and shift by gain per cost until no load is above `limit`; stops for want of a change that gains, or when
  * there are `arrivals_max` arrivals.  Leaves the best state met: a load within the limit with the fewest arrivals, else
- * the lowest maximum; with lambda > 0 the last one in which the arrivals had bought so much balance each. */
-void place_shift(struct place *p, const struct place_style *style, double limit, uint32_t arrivals_max, double lambda);
+ * the lowest maximum; with lambda > 0 the last one in which the arrivals had bought so much balance each.
+ * Returns its place_peak. */
+double place_shift(struct place *p, const struct place_style *style, double limit, uint32_t arrivals_max, double lambda);
 
 /* Takes back arrivals that turn out not to be needed for `limit`. */
 void place_prune(struct place *p, double limit);

@@ -105,7 +105,7 @@ struct solution {
     bool set;
 };
 
-static bool solution_keep(struct solution *s, struct place *p, size_t start)
+static bool solution_keep(struct solution *s, struct place *p, size_t start, double max)
 {
     size_t n = p->n_log - start;
     if (n > s->cap) {
@@ -121,7 +121,7 @@ static bool solution_keep(struct solution *s, struct place *p, size_t start)
         memcpy(s->step, p->log + start, n * sizeof *s->step);
     s->n = n;
     s->arrivals = p->arrivals;
-    s->max = place_max(p);
+    s->max = max;
     s->set = true;
     return true;
 }
@@ -144,9 +144,8 @@ static double worth(const struct place *p, double max, uint32_t arrivals, double
 }
 
 /* Within the limit with fewer arrivals, then the lower maximum; with lambda, what is worth more. */
-static bool solution_beaten(const struct solution *s, const struct place *p, double limit, double lambda)
+static bool solution_beaten(const struct solution *s, const struct place *p, double max, double limit, double lambda)
 {
-    double max = place_max(p);
     if (s->set && lambda > 0)
         return worth(p, max, p->arrivals, limit, lambda) > worth(p, s->max, s->arrivals, limit, lambda);
     if (!s->set || (max <= limit) != (s->max <= limit))
@@ -174,10 +173,12 @@ void place_solve(struct place *p, const struct place_goal *goal)
         uint32_t room = UINT32_MAX - p->arrivals, more = goal->arrivals_max < room ? goal->arrivals_max : room;
         p->swap = p->wide = false;
         place_polish(p, limit);
-        place_shift(p, &styles[i], limit, p->arrivals + more, goal->lambda);
-        if (place_max(p) <= limit)
+        double max = place_shift(p, &styles[i], limit, p->arrivals + more, goal->lambda);
+        if (place_max(p) <= limit) {
             place_prune(p, limit);
-        if (solution_beaten(&best, p, limit, goal->lambda) && !solution_keep(&best, p, start))
+            max = place_max(p);
+        }
+        if (solution_beaten(&best, p, max, limit, goal->lambda) && !solution_keep(&best, p, start, max))
             break;
         if (p->broken || p->work - begun > (best.max <= limit ? 1 : 32) * goal->work)
             break;
@@ -185,7 +186,11 @@ void place_solve(struct place *p, const struct place_goal *goal)
     if (!p->broken)
         solution_restore(&best, p, start);
     p->swap = true;
+    size_t mark = p->n_log;
+    bool shared = place_max(p) > limit && best.max <= limit;
     place_polish(p, p->mean * 1.0005); /* what is free is taken beyond the goal as well */
+    if (shared && place_peak(p, limit) > limit)
+        place_rewind(p, mark); /* it has taken from the uneven shares what they need */
     free(best.step);
 }
 
@@ -232,7 +237,7 @@ static void fill_hold(struct place *p)
 {
     for (uint32_t r = 0; r < p->ranks; r++)
         for (uint32_t i = 0; i < p->items[r]; i++)
-            p->tier[(size_t)p->item[(size_t)r * p->slots + i] * p->ranks + r] = TIER_HELD;
+            place_hold(p, r, p->item[(size_t)r * p->slots + i]);
 }
 
 static uint32_t fill_room(const struct place *p)
@@ -246,9 +251,13 @@ static uint32_t fill_room(const struct place *p)
 static uint16_t *fill_holders(const struct place *p)
 {
     uint16_t *holders = calloc(p->experts, sizeof *holders);
-    for (uint32_t e = 0; holders && e < p->experts; e++)
-        for (uint32_t r = 0; r < p->ranks; r++)
-            holders[e] = (uint16_t)(holders[e] + (place_tier(p, r, e) == TIER_HELD || place_on(p, r, e)));
+    for (uint32_t r = 0; holders && r < p->ranks; r++) {
+        const uint16_t *item = p->item + (size_t)r * p->slots, *kept = p->kept + (size_t)r * p->slots;
+        for (uint32_t i = 0; i < p->n_kept[r]; i++)
+            holders[kept[i]]++;
+        for (uint32_t i = 0; i < p->items[r]; i++)
+            holders[item[i]] = (uint16_t)(holders[item[i]] + (place_tier(p, r, item[i]) != TIER_HELD));
+    }
     return holders;
 }
 
@@ -277,7 +286,7 @@ static void fill_rest(struct place *p, bool dormant)
             continue;
         }
         if (dormant) {
-            p->tier[(size_t)best * p->ranks + to] = TIER_HELD;
+            place_hold(p, to, best);
             p->room[to]--;
         } else {
             place_add(p, to, best);
@@ -300,6 +309,7 @@ static bool fill_is_redundant(struct place *p)
 }
 
 #define FILL_ENOUGH 0.998 /* balance below which the fill may also overwrite what is held ... */
+#define FILL_EVEN   1.003 /* highest load of uneven shares with which nothing is exchanged any more */
 #define FILL_OVER   14    /* ... with so many times fewer arrivals than into empty slots */
 
 void place_fill(struct place *p)
@@ -316,12 +326,14 @@ void place_fill(struct place *p)
     bool redundant = fill_is_redundant(p);
     if (redundant)
         fill_hold(p); /* a death that loses nothing is worth more than the last percent */
-    place_settle(p, room > 0);
-    if (place_max(p) > before) { /* the rest stays dormant */
+    bool even = p->split && place_peak(p, p->mean * FILL_EVEN) <= p->mean * FILL_EVEN; /* as it is, by uneven shares */
+    if (!even)
+        place_settle(p, room > 0);
+    if (!even && place_max(p) > before) { /* the rest stays dormant */
         place_rewind(p, start);
         place_settle(p, room > 0);
     }
-    if (room && !redundant && place_balance(p) < FILL_ENOUGH) {
+    if (room && !even && !redundant && place_balance(p) < FILL_ENOUGH) {
         p->over = arrivals + room + room / FILL_OVER;
         place_settle(p, room > 0);
         p->over = 0;

@@ -6,6 +6,7 @@
 #include <assert.h>
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "coordinator/planner_work.h"
 
@@ -41,7 +42,7 @@ static int planner_check_map(const struct plan_input *in, struct err *err)
 
 void plan_options_default(struct plan_options *ret_options)
 {
-    *ret_options = (struct plan_options){.target_balance = 0.98, .cross_cost = 4, .dip = 0.02, .fill = true};
+    *ret_options = (struct plan_options){.target_balance = 0.98, .cross_cost = 4, .dip = 0.02, .fill = true, .uneven = true};
 }
 
 static int planner_check_options(const struct plan_options *o, struct err *err)
@@ -122,6 +123,7 @@ int plan_make(const struct plan_input *in, const struct plan_options *options, s
     if (rc == 0)
         rc = planner_rounds(&p, ret_plan, err);
     place_done(&p.place);
+    split_done(&p.split);
     expert_map_unref(p.commit);
     expert_map_unref(p.target);
     free(p.final);
@@ -193,7 +195,51 @@ static void map_write(struct expert_map *map, const struct plan *plan, uint32_t 
     }
 }
 
-struct expert_map *plan_map_after(const struct plan_input *in, const struct plan *plan, uint32_t rounds_done)
+/* Entries of one layer, [cells]: as in `like` for an expert whose replicas are the same there, else one for each; on parties
+ * that are not absent.  differs is scratch, [logical]. */
+static void layer_entries(const struct expert_map *map, uint32_t layer, const struct expert_map *like,
+                          const uint8_t *absent, uint8_t *differs)
+{
+    size_t first = expert_map_at(map, layer, 0, 0), cells = (size_t)map->ranks * map->slots;
+    const int32_t *held = map->held + first, *was_held = like->held + first;
+    const uint8_t *was = like->live + first;
+    uint8_t *live = map->live + first;
+    memset(differs, 0, map->logical);
+    for (size_t i = 0; i < cells; i++) {
+        if ((absent && absent[i / map->slots]) || (!live[i] == !was[i] && held[i] == was_held[i]))
+            continue;
+        if (live[i])
+            differs[held[i]] = 1;
+        if (was[i])
+            differs[was_held[i]] = 1;
+    }
+    for (size_t i = 0; i < cells; i++)
+        if (live[i])
+            live[i] = differs[held[i]] || !was[i] ? 1 : was[i];
+}
+
+/* Before the commit the entries are those of now, then those of the commit, at last those of the target. */
+static bool map_entries(struct expert_map *map, const struct plan_input *in, const struct plan *plan, uint32_t rounds_done,
+                        bool end)
+{
+    const struct expert_map *like = in->now;
+    const uint8_t *absent = in->joining;
+    if (end) {
+        like = plan->target;
+        absent = in->leaving;
+    } else if (rounds_done >= plan->rounds_before && plan->at_commit) {
+        like = plan->at_commit;
+        absent = in->leaving;
+    }
+    uint8_t *differs = malloc(map->logical);
+    for (uint32_t layer = 0; differs && layer < map->layers; layer++)
+        layer_entries(map, layer, like, absent, differs);
+    free(differs);
+    return differs != NULL;
+}
+
+/* The same without entries. */
+static struct expert_map *map_after(const struct plan_input *in, const struct plan *plan, uint32_t rounds_done)
 {
     struct expert_map *map = expert_map_copy(in->now);
     if (!map)
@@ -207,14 +253,30 @@ struct expert_map *plan_map_after(const struct plan_input *in, const struct plan
     return map;
 }
 
+static struct expert_map *map_finish(struct expert_map *map, const struct plan_input *in, const struct plan *plan,
+                                     uint32_t rounds_done, bool end)
+{
+    if (map && !map_entries(map, in, plan, rounds_done, end)) {
+        expert_map_unref(map);
+        return NULL;
+    }
+    return map;
+}
+
+struct expert_map *plan_map_after(const struct plan_input *in, const struct plan *plan, uint32_t rounds_done)
+{
+    return map_finish(map_after(in, plan, rounds_done), in, plan, rounds_done,
+                      rounds_done == plan->rounds_before + plan->rounds_after);
+}
+
 struct expert_map *plan_map_during(const struct plan_input *in, const struct plan *plan, uint32_t round)
 {
-    struct expert_map *map = plan_map_after(in, plan, round);
+    struct expert_map *map = map_after(in, plan, round);
     if (map) {
         map_flip(map, plan, round);
         map_write(map, plan, round, false);
     }
-    return map;
+    return map_finish(map, in, plan, round, false);
 }
 
 /* ---- after a death ---- */
@@ -226,7 +288,7 @@ static uint64_t layer_cover_from_dormant(struct expert_map *map, uint32_t layer,
     for (uint32_t rank = 0; rank < map->ranks; rank++) {
         live_on[rank] = 0;
         for (uint32_t slot = 0; slot < map->slots; slot++)
-            live_on[rank] += map->live[expert_map_at(map, layer, rank, slot)];
+            live_on[rank] += map->live[expert_map_at(map, layer, rank, slot)] > 0;
     }
     for (uint32_t expert = 0; expert < map->logical; expert++) {
         if (expert_map_live_count(map, layer, (int32_t)expert, NULL))

@@ -24,6 +24,7 @@ struct plan_options {
     double dip;            /* of the time of a step, while replicas are retired; 0.02 */
     bool joiners_only;     /* before the commit of a scale-up nothing arrives at ranks that serve */
     bool fill;             /* fill empty slots after the commit; true */
+    bool uneven;           /* replicas of an expert may have more entries than others; true */
 };
 void plan_options_default(struct plan_options *ret_options);
 
@@ -47,7 +48,8 @@ int plan_initial(uint32_t layers, uint32_t logical, uint32_t ranks, uint32_t slo
 int plan_validate(const struct plan_input *in, const struct plan *plan, struct err *err) MUST_CHECK;
 
 /* The map over parties once `rounds_done` rounds have been completed and activated, with what the commit
- * (rounds_done = rounds_before) or the end changes in what is routed to.  Leavers keep what they have; joiners' filled
+ * (rounds_done = rounds_before) or the end changes in what is routed to.  Entries are those of the commit and of the
+ * target there, else an expert whose replicas have changed since has one entry for each.  Leavers keep what they have; joiners' filled
  * slots are live, which counts from the commit on (before it a joiner is no rank).  Select the members' rows with
  * expert_map_select.  The version is that of in->now.  NULL when out of memory. */
 struct expert_map *plan_map_after(const struct plan_input *in, const struct plan *plan, uint32_t rounds_done);

@@ -329,6 +329,8 @@ static int rounds_plan(const struct planner *p, const struct timetable *t, struc
     }
     plan->n_wakes = count[STEP_WAKE];
     plan->target = expert_map_ref(p->target);
+    if (p->n_joining || p->n_leaving)
+        plan->at_commit = expert_map_ref(p->commit);
     plan->rounds_before = t->n[PHASE_BEFORE];
     plan->rounds_after = t->n[PHASE_AFTER];
     plan_fill_in(p->steps, n, plan);

@@ -21,7 +21,9 @@ struct order {
     uint8_t *serving;   /* [parties] in this phase */
     uint8_t *pending;   /* [parties * slots] */
     int32_t *back;      /* [parties * slots]: what a borrowed slot goes back to, or -1 */
+    uint8_t *back_live; /* [parties * slots]: and with how many entries */
     uint8_t *filled;    /* [parties * slots]: written before */
+    uint8_t *uneven;    /* [logical]: some replica has more than one entry */
     uint8_t *mute;      /* [parties * slots]: borrowed, to be dormant when the phase ends */
     uint16_t *replicas; /* [logical]: live, on serving ranks */
     uint32_t n_pending, borrowed;
@@ -74,11 +76,19 @@ static bool order_serves(const struct order *o, size_t cell)
     return o->serving[cell / o->p->slots];
 }
 
+/* An expert whose replicas change has one entry for each until the phase ends, as in plan_map_after. */
 static void order_live(struct order *o, size_t cell, bool live)
 {
+    int32_t expert = o->held[cell];
     if (order_serves(o, cell))
-        o->replicas[o->held[cell]] = (uint16_t)(o->replicas[o->held[cell]] + (live ? 1 : -1));
+        o->replicas[expert] = (uint16_t)(o->replicas[expert] + (live ? 1 : -1));
     o->live[cell] = live;
+    if (!o->uneven[expert])
+        return;
+    for (size_t i = 0; i < (size_t)o->p->parties * o->p->slots; i++)
+        if (o->live[i] && o->held[i] == expert)
+            o->live[i] = 1;
+    o->uneven[expert] = 0;
 }
 
 static void order_retire(struct order *o, size_t cell)
@@ -210,7 +220,7 @@ static void order_give_back(struct order *o)
         if (o->back[cell] < 0)
             continue;
         o->goal[cell] = o->back[cell];
-        o->goal_live[cell] = 1;
+        o->goal_live[cell] = o->back_live[cell];
         o->back[cell] = -1;
         o->mute[cell] = 0;
         o->pending[cell] = 1;
@@ -235,6 +245,7 @@ static bool order_borrow(struct order *o)
             order_retire(o, slot);
         if (o->goal_live[slot])
             o->back[slot] = o->goal[slot];
+        o->back_live[slot] = o->goal_live[slot];
         order_keep(o, slot, o->held[cell]);
         o->goal[slot] = o->held[cell];
         o->goal_live[slot] = 0;
@@ -304,6 +315,9 @@ static void order_end(struct order *o)
             order_wake(o, cell);
         o->mute[cell] = 0;
     }
+    for (size_t cell = 0; cell < (size_t)o->p->parties * o->p->slots; cell++)
+        if (o->p->final[cell / o->p->slots])
+            o->live[cell] = o->goal_live[cell];
 }
 
 static int order_init(struct order *o, struct planner *p, uint32_t layer)
@@ -320,8 +334,10 @@ static int order_init(struct order *o, struct planner *p, uint32_t layer)
     for (size_t i = 0; o->back && i < cells; i++)
         o->back[i] = -1;
     o->replicas = calloc(p->logical, sizeof *o->replicas);
-    return o->held && o->live && o->serving && o->pending && o->mute && o->filled && o->back && o->replicas ? 0
-                                                                                                            : ERR_NOMEM;
+    o->uneven = calloc(p->logical, 1);
+    o->back_live = calloc(cells, 1);
+    bool all = o->held && o->live && o->serving && o->pending && o->mute && o->filled && o->back && o->replicas;
+    return all && o->uneven && o->back_live ? 0 : ERR_NOMEM;
 }
 
 static void order_done(struct order *o)
@@ -334,6 +350,8 @@ static void order_done(struct order *o)
     free(o->filled);
     free(o->back);
     free(o->replicas);
+    free(o->uneven);
+    free(o->back_live);
 }
 
 static void order_phase(struct order *o, enum planner_phase phase, struct expert_map *goal)
@@ -345,6 +363,7 @@ static void order_phase(struct order *o, enum planner_phase phase, struct expert
     o->goal = goal->held + o->layer * cells;
     o->goal_live = goal->live + o->layer * cells;
     memset(o->replicas, 0, p->logical * sizeof *o->replicas);
+    memset(o->uneven, 0, p->logical);
     for (uint32_t party = 0; party < p->parties; party++)
         o->serving[party] = phase == PHASE_BEFORE ? !planner_joins(p->in, party) : p->final[party];
     for (size_t i = 0; i < cells; i++) {
@@ -352,6 +371,8 @@ static void order_phase(struct order *o, enum planner_phase phase, struct expert
         o->n_pending += o->pending[i];
         if (o->live[i] && order_serves(o, i))
             o->replicas[o->held[i]]++;
+        if (o->live[i] > 1)
+            o->uneven[o->held[i]] = 1;
     }
 }
 

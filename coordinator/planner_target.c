@@ -22,7 +22,8 @@ double planner_peak(const struct planner *p, const int32_t *held, const uint8_t 
     memset(count, 0, sizeof count);
     size_t cells = (size_t)p->parties * p->slots;
     for (size_t i = 0; i < cells; i++)
-        count[live[i] && which[i / p->slots] ? (uint32_t)held[i] : 0] += live[i] && which[i / p->slots];
+        if (live[i] && which[i / p->slots])
+            count[held[i]] += live[i];
     double peak = 0, total = 0;
     uint32_t ranks = 0;
     for (uint32_t party = 0; party < p->parties; party++) {
@@ -32,13 +33,29 @@ double planner_peak(const struct planner *p, const int32_t *held, const uint8_t 
         ranks++;
         for (size_t i = (size_t)party * p->slots; i < (size_t)(party + 1) * p->slots; i++)
             if (live[i])
-                load += p->weight[held[i]] / count[held[i]];
+                load += p->weight[held[i]] * live[i] / count[held[i]];
         total += load;
         peak = fmax(peak, load);
     }
     if (ret_mean)
         *ret_mean = total / ranks;
     return peak;
+}
+
+/* Shares of the layer at hand; also wakes what is dormant and mutes what gets nothing. */
+static void layer_split(struct planner *p, const int32_t *held, uint8_t *live)
+{
+    const struct split_map map = {.parties = p->parties,
+                                  .slots = p->slots,
+                                  .experts = p->logical,
+                                  .held = held,
+                                  .live = live,
+                                  .which = p->final,
+                                  .weight = p->in->n_samples ? p->samples : p->weight,
+                                  .samples = p->in->n_samples ? p->in->n_samples : 1,
+                                  .wake = true};
+    if (p->options.uneven && p->loaded && split_map(&p->split, &map) < 0)
+        p->place.broken = true;
 }
 
 static double balance_of(double mean, double peak)
@@ -90,7 +107,7 @@ static void layer_tiers(struct planner *p, const int32_t *held, const uint8_t *g
         const int32_t *at = held + (size_t)p->party_of[r] * p->slots;
         for (uint32_t slot = 0; slot < p->slots; slot++) {
             if (at[slot] >= 0)
-                place->tier[(size_t)at[slot] * p->n_final + r] = TIER_HELD;
+                place_hold(place, r, (uint32_t)at[slot]);
             else
                 place->room[r]++;
         }
@@ -304,6 +321,8 @@ static void layer_commit(struct planner *p, uint32_t layer, enum effort effort)
         layer_joint(p, false);
     layer_slots(p, held, live, live_of(p, now->live, layer));
     layer_leavers(p, layer, p->commit);
+    if (p->n_joining || p->n_leaving || !p->options.fill)
+        layer_split(p, held, live);
 }
 
 static void layer_target(struct planner *p, uint32_t layer, enum effort effort)
@@ -313,7 +332,8 @@ static void layer_target(struct planner *p, uint32_t layer, enum effort effort)
     layer_copy(p, layer, p->target, p->commit);
     layer_start(p, held, live, p->in->leaving);
     /* Once balanced, only empty slots are filled: to overwrite more would take rounds that dip. */
-    bool balanced = place_balance(&p->place) >= p->options.target_balance * (1 - 1e-9);
+    double mean, peak = planner_peak(p, held, live, p->final, &mean);
+    bool balanced = balance_of(mean, peak) >= p->options.target_balance * (1 - 1e-9);
     p->place.crowd = effort == EFFORT_COVER || balanced ? PLACE_NEVER : 1;
     if (!p->options.fill)
         return;
@@ -321,6 +341,7 @@ static void layer_target(struct planner *p, uint32_t layer, enum effort effort)
     layer_joint(p, true);
     layer_slots(p, held, live, live_of(p, p->commit->live, layer));
     layer_dormant(p, held);
+    layer_split(p, held, live);
 }
 
 /* A layer that nothing improves stays exactly as it is. */
@@ -336,11 +357,13 @@ static int layer_plan(struct planner *p, uint32_t layer, struct err *err)
     uint8_t serving[p->parties];
     for (uint32_t party = 0; party < p->parties; party++)
         serving[party] = !planner_joins(p->in, party);
-    bool loaded = layer_weights(p, layer);
+    bool loaded = p->loaded = layer_weights(p, layer);
     double mean, peak_now = planner_peak(p, row_of(p, now->held, layer), live_of(p, now->live, layer), serving, &mean);
     p->balance_before += balance_of(mean, peak_now);
-    p->peak_max = p->n_leaving ? INFINITY : peak_now;
+    p->place.split = p->options.uneven && loaded && !p->in->n_samples ? &p->split : NULL;
     layer_start(p, row_of(p, now->held, layer), live_of(p, now->live, layer), NULL);
+    /* the search knows even shares only: uneven ones that lie behind what there is now come afterwards */
+    p->peak_max = p->n_leaving ? INFINITY : fmax(peak_now, p->options.uneven ? place_max(&p->place) : 0);
     layer_bounds(p);
     int rc = ERR_CONFLICT;
     double peak = 0;
@@ -349,6 +372,8 @@ static int layer_plan(struct planner *p, uint32_t layer, struct err *err)
          effort++) {
         layer_commit(p, layer, (enum effort)effort);
         layer_target(p, layer, (enum effort)effort);
+        if (!p->n_joining && !p->n_leaving)
+            layer_copy(p, layer, p->commit, p->target); /* there is none: all is the end */
         peak = planner_peak(p, row_of(p, p->target->held, layer), live_of(p, p->target->live, layer), p->final, NULL);
         if (p->n_leaving == 0 && peak > peak_now * (1 + 1e-9))
             layer_stay(p, layer);

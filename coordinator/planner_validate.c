@@ -2,7 +2,7 @@
  *
  * Shares nothing with the planner: a mistake there must show here.  What is checked:
  *   shape     parties, rounds and indices in range; moves and retires sorted by round
- *   target    invariants of a map; leavers route nothing; every expert live on the ranks after the commit; no expert
+ *   target    invariants of a map, its entries among them (also at the commit); leavers route nothing; every expert live on the ranks after the commit; no expert
  *             twice on a rank unless it is so now
  *   retire    the slot is live then, and its expert stays live elsewhere on a serving rank
  *   wake      the slot holds something and is not live
@@ -148,9 +148,13 @@ static int check_target(const struct walk *w, struct err *err)
     for (uint32_t party = 0; party < w->parties; party++)
         serving[party] = !walk_leaves(w, party);
     int rc = expert_map_validate(target, serving, err);
+    if (rc < 0)
+        err_wrap(err, "target");
+    else if (w->plan->at_commit && (rc = expert_map_validate(w->plan->at_commit, serving, err)) < 0)
+        err_wrap(err, "map at the commit");
     free(serving);
     if (rc < 0)
-        return err_wrap(err, "target");
+        return rc;
     for (size_t i = 0; i < w->cells; i++)
         if (target->live[i] && walk_leaves(w, cell_party(w, i)))
             return err_set(err, ERR_INVALID, "the target routes to party %u, which leaves", cell_party(w, i));
@@ -270,7 +274,7 @@ static int check_end(struct walk *w, struct err *err)
     for (size_t i = 0; i < w->cells; i++) {
         if (walk_leaves(w, cell_party(w, i)))
             continue;
-        if (w->held[i] != plan->target->held[i] || w->live[i] != plan->target->live[i])
+        if (w->held[i] != plan->target->held[i] || w->live[i] != (plan->target->live[i] > 0))
             return err_set(err, ERR_INVALID,
                            "layer %zu party %u slot %zu ends with expert %d (live %u), the target is %d (live %u)",
                            i / w->slots / w->parties, cell_party(w, i), i % w->slots, w->held[i], w->live[i],
@@ -307,7 +311,8 @@ static int walk_init(struct walk *w, struct err *err)
     if (!w->held || !w->live || !w->written || !w->arrived || !w->replicas)
         return err_set(err, ERR_NOMEM, "no memory to check a plan");
     memcpy(w->held, now->held, w->cells * sizeof *w->held);
-    memcpy(w->live, now->live, w->cells);
+    for (size_t i = 0; i < w->cells; i++)
+        w->live[i] = now->live[i] > 0;
     return 0;
 }
 
@@ -339,12 +344,12 @@ static double layer_peak(const struct walk *w, const struct expert_map *map, uin
         total += load[e];
     for (size_t i = first; i < first + n; i++)
         if (map->live[i])
-            share[map->held[i]] += 1;
+            share[map->held[i]] += map->live[i];
     for (uint32_t e = 0; e < w->logical; e++)
         share[e] = (total > 0 ? load[e] : 1) / share[e];
     for (size_t i = first; i < first + n; i++) {
         sum = (i - first) % w->slots ? sum : 0;
-        sum += map->live[i] ? share[map->held[i]] : 0;
+        sum += map->live[i] ? share[map->held[i]] * map->live[i] : 0;
         peak = sum > peak ? sum : peak;
     }
     return peak;

@@ -9,6 +9,7 @@
 #include "coordinator/place_joint.h"
 #include "coordinator/place_solve.h"
 #include "coordinator/planner.h"
+#include "coordinator/split.h"
 
 enum planner_phase { PHASE_BEFORE = 0, PHASE_AFTER, PLAN_PHASES };
 enum step_kind { STEP_RETIRE = 0, STEP_WAKE, STEP_MOVE };
@@ -38,8 +39,10 @@ struct planner {
     struct expert_map *commit, *target;
     double *weight; /* [logical] of the layer at hand: all 1 without load */
     double *samples; /* [n_samples][logical] of the layer at hand; NULL without */
+    bool loaded;     /* the layer at hand has a load */
     double peak_max; /* that the layer may have at most */
     struct place place;
+    struct split split;
     struct step *steps;
     size_t n_steps, cap_steps;
     double *dips;

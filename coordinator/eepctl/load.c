@@ -18,20 +18,23 @@ static json_t *tokens_json(const Pb__LoadSample *sample, const struct expert_map
 
 static void map_json(const struct expert_map *map, json_t *out)
 {
-    json_t *current = json_array(), *dormant = json_array();
+    json_t *current = json_array(), *dormant = json_array(), *entries = json_array();
     uint32_t slots = map->ranks * map->slots;
     for (uint32_t layer = 0; layer < map->layers; layer++) {
-        json_t *row = json_array();
+        json_t *row = json_array(), *times = json_array();
         for (uint32_t i = 0; i < slots; i++) {
             size_t at = (size_t)layer * slots + i;
             json_array_append_new(row, json_integer(map->held[at]));
+            json_array_append_new(times, json_integer(map->live[at]));
             if (map->held[at] >= 0 && !map->live[at])
                 json_array_append_new(dormant, json_pack("[iii]", (int)layer, (int)i, (int)map->held[at]));
         }
         json_array_append_new(current, row);
+        json_array_append_new(entries, times);
     }
     json_object_set_new(out, "current", current);
     json_object_set_new(out, "dormant", dormant);
+    json_object_set_new(out, "entries", entries);
     json_object_set_new(out, "physical", json_integer(slots));
     json_object_set_new(out, "gpus", json_integer(map->ranks));
     json_object_set_new(out, "slots_per_rank", json_integer(map->slots));
@@ -62,6 +65,7 @@ static int print_json(const Pb__LoadReply *reply)
     }
     json_object_set_new(out, "load", load);
     map_json(map, out);
+    json_object_set_new(out, "uneven", json_boolean(reply->uneven));
     json_object_set_new(out, "nodes", json_integer(reply->nodes));
     json_object_set_new(out, "expert_bytes", json_integer((json_int_t)reply->expert_bytes));
     json_object_set_new(out, "samples", info);

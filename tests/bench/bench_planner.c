@@ -74,45 +74,60 @@ static struct scratch from_scratch(const struct placement_case *c, const struct 
     return sum;
 }
 
+/* Arrivals before the commit, and in all where there is none; of a layer. */
+static double arrivals_to_target(const struct plan *plan, const struct case_shape *s, uint32_t layers)
+{
+    return (double)(plan->arrivals_before + (s->from == s->to ? plan->arrivals_after : 0)) / layers;
+}
+
 static void table(uint32_t layers)
 {
     printf("Per layer, mean of %u layers, log-normal load, drift 0.3; in brackets the figures to reach.\n\n", layers);
-    printf(
-        "| experts, ranks, slots | arrivals to 0.98 | balance then | in all | fill bound | balance at the end | vLLM's "
-        "policy | EPLB from scratch |\n|---|---|---|---|---|---|---|---|\n");
+    printf("| experts, ranks, slots | arrivals to 0.98 | balance then | in all | fill bound | balance at the end | even "
+           "shares: arrivals to 0.98 | balance then | in all | at the end | vLLM's policy | EPLB from scratch |\n"
+           "|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for (size_t i = 0; i < CASE_SHAPES; i++) {
         const struct case_shape *s = &case_shapes[i];
         struct placement_case c;
         case_init(&c, s, layers, CASE_LOGNORMAL, false, 1000 + i);
-        struct plan *plan = plan_of(&c, NULL);
+        struct plan_options options;
+        plan_options_default(&options);
+        struct plan *plan = plan_of(&c, &options);
+        options.uneven = false;
+        struct plan *even = plan_of(&c, &options);
         struct scratch scratch = from_scratch(&c, s, layers);
-        double total = (double)(plan->arrivals_before + plan->arrivals_after) / layers;
-        double before = s->from == s->to ? total : (double)plan->arrivals_before / layers;
-        printf("| %u, %u->%u, %u | %.1f (%g) | %.3f | %.1f (%g) | %.1f | %.4f (%g) | %.1f (%.3f) | %.1f |\n",
-               s->experts, s->from, s->to, s->slots, before, s->arrivals, plan->balance_at_commit, total, s->full,
-               (double)plan->bound_fill / layers, plan->balance_after, s->balance, scratch.arrivals, scratch.balance,
-               scratch.sent);
+        printf("| %u, %u->%u, %u | %.1f (%g) | %.3f | %.1f (%g) | %.1f | %.4f (%g) | %.1f | %.3f | %.1f | %.4f | %.1f "
+               "(%.3f) | %.1f |\n",
+               s->experts, s->from, s->to, s->slots, arrivals_to_target(plan, s, layers), s->arrivals,
+               plan->balance_at_commit, (double)(plan->arrivals_before + plan->arrivals_after) / layers, s->full,
+               (double)plan->bound_fill / layers, plan->balance_after, s->balance, arrivals_to_target(even, s, layers),
+               even->balance_at_commit, (double)(even->arrivals_before + even->arrivals_after) / layers,
+               even->balance_after, scratch.arrivals, scratch.balance, scratch.sent);
         plan_unref(plan);
+        plan_unref(even);
         case_done(&c);
     }
 }
 
 /* The best of several runs: what else runs here only adds. */
-static void speed(const char *name, const struct case_shape *s, uint32_t layers, double wanted_ms)
+static void speed(const char *name, const struct case_shape *s, uint32_t layers, bool uneven, double wanted_ms)
 {
     struct placement_case c;
+    struct plan_options options;
+    plan_options_default(&options);
+    options.uneven = uneven;
     case_init(&c, s, layers, CASE_LOGNORMAL, false, 7);
     double best = 1e9;
     for (int i = 0; i < 5; i++) {
         double start = cpu_ms();
         struct plan *plan = NULL;
         struct err err = {0};
-        if (plan_make(&c.in, NULL, &plan, &err) < 0)
+        if (plan_make(&c.in, &options, &plan, &err) < 0)
             exit(1);
         best = fmin(best, cpu_ms() - start);
         plan_unref(plan);
     }
-    printf("| %s | %u x %u, %u slots on %u -> %u ranks | %.1f ms | %g ms |\n", name, layers, s->experts,
+    printf("| %s%s | %u x %u, %u slots on %u -> %u ranks | %.1f ms | %g ms |\n", name, uneven ? "" : ", even shares", layers, s->experts,
            s->to * s->slots, s->from, s->to, best, wanted_ms);
     case_done(&c);
 }
@@ -152,15 +167,17 @@ static void points(void)
         const struct case_shape *s = &shapes[i];
         struct placement_case c;
         case_init(&c, s, layers, CASE_LOGNORMAL, false, 31 + i);
-        for (size_t k = 0; k < sizeof lambdas / sizeof lambdas[0]; k++) {
+        for (size_t k = 0; k < 2 * sizeof lambdas / sizeof lambdas[0]; k++) {
             struct plan_options options;
             plan_options_default(&options);
             options.fill = false;
             options.target_balance = 0.995;
-            options.lambda = lambdas[k];
+            options.lambda = lambdas[k / 2];
+            options.uneven = k % 2;
             struct plan *plan = plan_of(&c, &options);
-            printf("%u-%u-%u-%u ours %.2f %.4f\n", s->experts, s->from, s->to, s->slots,
-                   (double)(plan->arrivals_before + plan->arrivals_after) / layers, plan->balance_after);
+            printf("%u-%u-%u-%u %s %.2f %.4f\n", s->experts, s->from, s->to, s->slots,
+                   options.uneven ? "uneven" : "even", (double)(plan->arrivals_before + plan->arrivals_after) / layers,
+                   plan->balance_after);
             plan_unref(plan);
         }
         struct scratch scratch = from_scratch(&c, s, layers);
@@ -178,10 +195,12 @@ int main(int argc, char **argv)
     }
     printf("One core, processor time.\n\n| planner | size | time | wanted |\n|---|---|---|---|\n");
     speed_eplb();
-    speed("elastic, rebalance", &(struct case_shape){256, 32, 32, 9, 0, 0, 0, 0}, 58, 35);
-    speed("elastic, half the layers", &(struct case_shape){256, 32, 32, 9, 0, 0, 0, 0}, 29, 17.5);
-    speed("elastic, scale-up", &(struct case_shape){256, 24, 32, 12, 0, 0, 0, 0}, 58, 0);
-    speed("elastic, rebalance", &(struct case_shape){512, 256, 256, 4, 0, 0, 0, 0}, 94, 250);
+    for (int uneven = 1; uneven >= 0; uneven--) {
+        speed("elastic, rebalance", &(struct case_shape){256, 32, 32, 9, 0, 0, 0, 0}, 58, uneven, 35);
+        speed("elastic, half the layers", &(struct case_shape){256, 32, 32, 9, 0, 0, 0, 0}, 29, uneven, 17.5);
+        speed("elastic, scale-up", &(struct case_shape){256, 24, 32, 12, 0, 0, 0, 0}, 58, uneven, 0);
+        speed("elastic, rebalance", &(struct case_shape){512, 256, 256, 4, 0, 0, 0, 0}, 94, uneven, 250);
+    }
     printf("\n");
     table(58);
     return 0;

@@ -134,7 +134,7 @@ static const struct promise {
     {{"watch"}, "op kind outcome target why epoch bytes_done bytes_planned phases"},
     {{"history"}, "operations"},
     {{"load"},
-     "load current dormant physical gpus slots_per_rank nodes expert_bytes samples balance balance_samples horizon_ms "
+     "load current dormant entries uneven physical gpus slots_per_rank nodes expert_bytes samples balance balance_samples horizon_ms "
      "window_ms"},
     {{"rebalance", "--dry-run"}, "op outcome text summary plan"},
     {{"rebalance"}, "op kind outcome target why bytes_done bytes_planned hold_ns_max phases started_ms ended_ms parties"},
@@ -142,7 +142,7 @@ static const struct promise {
     {{"pause", "--reason", "a test"}, "op outcome text"},
     {{"status"}, "paused paused_ms wanted"},
     {{"resume"}, "op outcome text"},
-    {{"load"}, "load current dormant physical gpus slots_per_rank nodes expert_bytes samples"},
+    {{"load"}, "load current dormant entries uneven physical gpus slots_per_rank nodes expert_bytes samples"},
     {{"rebalance"}, "op outcome"},
     {{"verify"}, "slots dense bytes bad text"},
     {{"model", "inspect", QWEN},

@@ -11,7 +11,7 @@ trap 'rm -rf "$points"' EXIT
 "$bench" --points >"$points/all"
 cases=$(cut -d' ' -f1 "$points/all" | uniq)
 for case in $cases; do
-    for policy in ours eplb vllm; do
+    for policy in uneven even eplb vllm; do
         awk -v c="$case" -v p="$policy" '$1 == c && $2 == p { print $3, $4 }' "$points/all" | sort -n >"$points/$case.$policy"
     done
 done
@@ -24,7 +24,8 @@ done
     for case in $cases; do
         title=$(echo "$case" | awk -F- '{ print $1 " experts, " $2 " -> " $3 " ranks of " $4 }')
         echo "set title '$title'"
-        echo "plot '$points/$case.ours' with linespoints pt 7 ps 0.7 title 'elastic', \\"
+        echo "plot '$points/$case.uneven' with linespoints pt 7 ps 0.7 title 'elastic', \\"
+        echo "     '$points/$case.even' with linespoints pt 6 ps 0.7 title 'elastic, even shares', \\"
         echo "     '$points/$case.vllm' with points pt 9 ps 1.6 title 'vLLM policy', \\"
         echo "     '$points/$case.eplb' with points pt 5 ps 1.4 title 'EPLB from scratch'"
     done

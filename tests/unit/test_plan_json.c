@@ -106,6 +106,30 @@ START_TEST(rebalance_and_samples)
 }
 END_TEST
 
+/* Two ranks of two slots, expert 0 on both: by halves 10 + 4 against 10; entries can make it 8 + 4 against 12. */
+#define UNEVEN                                                                                                         \
+    "{\"load\": [[20,4,0]], \"physical\": 4, \"gpus\": 2, \"slots_per_rank\": 2, \"current\": [[0,1, 0,2]]"
+
+START_TEST(entries_are_shown)
+{
+    json_t *even = must(PLAN_ELASTIC, UNEVEN "}"), *out = must(PLAN_ELASTIC, UNEVEN ", \"uneven\": true}");
+    ck_assert_ptr_null(json_object_get(even, "entries"));
+    ck_assert_double_eq_tol(json_real_value(json_object_get(out, "balance_after")), 1, 1e-3);
+    ck_assert_int_eq(json_integer_value(json_object_get(out, "arrivals_total")), 0);
+    const json_t *entries = json_object_get(out, "entries");
+    ck_assert(json_equal(json_object_get(out, "entries_at_commit"), entries));
+    ck_assert_int_eq(cell(entries, 0, 1), 1);
+    ck_assert_int_eq(cell(entries, 0, 3), 1);
+    ck_assert_int_eq(cell(entries, 0, 0) * 12, cell(entries, 0, 2) * 8); /* shares of 8 and 12 */
+    json_decref(out);
+
+    out = must(PLAN_ELASTIC, UNEVEN ", \"uneven\": true, \"entries\": [[2,1, 3,1]]}");
+    ck_assert_double_eq_tol(json_real_value(json_object_get(out, "balance_before")), 1, 1e-9);
+    json_decref(out);
+    json_decref(even);
+}
+END_TEST
+
 /* The good input with one field replaced (value NULL: taken away). */
 static void refused(enum plan_policy policy, const char *key, const char *value, const char *sentence)
 {
@@ -150,6 +174,13 @@ START_TEST(refuses)
     refused(PLAN_ELASTIC, "join", "[3,3]", "rank 3 twice");
     refused(PLAN_ELASTIC, "target_balance", "1.5", "target balance is 1.5");
     refused(PLAN_ELASTIC, "target_balance", "\"high\"", "must be a number");
+    refused(PLAN_ELASTIC, "uneven", "1", "`uneven` must be true or false");
+    refused(PLAN_ELASTIC, "entries", "[]", "`entries` must be [layers]");
+    refused(PLAN_ELASTIC, "entries", "[[1,1,1]]", "layer 0 of `entries` must be an array of 9");
+    refused(PLAN_ELASTIC, "entries", "[[1,1,1,1,1,1,1,1,1]]", "slot 8 of layer 0 of `entries`");
+    refused(PLAN_ELASTIC, "entries", "[[1,1,0,1,1,1,1,1,0]]", "slot 2 of layer 0 of `entries`");
+    refused(PLAN_ELASTIC, "entries", "[[65,1,1,1,1,1,1,1,0]]", "slot 0 of layer 0 of `entries`");
+    refused(PLAN_ELASTIC, "entries", "[[60,1,1,1,1,1,9,1,0]]", "2 replicas of expert 0 of layer 0 have 69 entries");
     refused(PLAN_ELASTIC, "lambda", "-1", "lambda is -1");
     refused(PLAN_ELASTIC, "cross_cost", "0", "costs 0");
     refused(PLAN_ELASTIC, "dip", "0", "dip is 0");
@@ -166,6 +197,7 @@ int main(void)
     tcase_add_test(tc, eplb);
     tcase_add_test(tc, elastic_is_carried_out);
     tcase_add_test(tc, rebalance_and_samples);
+    tcase_add_test(tc, entries_are_shown);
     tcase_add_test(tc, refuses);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
