@@ -13,16 +13,39 @@
 #include <stdlib.h>
 #include <string.h>
 
-struct heap_item {
-    float key;
-    uint32_t index;
-};
+/* A load and an index as one number that orders by both: loads are not negative, so their bits order as they do. */
+static uint64_t heap_item(float load, uint32_t index)
+{
+    uint32_t bits;
+    load += 0.0f; /* of -0, too */
+    memcpy(&bits, &load, sizeof bits);
+    return (uint64_t)bits << 32 | index;
+}
+
+/* The same with the largest load first. */
+static uint64_t heap_item_descending(float load, uint32_t index)
+{
+    return heap_item(load, index) ^ UINT64_C(0xffffffff00000000);
+}
+
+static uint32_t item_index(uint64_t item)
+{
+    return (uint32_t)item;
+}
+
+static float item_load(uint64_t item)
+{
+    uint32_t bits = (uint32_t)(item >> 32);
+    float load;
+    memcpy(&load, &bits, sizeof load);
+    return load;
+}
 
 /* Scratch for one node of one layer, sized for the largest step. */
 struct eplb_work {
     const struct eplb_input *in;
     uint32_t groups, nodes, group_size, groups_per_node, logical_per_node, physical_per_node, gpus_per_node, slots;
-    struct heap_item *heap, *sorted, *merged;
+    uint64_t *heap, *sorted, *merged;
     uint32_t *pack, *place; /* where an item went: its pack, and its place in it */
     uint32_t *pack_items;
     float *group_load;
@@ -34,49 +57,50 @@ struct eplb_work {
     uint32_t *logcnt;
 };
 
-/* Is a before b, with the smallest key on top? */
-static bool heap_before(struct heap_item a, struct heap_item b)
+/* The smallest on top. */
+static void heap_sink(uint64_t *heap, uint32_t n, uint32_t at)
 {
-    return a.key < b.key || (!(b.key < a.key) && a.index < b.index);
-}
-
-static void heap_sink(struct heap_item *heap, uint32_t n, uint32_t at)
-{
-    struct heap_item item = heap[at];
+    uint64_t item = heap[at];
     for (uint32_t child; (child = 2 * at + 1) < n; at = child) {
-        if (child + 1 < n && heap_before(heap[child + 1], heap[child]))
-            child++;
-        if (!heap_before(heap[child], item))
+        child += child + 1 < n && heap[child + 1] < heap[child];
+        if (heap[child] >= item)
             break;
         heap[at] = heap[child];
     }
     heap[at] = item;
 }
 
-static void heap_build(struct heap_item *heap, uint32_t n)
+static void heap_build(uint64_t *heap, uint32_t n)
 {
     for (uint32_t i = n / 2; i-- > 0;)
         heap_sink(heap, n, i);
 }
 
-/* Merge sort, heaviest first, stable: equal loads stay in the order of their index. */
+/* Merge sort, heaviest first; equal loads stay in the order of their index. */
 static void sort_descending(struct eplb_work *w, const float *load, uint32_t n)
 {
-    struct heap_item *from = w->sorted, *to = w->merged;
+    uint64_t *from = w->sorted, *to = w->merged;
     for (uint32_t i = 0; i < n; i++) {
+        uint64_t item = heap_item_descending(load[i], i);
         uint32_t run = i - i % 8, k = i; /* runs of 8 by insertion */
-        for (; k > run && from[k - 1].key < load[i]; k--)
+        for (; k > run && from[k - 1] > item; k--)
             from[k] = from[k - 1];
-        from[k] = (struct heap_item){load[i], i};
+        from[k] = item;
     }
     for (uint32_t run = 8; run < n; run *= 2) {
         for (uint32_t start = 0; start < n; start += 2 * run) {
             uint32_t a = start, middle = start + run < n ? start + run : n;
-            uint32_t b = middle, end = middle + run < n ? middle + run : n;
-            for (uint32_t k = start; k < end; k++)
-                to[k] = a < middle && (b == end || !(from[a].key < from[b].key)) ? from[a++] : from[b++];
+            uint32_t b = middle, end = middle + run < n ? middle + run : n, k = start;
+            while (a < middle && b < end) { /* without a branch on what cannot be guessed */
+                bool first = from[a] < from[b];
+                to[k++] = first ? from[a] : from[b];
+                a += first;
+                b += !first;
+            }
+            memcpy(to + k, from + a, (middle - a) * sizeof *to);
+            memcpy(to + k + (middle - a), from + b, (end - b) * sizeof *to);
         }
-        struct heap_item *swap = from;
+        uint64_t *swap = from;
         from = to;
         to = swap;
     }
@@ -97,37 +121,35 @@ static void balanced_packing(struct eplb_work *w, const float *load, uint32_t n,
     }
     sort_descending(w, load, n);
     for (uint32_t i = 0; i < packs; i++) {
-        w->heap[i] = (struct heap_item){0, i};
+        w->heap[i] = i; /* no load */
         w->pack_items[i] = 0;
     }
     for (uint32_t i = 0; i < n; i++) {
-        struct heap_item *lightest = &w->heap[0];
-        uint32_t item = w->sorted[i].index, pack = lightest->index;
+        uint32_t item = item_index(w->sorted[i]), pack = item_index(w->heap[0]);
         w->pack[item] = pack;
         w->place[item] = w->pack_items[pack]++;
-        lightest->key += load[item];
+        w->heap[0] = heap_item(item_load(w->heap[0]) + load[item], pack);
         if (w->pack_items[pack] == per_pack)
-            *lightest = w->heap[--open];
+            w->heap[0] = w->heap[--open];
         heap_sink(w->heap, open, 0);
     }
 }
 
-/* Which positions of a node get the spare replicas.  The heap has the most load per replica on top: keys are negated.
- */
+/* Which positions of a node get the spare replicas.  The heap has the most load per replica on top. */
 static void replicate(struct eplb_work *w)
 {
     uint32_t n = w->logical_per_node;
     for (uint32_t i = 0; i < n; i++) {
         w->count[i] = 1;
         w->replica[i] = i;
-        w->heap[i] = (struct heap_item){-w->expert_load[i], i};
+        w->heap[i] = heap_item_descending(w->expert_load[i], i);
     }
     heap_build(w->heap, n);
     for (uint32_t i = n; i < w->physical_per_node; i++) {
-        uint32_t hottest = w->heap[0].index;
+        uint32_t hottest = item_index(w->heap[0]);
         w->replica[i] = hottest;
         w->count[hottest]++;
-        w->heap[0].key = -(w->expert_load[hottest] / (float)w->count[hottest]);
+        w->heap[0] = heap_item_descending(w->expert_load[hottest] / (float)w->count[hottest], hottest);
         heap_sink(w->heap, n, 0);
     }
 }
