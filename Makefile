@@ -213,7 +213,7 @@ $(BUILD)/tests/fuzz_%: tests/fuzz/fuzz_%.c $(TEST_LIBS)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -fsanitize=fuzzer -o $@ $< $(TEST_LIBS) $(LIBS)
 
 .PHONY: test-tools
-test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/fault_edge.so $(BUILD)/tests/fault_clock.so $(BUILD)/tests/eep-engine \
+test-tools: $(BUILD)/tests/fault_disk.so $(BUILD)/tests/fault_edge.so $(BUILD)/tests/fault_clock.so $(BUILD)/tests/fault_plan.so $(BUILD)/tests/eep-engine \
             $(BUILD)/tests/eep-feeder $(BUILD)/tests/eep-demo $(BUILD)/tests/eep-make-checkpoint $(BUILD)/tests/eep-idle-engine
 
 # ---- what a newcomer runs ----

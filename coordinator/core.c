@@ -58,6 +58,7 @@ static void action_done(struct coordinator_action *a)
 {
     msg_done(&a->msg);
     plan_unref(a->plan);
+    plan_job_free(a->job);
     if (a->durable) {
         durable_done(a->durable);
         free(a->durable);
@@ -354,6 +355,9 @@ void coordinator_step(struct coordinator *c, uint64_t now_ns, const struct coord
         break;
     case CE_PAUSE:
         upkeep_pause(c, ev->request, ev->yes, ev->text);
+        break;
+    case CE_PLANNED:
+        plan_arrived(c, ev->job);
         break;
     case CE_RESTART:
         upkeep_restart(c, ev->request, ev->yes);

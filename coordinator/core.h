@@ -14,7 +14,7 @@
 #include "common/msg.h"
 #include "coordinator/durable.h"
 #include "coordinator/load.h"
-#include "coordinator/planner.h"
+#include "coordinator/plan_job.h"
 
 struct coordinator;
 
@@ -62,6 +62,7 @@ enum coordinator_event_type {
     CE_ABORT,        /* request: abort the running operation (op 0 = whichever) */
     CE_VERIFY,       /* request */
     CE_PAUSE,        /* request, yes (pause or resume), text (why; may be NULL) */
+    CE_PLANNED,      /* job: what a CA_PLAN asked for, run; borrowed, but its plan and input may be taken out of it */
     CE_RESTART,      /* request, yes (even a view that serves): give the view up, so that a cold start may follow */
 };
 
@@ -87,6 +88,7 @@ struct coordinator_event {
     const struct scale_request *scale;
     bool yes;
     const char *text;
+    struct plan_job *job;
     const struct op_record *known; /* CE_SCALE with a key: the newest ended operation of that key in the journal's
                                       history, or NULL; borrowed */
     uint64_t wall_ms; /* wall clock, for records that people read */
@@ -97,6 +99,7 @@ enum coordinator_action_type {
     CA_CLOSE,    /* conn, text: drop this connection */
     CA_JOURNAL,  /* seq, parts, durable */
     CA_REPLY,    /* request, code, text, op, outcome, plan (dry run); to CE_VERIFY also msg: VERIFIED, the sums */
+    CA_PLAN,     /* job: to be run by plan_job_run and given back by CE_PLANNED, whenever; owned, take it out of the action */
     CA_CHANGED,  /* status or view changed: tell watchers */
     CA_PHASE,    /* op, epoch, text "INIT -> STANDBY reason": a transition, for the log */
     CA_LOG,      /* level, text */
@@ -113,6 +116,7 @@ struct coordinator_action {
     int code, level;
     uint32_t outcome;
     struct plan *plan;       /* reference, or NULL */
+    struct plan_job *job;
     char text[512];
 };
 struct coordinator_actions {

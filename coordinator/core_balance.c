@@ -68,30 +68,42 @@ static bool balance_quiet(const struct coordinator *c)
            arrivals_complete(&c->map_acks);
 }
 
+static const struct scale_request rebalance = {.rebalance = true, .automatic = true};
+
 static void balance_try(struct coordinator *c, double balance)
 {
-    const struct scale_request request = {.rebalance = true, .automatic = true};
     struct err err = {0};
-    char why[256];
-    int rc = setup_scale(c, &request, &err);
+    int rc = setup_scale(c, &rebalance, &err);
     if (rc == 0)
-        rc = setup_plan(c, &err);
-    bool worth = rc == 0 && balance_worth(&c->config, c->op.plan, c->durable.model->expert_bytes, why, sizeof(why));
+        rc = plan_ask(c, PLAN_POLICY, 0, balance, &err);
     operation_drop(c);
-    if (rc < 0) {
+    if (rc < 0)
         core_log(c, CORE_WARN, "balance is %.3f, but there is no rebalance now: %s", balance, err.text);
+    else
+        c->balance.planning = true;
+}
+
+void balance_planned(struct coordinator *c, struct plan_job *job)
+{
+    char why[256];
+    c->balance.planning = false;
+    if (!balance_quiet(c) || c->view->epoch != job->epoch || c->view->map->version != job->map_version)
+        return; /* something else has happened meanwhile */
+    if (job->code < 0) {
+        core_log(c, CORE_WARN, "balance is %.3f, but there is no rebalance now: %s", job->balance, job->err.text);
         return;
     }
+    bool worth = balance_worth(&c->config, job->plan, job->expert_bytes, why, sizeof(why));
     core_log(c, CORE_INFO, "%s: %s", worth ? "a rebalance begins" : "a rebalance is not worth it", why);
     if (!worth)
         return;
     c->balance.began_ns = c->now_ns;
-    operation_scale(c, 0, &request, NULL);
+    operation_scale(c, 0, &rebalance, NULL);
 }
 
 void balance_tick(struct coordinator *c)
 {
-    if (!(c->config.rebalance_below > 0) || c->now_ns < c->balance.next_ns)
+    if (!(c->config.rebalance_below > 0) || c->balance.planning || c->now_ns < c->balance.next_ns)
         return;
     c->balance.next_ns = c->now_ns + c->config.load_window_ms * MS;
     double *load = balance_quiet(c) ? balance_load(c) : NULL;
@@ -112,7 +124,7 @@ void balance_tick(struct coordinator *c)
 
 uint64_t balance_deadline(const struct coordinator *c)
 {
-    return c->config.rebalance_below > 0 && c->view ? c->balance.next_ns : UINT64_MAX;
+    return c->config.rebalance_below > 0 && c->view && !c->balance.planning ? c->balance.next_ns : UINT64_MAX;
 }
 
 const struct load_history *coordinator_load(const struct coordinator *c)

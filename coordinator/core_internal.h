@@ -47,6 +47,7 @@ enum op_phase {
     PHASE_ALLOCATE,
     PHASE_GROUP_ID,
     PHASE_GROUP,
+    PHASE_PLAN,      /* the planner is at work, elsewhere */
     PHASE_MAPPING,
     PHASE_WEIGHTS,
     PHASE_KV,
@@ -79,6 +80,7 @@ struct operation {
     uint64_t stage_attempt, stage_step;
     struct arrivals drained;    /* leavers that owe DRAIN */
     struct blob *group_id;
+    uint64_t plan_seq;          /* PLAN: of the job that is awaited */
     struct plan *plan;
     struct plan_input in;       /* arrays owned, map referenced */
     struct view *proposed;
@@ -134,7 +136,9 @@ struct coordinator {
     struct { uint64_t request, id; struct arrivals missing; uint64_t slots, dense, bytes, bad, deadline_ns; char text[256]; } verify;
     uint64_t last_verify;
     struct load_history load;
-    struct { uint64_t next_ns, below_ns, began_ns; } balance; /* the policy: next look; low since; last one began (0 = never) */
+    /* The policy: next look; low since; last one began (0 = never); it waits for a plan, to see whether it is worth it. */
+    struct { uint64_t next_ns, below_ns, began_ns; bool planning; } balance;
+    uint64_t plan_seq;          /* of the last job */
     uint64_t now_ns, wall_ms;
     char degraded[256];
     uint64_t torn_ns;           /* when `torn` became true last */
@@ -164,6 +168,7 @@ void balance_init(struct coordinator *c);
 void balance_window(struct coordinator *c, uint32_t peer, const struct msg_load *window);
 double *balance_load(const struct coordinator *c); /* [layers][logical]; the caller frees it; NULL = nothing is known */
 void balance_tick(struct coordinator *c);
+void balance_planned(struct coordinator *c, struct plan_job *job);
 uint64_t balance_deadline(const struct coordinator *c);
 
 /* core_verify.c */
@@ -240,10 +245,15 @@ void operation_commit_failed(struct coordinator *c, const char *why);
 
 /* core_setup.c: who takes part, what moves */
 int setup_scale(struct coordinator *c, const struct scale_request *scale, struct err *err) MUST_CHECK;
-int setup_plan(struct coordinator *c, struct err *err) MUST_CHECK;
 bool setup_fault(const struct coordinator *c, uint32_t rank); /* this rank of the view is gone or has no engine */
 int setup_repair(struct coordinator *c, const uint32_t *peers, uint32_t n) MUST_CHECK;
 struct view *setup_target(struct coordinator *c); /* the proposed view of the operation, epoch 0 */
+
+/* core_plan.c: plans, which others make */
+/* For what setup_scale has set up; what it says is copied, so that it may be dropped. */
+int plan_ask(struct coordinator *c, enum plan_purpose purpose, uint64_t request, double balance, struct err *err) MUST_CHECK;
+void plan_operation(struct coordinator *c); /* PHASE_PLAN: operation_next when it is there, or an abort */
+void plan_arrived(struct coordinator *c, struct plan_job *job);
 
 /* core_rounds.c: map changes inside a view */
 void rounds_run(struct coordinator *c);  /* starts round op.round, or ends this side of the commit */

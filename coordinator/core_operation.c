@@ -1,11 +1,11 @@
 /* The life of an operation: accepted, prepared, committed, settled; or aborted.  Part of the coordinator's core; pure.
  *
  *   start        OPEN ALLOCATE KV ENGINE_PREPARE PROMISE DECIDE GO FINISH
- *   scale up     OPEN ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO
+ *   scale up     OPEN ALLOCATE GROUP_ID GROUP PLAN MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO
  *                (RETIRE GRACE FILL)* FINISH
- *   scale down   OPEN GROUP_ID GROUP MAPPING (RETIRE GRACE FILL)* DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH
+ *   scale down   OPEN GROUP_ID GROUP PLAN MAPPING (RETIRE GRACE FILL)* DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH
  *   repair       OPEN PROMISE (RELOAD) DECIDE GO FINISH
- *   rebalance    OPEN GROUP_ID GROUP MAPPING (RETIRE GRACE FILL)* FINISH
+ *   rebalance    OPEN PLAN GROUP_ID GROUP MAPPING (RETIRE GRACE FILL)* FINISH
  *
  * Before DECIDE any failure aborts: the old membership serves on with the latest committed map.  From DECIDE on the
  * operation only goes forward; a failure after the commit leaves slots unfilled, never a rank out. */
@@ -21,7 +21,7 @@
 const char *op_phase_name(enum op_phase phase)
 {
     static const char *const names[PHASES] = {
-        "NONE",  "OPEN", "PENDING", "ALLOCATE",       "GROUP_ID", "GROUP",  "MAPPING", "WEIGHTS", "KV",    "RETIRE",
+        "NONE",  "OPEN", "PENDING", "ALLOCATE",       "GROUP_ID", "GROUP",  "PLAN",   "MAPPING", "WEIGHTS", "KV",    "RETIRE",
         "GRACE", "FILL", "DRAIN",   "ENGINE_PREPARE", "PROMISE",  "RELOAD", "DECIDE", "GO",      "LET_GO",  "FINISH"};
     return names[phase];
 }
@@ -88,12 +88,7 @@ void operation_clear(struct coordinator *c)
     free(op->expected);
     blob_unref(op->group_id);
     plan_unref(op->plan);
-    expert_map_unref((struct expert_map *)(uintptr_t)op->in.now);
-    free((double *)(uintptr_t)op->in.load);
-    free((double *)(uintptr_t)op->in.samples);
-    free((void *)(uintptr_t)op->in.leaving);
-    free((void *)(uintptr_t)op->in.joining);
-    free((void *)(uintptr_t)op->in.node);
+    plan_input_done(&op->in);
     view_unref(op->proposed);
     expert_map_unref(op->load_map);
     expert_map_unref(op->reload);
@@ -172,26 +167,13 @@ static bool operation_drained_already(struct coordinator *c, uint64_t request, c
     return true;
 }
 
+/* Answered when the plan is there; until then nothing is occupied by it. */
 static int operation_dry_run(struct coordinator *c, uint64_t request, struct err *err)
 {
     const struct op_record *r = &c->durable.open;
-    if (r->kind == OP_START) {
-        core_reply(c, request, 0, 0, OUTCOME_DONE, NULL, "would start on %u ranks, each loading its experts", r->n);
-        return 0;
-    }
-    int rc = setup_plan(c, err);
-    if (rc < 0)
-        return rc;
-    uint32_t stay = 0;
-    for (uint32_t i = 0; i < r->n; i++)
-        stay += r->stays[i];
-    if (r->kind == OP_REBALANCE) {
-        core_reply(c, request, 0, 0, OUTCOME_DONE, c->op.plan, "would move %llu bytes; %s",
-                   (unsigned long long)c->op.bytes_planned, c->op.why);
-        return 0;
-    }
-    core_reply(c, request, 0, 0, OUTCOME_DONE, c->op.plan, "would scale from %u to %u ranks and move %llu bytes",
-               c->view->n, stay, (unsigned long long)c->op.bytes_planned);
+    if (r->kind != OP_START)
+        return plan_ask(c, PLAN_DRY_RUN, request, 0, err);
+    core_reply(c, request, 0, 0, OUTCOME_DONE, NULL, "would start on %u ranks, each loading its experts", r->n);
     return 0;
 }
 
@@ -410,6 +392,8 @@ void operation_tick(struct coordinator *c)
         return;
     op->deadline_ns = 0;
     core_names(c, operation_awaited(c), names, sizeof(names));
+    if (op->phase == PHASE_PLAN)
+        snprintf(names, sizeof(names), "the planner");
     if (op->phase == PHASE_RELOAD) {
         reload_late(c);
     } else if (!op->decided) {

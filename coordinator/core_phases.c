@@ -48,12 +48,11 @@ void operation_draining(struct coordinator *c, bool draining)
     c->changed = true;
 }
 
-/* What only changes the routing needs no group. */
-static void operation_plan_rebalance(struct coordinator *c)
+/* A rebalance that only changes the routing needs no group. */
+static void operation_have_plan(struct coordinator *c)
 {
-    struct err err = {0};
-    if (setup_plan(c, &err) < 0)
-        operation_abort(c, "no plan: %s", err.text);
+    if (c->durable.open.kind != OP_REBALANCE)
+        operation_stage(c, PHASE_MAPPING, STAGE_MAPPING);
     else if (c->op.plan->n_moves)
         operation_stage(c, PHASE_GROUP_ID, STAGE_GROUP_ID);
     else
@@ -84,7 +83,7 @@ static void operation_begin(struct coordinator *c)
         operation_stage(c, PHASE_GROUP_ID, STAGE_GROUP_ID);
         break;
     case OP_REBALANCE:
-        operation_plan_rebalance(c);
+        plan_operation(c);
         break;
     case OP_REPAIR:
         operation_phase(c, PHASE_PROMISE, "repair");
@@ -160,7 +159,6 @@ void operation_next(struct coordinator *c)
 {
     struct operation *op = &c->op;
     const struct op_record *r = &c->durable.open;
-    struct err err = {0};
     if (upkeep_halts(c))
         return;
     switch (op->phase) {
@@ -175,10 +173,13 @@ void operation_next(struct coordinator *c)
         operation_stage(c, PHASE_GROUP, STAGE_GROUP);
         break;
     case PHASE_GROUP:
-        if (r->kind != OP_REBALANCE && setup_plan(c, &err) < 0)
-            operation_abort(c, "no plan: %s", err.text);
+        if (r->kind != OP_REBALANCE)
+            plan_operation(c);
         else
             operation_stage(c, PHASE_MAPPING, STAGE_MAPPING);
+        break;
+    case PHASE_PLAN:
+        operation_have_plan(c);
         break;
     case PHASE_MAPPING:
         if (r->kind == OP_SCALE_DOWN || r->kind == OP_REBALANCE) {

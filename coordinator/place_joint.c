@@ -132,8 +132,8 @@ static void joint_offer(const struct joint *j, struct joint_change *best, struct
         *best = c;
 }
 
-/* What one rank pays for taking `comes` in place of `goes`.  Where nothing may arrive an arrival that has taken the last
- * room gives that back, to the same rank only. */
+/* What one rank pays for taking `comes` in place of `goes`.  Where nothing may arrive an arrival that has taken the
+ * last room gives that back, to the same rank only. */
 static double swap_cost(const struct place *p, uint32_t rank, uint32_t comes, uint32_t goes)
 {
     return place_cost(p, rank, comes) - place_cost(p, rank, goes);
@@ -168,11 +168,11 @@ static void joint_pair(struct joint *j, uint32_t from, uint32_t to, uint32_t x, 
         uint32_t z = item[i];
         double here = swap_cost(p, to, x, z), there = swap_cost(p, from, z, x);
         struct joint_delta d = {.x = x, .z = z, .two = true, .x_count = p->count[x], .z_count = p->count[z]};
-        if (here < PLACE_NEVER / 2 && there < PLACE_NEVER / 2 && !place_on(p, from, z) && !(kept_unique(p, from, x) && kept_unique(p, to, z)) &&
+        if (here < PLACE_NEVER / 2 && there < PLACE_NEVER / 2 && !place_on(p, from, z) &&
+            !(kept_unique(p, from, x) && kept_unique(p, to, z)) &&
             !(p->rigid && (kept_unique(p, from, x) || kept_unique(p, to, z))))
             joint_offer(j, best, (struct joint_change){JOINT_EXCHANGE, from, to, x, z, 0},
-                        rank_change(j, from, &d, false, true) + rank_change(j, to, &d, true, false),
-                        here + there);
+                        rank_change(j, from, &d, false, true) + rank_change(j, to, &d, true, false), here + there);
         if (p->count[z] < 2)
             continue;
         d.x_count++;

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LOOK        0.8 /* of the way to the limit, after which uneven shares are tried again */
+#define LOOK        0.8  /* of the way to the limit, after which uneven shares are tried again */
 #define EPSILON     1e-9 /* of the mean: what does not count as an improvement */
 #define HOT_MAX     4
 #define COLD_MAX    8

@@ -110,7 +110,8 @@ static int answer_eplb(const struct problem *p, json_t **ret_output, struct err 
     return rc;
 }
 
-/* What the target's ranks route to, from a map over parties, [layers][physical], and how often: one behind the other. */
+/* What the target's ranks route to, from a map over parties, [layers][physical], and how often: one behind the other.
+ */
 static int32_t *target_rows(const struct problem *p, const struct expert_map *map)
 {
     size_t n = (size_t)p->layers * p->physical;

@@ -206,8 +206,8 @@ static int problem_entries(struct problem *p, const json_t *input, struct err *e
     for (uint32_t layer = 0; entries && layer < p->layers; layer++) {
         const json_t *row = json_array_get(entries, layer);
         if (json_array_size(row) != slots)
-            return err_set(err, ERR_INVALID, "layer %u of `entries` must be an array of %u numbers, one per slot", layer,
-                           slots);
+            return err_set(err, ERR_INVALID, "layer %u of `entries` must be an array of %u numbers, one per slot",
+                           layer, slots);
         for (uint32_t i = 0; i < slots; i++) {
             const json_t *value = json_array_get(row, i);
             json_int_t n = json_integer_value(value);

@@ -42,7 +42,8 @@ static int planner_check_map(const struct plan_input *in, struct err *err)
 
 void plan_options_default(struct plan_options *ret_options)
 {
-    *ret_options = (struct plan_options){.target_balance = 0.98, .cross_cost = 4, .dip = 0.02, .fill = true, .uneven = true};
+    *ret_options =
+        (struct plan_options){.target_balance = 0.98, .cross_cost = 4, .dip = 0.02, .fill = true, .uneven = true};
 }
 
 static int planner_check_options(const struct plan_options *o, struct err *err)
@@ -195,8 +196,8 @@ static void map_write(struct expert_map *map, const struct plan *plan, uint32_t 
     }
 }
 
-/* Entries of one layer, [cells]: as in `like` for an expert whose replicas are the same there, else one for each; on parties
- * that are not absent.  differs is scratch, [logical]. */
+/* Entries of one layer, [cells]: as in `like` for an expert whose replicas are the same there, else one for each; on
+ * parties that are not absent.  differs is scratch, [logical]. */
 static void layer_entries(const struct expert_map *map, uint32_t layer, const struct expert_map *like,
                           const uint8_t *absent, uint8_t *differs)
 {
@@ -219,8 +220,8 @@ static void layer_entries(const struct expert_map *map, uint32_t layer, const st
 }
 
 /* Before the commit the entries are those of now, then those of the commit, at last those of the target. */
-static bool map_entries(struct expert_map *map, const struct plan_input *in, const struct plan *plan, uint32_t rounds_done,
-                        bool end)
+static bool map_entries(struct expert_map *map, const struct plan_input *in, const struct plan *plan,
+                        uint32_t rounds_done, bool end)
 {
     const struct expert_map *like = in->now;
     const uint8_t *absent = in->joining;

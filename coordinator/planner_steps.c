@@ -262,8 +262,8 @@ static double order_peak(const struct order *o)
     return planner_peak(o->p, o->held, o->live, o->serving, NULL);
 }
 
-/* What the dips of the phase are measured against: the highest load when it begins, or, where that is more because ranks
- * leave, the one that the commit brings.  What every step is about to take anyway is no dip. */
+/* What the dips of the phase are measured against: the highest load when it begins, or, where that is more because
+ * ranks leave, the one that the commit brings.  What every step is about to take anyway is no dip. */
 static double order_base(const struct order *o)
 {
     double peak = order_peak(o);

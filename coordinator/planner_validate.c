@@ -2,8 +2,8 @@
  *
  * Shares nothing with the planner: a mistake there must show here.  What is checked:
  *   shape     parties, rounds and indices in range; moves and retires sorted by round
- *   target    invariants of a map, its entries among them (also at the commit); leavers route nothing; every expert live on the ranks after the commit; no expert
- *             twice on a rank unless it is so now
+ *   target    invariants of a map, its entries among them (also at the commit); leavers route nothing; every expert
+ *             live on the ranks after the commit; no expert twice on a rank unless it is so now
  *   retire    the slot is live then, and its expert stays live elsewhere on a serving rank
  *   wake      the slot holds something and is not live
  *   move      the source holds the expert and is not written in the same round; leavers send only before the commit;

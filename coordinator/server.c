@@ -82,6 +82,10 @@ static void perform(struct server *s, struct coordinator_action *a)
     case CA_REPLY:
         control_reply(s, a);
         break;
+    case CA_PLAN:
+        planning_submit(s->planning, a->job);
+        a->job = NULL; /* the planner's now */
+        break;
     case CA_CHANGED:
         event_active(s->changed, EV_TIMEOUT, 0);
         break;
@@ -119,6 +123,17 @@ static void on_tick(evutil_socket_t fd, short what, void *user)
     (void)fd, (void)what;
     struct coordinator_event event = {.type = CE_TICK};
     server_step(user, &event);
+}
+
+static void on_planned(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd, (void)what;
+    struct server *s = user;
+    for (struct plan_job *job; (job = planning_completed(s->planning));) {
+        struct coordinator_event event = {.type = CE_PLANNED, .job = job};
+        server_step(s, &event);
+        plan_job_free(job);
+    }
 }
 
 static void on_changed(evutil_socket_t fd, short what, void *user)
@@ -316,7 +331,13 @@ static int open_events(struct server *s, struct err *err)
     s->tick = event_new(s->base, -1, 0, on_tick, s);
     s->changed = event_new(s->base, -1, 0, on_changed, s);
     s->journal_event = event_new(s->base, journal_fd(s->journal), EV_READ | EV_PERSIST, on_journal, s);
+    int rc = planning_new(&s->planning, err);
+    if (rc < 0)
+        return rc;
+    s->planned_event = event_new(s->base, planning_fd(s->planning), EV_READ | EV_PERSIST, on_planned, s);
     s->rpc = rpc_new(s->base);
+    if (!s->planned_event || event_add(s->planned_event, NULL) != 0)
+        return err_set(err, ERR_NOMEM, "out of memory");
     if (!s->tick || !s->changed || !s->journal_event || !s->rpc || event_add(s->journal_event, NULL) != 0 ||
         server_waiting_open(s) < 0)
         return err_set(err, ERR_NOMEM, "out of memory");
@@ -376,6 +397,8 @@ void server_close(struct server *s)
     server_waiting_close(s);
     event_drop(s->changed);
     event_drop(s->journal_event);
+    event_drop(s->planned_event);
+    planning_free(s->planning); /* waits for a plan that is being made */
     journal_close(s->journal); /* finishes what is queued */
     coordinator_actions_done(&s->actions);
     coordinator_free(s->core);

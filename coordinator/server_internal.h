@@ -8,6 +8,7 @@
 #include "common/rpc.h"
 #include "coordinator/barriers.h"
 #include "coordinator/journal.h"
+#include "coordinator/planning.h"
 #include "coordinator/server.h"
 #include "coordinator/server_metrics.h"
 #include "coordinator/store.h"
@@ -60,6 +61,8 @@ struct server {
     struct rpc_listener *listener;
     struct journal *journal;
     struct event *journal_event;
+    struct planning *planning;
+    struct event *planned_event;
     struct coordinator *core;
     struct coordinator_actions actions;
     bool stepping;                 /* inside coordinator_step's actions */

@@ -12,7 +12,7 @@
 #define ROUNDED  2    /* further ones, in whole numbers */
 #define NEAR     5e-4 /* of the mean load: that near to the level is near enough */
 #define MANY     16   /* entries, at least, of an expert on three ranks or more */
-#define RELIEVES 64  /* of the hottest rank, at most */
+#define RELIEVES 64   /* of the hottest rank, at most */
 #define HOPE     6    /* sweeps like the last one within which a search must be there */
 #define SETTLED  2e-4 /* of the highest load: a sweep that gains less is the last */
 
@@ -65,8 +65,7 @@ static int split_room(struct split *s, uint32_t ranks, uint32_t experts, size_t 
     }
     if (ranks > s->cap_ranks || samples > s->cap_samples) {
         if (!grow(&s->scale, samples, sizeof *s->scale) || !grow(&s->base, ranks, sizeof *s->base) ||
-            !grow(&s->fixed, ranks, sizeof *s->fixed) ||
-            !grow(&s->load, (size_t)ranks * samples, sizeof *s->load))
+            !grow(&s->fixed, ranks, sizeof *s->fixed) || !grow(&s->load, (size_t)ranks * samples, sizeof *s->load))
             return ERR_NOMEM;
         s->cap_ranks = ranks;
         s->cap_samples = samples;
@@ -170,8 +169,9 @@ static double split_peak(const struct split *s)
     return n ? n / sum : 0;
 }
 
-/* Bases of an expert's ranks, lowest first.  The sum over samples of a rank's squared load is, up to what the expert does
- * not change, its squared weights times (level + part) squared: several samples look like one.  0: it has no load. */
+/* Bases of an expert's ranks, lowest first.  The sum over samples of a rank's squared load is, up to what the expert
+ * does not change, its squared weights times (level + part) squared: several samples look like one.  0: it has no load.
+ */
 static uint32_t expert_bases(struct split *s, uint32_t i)
 {
     uint32_t e = s->expert[i], first = s->start[i], n = s->start[i + 1] - first;
@@ -341,7 +341,9 @@ static void expert_round(struct split *s, uint32_t i, bool keep)
         }
     }
     double first = level - s->base[0].level;
-    uint32_t stride = wet > 4 ? 4 : wet > 2 ? 2 : 1; /* that many are slow to try, and about as good as their neighbours */
+    uint32_t stride = wet > 4   ? 4
+                      : wet > 2 ? 2
+                                : 1; /* that many are slow to try, and about as good as their neighbours */
     for (uint32_t total = stride > 1 ? MANY : 1; total <= ENTRIES_MAX && least > enough; total += stride) {
         double squares = wet == 2 ? two_try(level, first, total) : entries_try(s->base, wet, level, total);
         if (squares < least * (1 - 1e-9)) {
@@ -353,11 +355,13 @@ static void expert_round(struct split *s, uint32_t i, bool keep)
         expert_take(s, i, n, best);
 }
 
-/* Another number of entries for an expert of the hottest rank, with which the highest of its ranks is as low as can be. */
+/* Another number of entries for an expert of the hottest rank, with which the highest of its ranks is as low as can be.
+ */
 static double expert_relieve(struct split *s, uint32_t i, uint32_t *ret_total)
 {
     uint32_t n = expert_bases(s, i);
-    double level = n && n <= ENTRIES_MAX ? water_level(s->base, n) : 0, weight = split_weight(s, 0, s->expert[i]), best = INFINITY;
+    double level = n && n <= ENTRIES_MAX ? water_level(s->base, n) : 0, weight = split_weight(s, 0, s->expert[i]),
+           best = INFINITY;
     uint32_t wet = n ? bases_wet(s->base, n, level) : 0;
     for (uint32_t total = wet > 2 ? MANY : 1; n && n <= ENTRIES_MAX && total <= ENTRIES_MAX; total++) {
         double highest = 0;
@@ -443,8 +447,8 @@ static void cells_sort(const struct split_map *m, uint32_t *first, uint32_t *cel
             cell[first[m->held[i] + 1]++] = (uint32_t)i;
 }
 
-/* The places of an expert, one a party: of two copies there the one that is routed to.  What is routed to twice on a party
- * is left as it is. */
+/* The places of an expert, one a party: of two copies there the one that is routed to.  What is routed to twice on a
+ * party is left as it is. */
 static void map_add(struct split *s, const struct split_map *m, uint32_t e, const uint32_t *cell, uint32_t n)
 {
     uint32_t live = 0, kept = 0, take[m->parties];

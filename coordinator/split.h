@@ -1,9 +1,11 @@
-/* Uneven splits: how the tokens of an expert are shared out over its replicas, for no bytes at all.  Pure, deterministic.
+/* Uneven splits: how the tokens of an expert are shared out over its replicas, for no bytes at all.  Pure,
+ * deterministic.
  *
- * With even shares the coldest rank that holds a replica gets as much of the expert as the hottest.  Here every expert's
- * load fills up the ranks that hold it like water, coldest first, given what they carry besides; in turn for all experts
- * until nothing changes, which lowers the sum of the squared loads to its least, and with it the highest.  The shares
- * become whole numbers of entries, at most ENTRIES_MAX of an expert: what fits into the map of every engine. */
+ * With even shares the coldest rank that holds a replica gets as much of the expert as the hottest.  Here every
+ * expert's load fills up the ranks that hold it like water, coldest first, given what they carry besides; in turn for
+ * all experts until nothing changes, which lowers the sum of the squared loads to its least, and with it the highest.
+ * The shares become whole numbers of entries, at most ENTRIES_MAX of an expert: what fits into the map of every engine.
+ */
 #ifndef EEP_COORDINATOR_SPLIT_H
 #define EEP_COORDINATOR_SPLIT_H
 
@@ -51,8 +53,8 @@ struct split_map {
 int split_map(struct split *s, const struct split_map *map) MUST_CHECK;
 
 /* For a search: begin, add every place where an expert may be, with the part that it gets at first; then
- * the highest load, in means, when all are shared out as well as can be, before that is made whole numbers.  It looks no
- * further when it is within the limit, or cannot be. */
+ * the highest load, in means, when all are shared out as well as can be, before that is made whole numbers.  It looks
+ * no further when it is within the limit, or cannot be. */
 int split_begin(struct split *s, uint32_t ranks, uint32_t experts, size_t places, const double *weight,
                 uint32_t samples) MUST_CHECK; /* places: there will be at most so many */
 void split_add(struct split *s, uint32_t expert, uint32_t rank, size_t cell, double part);

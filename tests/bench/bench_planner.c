@@ -83,9 +83,10 @@ static double arrivals_to_target(const struct plan *plan, const struct case_shap
 static void table(uint32_t layers)
 {
     printf("Per layer, mean of %u layers, log-normal load, drift 0.3; in brackets the figures to reach.\n\n", layers);
-    printf("| experts, ranks, slots | arrivals to 0.98 | balance then | in all | fill bound | balance at the end | even "
-           "shares: arrivals to 0.98 | balance then | in all | at the end | vLLM's policy | EPLB from scratch |\n"
-           "|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+    printf(
+        "| experts, ranks, slots | arrivals to 0.98 | balance then | in all | fill bound | balance at the end | even "
+        "shares: arrivals to 0.98 | balance then | in all | at the end | vLLM's policy | EPLB from scratch |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for (size_t i = 0; i < CASE_SHAPES; i++) {
         const struct case_shape *s = &case_shapes[i];
         struct placement_case c;
@@ -127,8 +128,8 @@ static void speed(const char *name, const struct case_shape *s, uint32_t layers,
         best = fmin(best, cpu_ms() - start);
         plan_unref(plan);
     }
-    printf("| %s%s | %u x %u, %u slots on %u -> %u ranks | %.1f ms | %g ms |\n", name, uneven ? "" : ", even shares", layers, s->experts,
-           s->to * s->slots, s->from, s->to, best, wanted_ms);
+    printf("| %s%s | %u x %u, %u slots on %u -> %u ranks | %.1f ms | %g ms |\n", name, uneven ? "" : ", even shares",
+           layers, s->experts, s->to * s->slots, s->from, s->to, best, wanted_ms);
     case_done(&c);
 }
 

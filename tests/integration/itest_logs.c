@@ -197,10 +197,10 @@ static void all_is_logfmt(const struct cluster *c)
 }
 
 #define PHASES_UP                                                                                                      \
-    "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO RETIRE GRACE FILL "      \
+    "OPEN PENDING ALLOCATE GROUP_ID GROUP PLAN MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO RETIRE GRACE FILL "      \
     "FINISH"
 #define PHASES_DOWN                                                                                                    \
-    "OPEN PENDING GROUP_ID GROUP MAPPING RETIRE GRACE FILL DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH"
+    "OPEN PENDING GROUP_ID GROUP PLAN MAPPING RETIRE GRACE FILL DRAIN ENGINE_PREPARE PROMISE DECIDE GO LET_GO FINISH"
 
 START_TEST(an_operation_can_be_followed_in_the_log_of_either_daemon)
 {
@@ -273,7 +273,7 @@ START_TEST(who_is_awaited_is_said_and_why_it_ended)
     ck_assert_msg(data && strstr(data, "operation 2: scale-up to 3 ranks, aborted in "), "%s", data);
     free(data);
     went(&c, "coordinator.log", "2", NULL,
-         "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE FINISH");
+         "OPEN PENDING ALLOCATE GROUP_ID GROUP PLAN MAPPING WEIGHTS KV ENGINE_PREPARE FINISH");
     /* the agents hear of it when eepctl does */
     waits_to_say(&c, "agent-2.log", "operation 2 is aborted: ", 5000);
     waits_to_say(&c, "agent-2.log", "ABORTED", 5000);

@@ -1,5 +1,5 @@
 /* Trouble of the machine, with the real daemons under load: a disk under the coordinator's journal that is full, or fails; a
- * wall clock that steps; no memory on the rank that joins. */
+ * wall clock that steps; no memory on the rank that joins; a plan that takes longer than a lease. */
 #include <sys/resource.h>
 
 #include "tests/harness/supervisor.h"
@@ -140,10 +140,71 @@ START_TEST(a_new_rank_without_memory_aborts_the_operation_only)
 }
 END_TEST
 
+static void plans_take(const char *path, const char *ms)
+{
+    FILE *f = fopen(path, "we");
+    ck_assert_ptr_nonnull(f);
+    fprintf(f, "%s\n", ms);
+    fclose(f);
+}
+
+/* Plans take 4 s, a lease 1.5: keys are read and written meanwhile, nobody is lost, the operation goes on after it; and one
+ * that is aborted before its plan has come does not hold up the next. */
+START_TEST(a_plan_that_takes_long_holds_up_nobody)
+{
+    struct cluster c;
+    char path[192];
+    const char *folder = getenv("EEP_BIN");
+    struct cluster before = {0};
+    snprintf(before.bin, sizeof before.bin, "%s", folder ? folder : "build");
+    snprintf(path, sizeof path, "/tmp/eep-plan-%d", (int)getpid());
+    preload(&before, "fault_plan.so", "EEP_FAULT_PLAN", path);
+    itest_start(&c, (struct cluster_options){.agents = 3, .loaders = 2, .step_ms = 5});
+    preload_end();
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    plans_take(path, "4000");
+    CTL(&c, 0, "scale", "--to", "3", "--no-wait");
+    itest_wait_status(&c, "PLAN", 3000);
+    uint64_t began = cluster_now_ms(), slowest = 0;
+    unsigned asked = 0;
+    while (cluster_now_ms() - began < 3000) {
+        uint64_t at = cluster_now_ms();
+        CTL(&c, 0, "kv", "put", "while", "planning");
+        CTL(&c, 0, "kv", "get", "while");
+        CTL_SAYS("planning");
+        slowest = cluster_now_ms() - at > slowest ? cluster_now_ms() - at : slowest;
+        asked++;
+    }
+    CTL(&c, 0, "status");
+    CTL_SAYS("PLAN");
+    printf("%u writes and reads while a plan was made, the slowest pair took %llu ms\n", asked, (unsigned long long)slowest);
+    ck_assert_uint_lt(slowest, 1500); /* two processes each; without the thread the first would take 4 s */
+    itest_wait_ranks(&c, 3, 10000);
+
+    itest_wait_status(&c, "scale-up to 3 ranks, done", 10000);
+    CTL(&c, 0, "scale", "--to", "2", "--no-wait");
+    itest_wait_status(&c, "PLAN", 3000);
+    CTL(&c, 0, "abort");
+    unlink(path);
+    CTL(&c, 0, "scale", "--to", "2", "--deadline", "20");
+    ck_assert_int_eq(itest_ranks(&c), 2);
+    cluster_sleep_ms(4500); /* the late plan comes, and is nobody's */
+    CTL(&c, 0, "scale", "--to", "3");
+    char *text = cluster_read(&c, "coordinator.log");
+    ck_assert_msg(!strstr(text, "lost"), "%s", text);
+    free(text);
+    CTL(&c, 0, "verify");
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
 static void add(TCase *t)
 {
     tcase_add_test(t, a_coordinator_whose_disk_is_full_ends_and_recovers);
     tcase_add_test(t, a_clock_that_steps_is_noticed_by_nobody);
+    tcase_add_test(t, a_plan_that_takes_long_holds_up_nobody);
     tcase_add_test(t, a_new_rank_without_memory_aborts_the_operation_only);
 }
 

@@ -49,6 +49,24 @@ static void journal(struct sim *s, struct coordinator_action *action)
     sim_push(s, at - s->now, SE_DURABLE, 0, p->life);
 }
 
+/* Another thread makes it: at once, or it takes so long that something may happen before. */
+static void plan(struct sim *s, struct coordinator_action *action)
+{
+    struct sim_process *p = &s->coordinator;
+    uint32_t i = 0;
+
+    while (i < sizeof p->jobs / sizeof *p->jobs && p->jobs[i])
+        i++;
+    if (i == sizeof p->jobs / sizeof *p->jobs) {
+        sim_fail(s, "the coordinator waits for %u plans", i);
+        return;
+    }
+    p->jobs[i] = action->job;
+    action->job = NULL;
+    sim_push(s, sim_chance(s, 200) ? sim_between(s, 10 * MS, 2000 * MS) : sim_between(s, 100 * US, 10 * MS), SE_PLANNED, 0,
+             p->life)->x = i;
+}
+
 static void perform(struct sim *s, struct coordinator_action *action)
 {
     char text[200];
@@ -71,6 +89,7 @@ static void perform(struct sim *s, struct coordinator_action *action)
         }
         return;
     case CA_JOURNAL: journal(s, action); return;
+    case CA_PLAN: plan(s, action); return;
     case CA_REPLY:
         sim_note(s, "coordinator answers request %" PRIu64 ": code %d op %" PRIu64 " %s", action->request, action->code,
                  action->op, action->text);
@@ -170,6 +189,29 @@ void process_durable(struct sim *s, const struct sim_event *e)
     process_event(s, &event);
 }
 
+void process_planned(struct sim *s, const struct sim_event *e)
+{
+    struct sim_process *p = &s->coordinator;
+    struct coordinator_event event = {.type = CE_PLANNED, .wall_ms = s->now / MS};
+
+    if (!p->up || p->life != e->life)
+        return;
+    event.job = p->jobs[e->x];
+    p->jobs[e->x] = NULL;
+    plan_job_run(event.job);
+    sim_note(s, "plan %" PRIu64 " is made", event.job->seq);
+    process_event(s, &event);
+    plan_job_free(event.job);
+}
+
+static void jobs_drop(struct sim_process *p)
+{
+    for (size_t i = 0; i < sizeof p->jobs / sizeof *p->jobs; i++) {
+        plan_job_free(p->jobs[i]);
+        p->jobs[i] = NULL;
+    }
+}
+
 void process_tick(struct sim *s, const struct sim_event *e)
 {
     struct coordinator_event event = {.type = CE_TICK, .wall_ms = s->now / MS};
@@ -227,6 +269,7 @@ void process_crash(struct sim *s, uint64_t restart_in)
     p->up = false;
     p->paused_until = 0;
     p->life++;
+    jobs_drop(p);
     if (survives)
         first_write_durable(s);
     if (p->before.durable)
@@ -253,6 +296,7 @@ void process_done(struct sim *s)
 
     coordinator_free(p->core);
     coordinator_actions_done(&p->actions);
+    jobs_drop(p);
     for (uint32_t i = 0; i < p->n_writes; i++)
         write_free(&p->writes[i]);
     write_free(&p->before);

@@ -164,6 +164,7 @@ static uint64_t paused_until(const struct sim *s, const struct sim_event *e)
     case SE_CUT_COORDINATOR:
     case SE_COORDINATOR_TICK:
     case SE_DURABLE:
+    case SE_PLANNED:
     case SE_OPERATOR: return s->coordinator.paused_until;
     case SE_TO_AGENT:
     case SE_CUT_AGENT:
@@ -204,6 +205,7 @@ static void dispatch(struct sim *s, struct sim_event *e)
         return;
     case SE_COORDINATOR_TICK: process_tick(s, e); return;
     case SE_DURABLE: process_durable(s, e); return;
+    case SE_PLANNED: process_planned(s, e); return;
     case SE_COORDINATOR_CRASH:
         if (s->coordinator.up && !s->calm)
             process_crash(s, e->x);

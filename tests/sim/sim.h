@@ -30,7 +30,7 @@
 
 enum sim_event_kind {
     SE_TO_COORDINATOR = 1, SE_TO_AGENT, SE_CUT_COORDINATOR, SE_CUT_AGENT, SE_CONNECT,
-    SE_COORDINATOR_TICK, SE_DURABLE, SE_COORDINATOR_CRASH, SE_COORDINATOR_RESTART,
+    SE_COORDINATOR_TICK, SE_DURABLE, SE_PLANNED, SE_COORDINATOR_CRASH, SE_COORDINATOR_RESTART,
     SE_AGENT_TICK, SE_AGENT_CALL, SE_BELL, SE_PEER_WAVE, SE_AGENT_RESTART, SE_AGENT_CRASH, SE_AGENT_LOSE,
     SE_WORK_END, SE_MOVE_BEGIN, SE_MOVE_END,
     SE_ENGINE, SE_STEP_END, SE_DEVICE_DONE, SE_REVOKE, SE_ENGINE_DEATH, SE_ENGINE_FAILS, SE_ATTACH, SE_DRAIN_DEADLINE,
@@ -94,6 +94,7 @@ struct sim_process { /* the coordinator's */
     struct sim_write last, before; /* copies of the last two that became durable, for a planted mistake */
     uint32_t n_writes;
     uint64_t last_durable_at;
+    struct plan_job *jobs[64]; /* plans that are being made */
 };
 
 enum engine_pc { ENGINE_NONE = 0, ENGINE_BOUNDARY, ENGINE_SLEEPING, ENGINE_ANNOUNCED, ENGINE_IN_STEP };
@@ -255,6 +256,7 @@ void process_start(struct sim *s);
 void process_crash(struct sim *s, uint64_t restart_in);
 void process_event(struct sim *s, const struct coordinator_event *event);
 void process_durable(struct sim *s, const struct sim_event *e);
+void process_planned(struct sim *s, const struct sim_event *e);
 void process_tick(struct sim *s, const struct sim_event *e);
 void process_done(struct sim *s);
 

@@ -33,7 +33,9 @@ struct rig {
     struct coordinator_actions out;
     struct fake a[AGENTS];
     struct durable disk;
-    bool has_disk, hold_journal;
+    bool has_disk, hold_journal, hold_plans;
+    struct plan_job *jobs[8]; /* that are held */
+    unsigned n_jobs;
     uint64_t now, conn, held_seq;
     char phases[2048];
     char reply[512];
@@ -205,6 +207,19 @@ static inline void rig_durable(struct rig *r)
     }
 }
 
+/* The plans that were held, or the one that has just been asked for. */
+static inline void rig_plans(struct rig *r)
+{
+    while (r->n_jobs) {
+        struct plan_job *job = r->jobs[0];
+        struct coordinator_event ev = {.type = CE_PLANNED, .job = job};
+        memmove(r->jobs, r->jobs + 1, --r->n_jobs * sizeof(r->jobs[0]));
+        plan_job_run(job);
+        rig_event(r, &ev);
+        plan_job_free(job);
+    }
+}
+
 static inline void rig_event(struct rig *r, struct coordinator_event *ev)
 {
     struct coordinator_actions out = {0};
@@ -246,6 +261,13 @@ static inline void rig_event(struct rig *r, struct coordinator_event *ev)
         }
         if (x->type == CA_JOURNAL)
             rig_durable(r);
+        if (x->type == CA_PLAN) {
+            ck_assert_uint_lt(r->n_jobs, 8);
+            r->jobs[r->n_jobs++] = x->job;
+            x->job = NULL;
+            if (!r->hold_plans)
+                rig_plans(r);
+        }
     }
     coordinator_actions_done(&out);
 }
@@ -278,6 +300,8 @@ static inline void rig_start(struct rig *r, int agents)
 
 static inline void rig_stop(struct rig *r)
 {
+    while (r->n_jobs)
+        plan_job_free(r->jobs[--r->n_jobs]);
     coordinator_free(r->core);
     for (unsigned i = 0; i < r->n_pending; i++)
         durable_done(&r->pending[i]);

@@ -69,7 +69,7 @@ START_TEST(a_rebalance_moves_what_the_load_asks_for)
     ck_assert_msg(strstr(r.reply, "would move ") && strstr(r.reply, "balance 0."), "%s", r.reply);
     ck_assert_uint_eq(status(&r).view->map->version, version);
     rebalance(&r, false, "night");
-    ck_assert_msg(strstr(r.phases, "OPEN PENDING GROUP_ID GROUP MAPPING RETIRE GRACE FILL RETIRE") == r.phases &&
+    ck_assert_msg(strstr(r.phases, "OPEN PENDING PLAN GROUP_ID GROUP MAPPING RETIRE GRACE FILL RETIRE") == r.phases &&
                       strstr(r.phases, "RETIRE FINISH ") && !strstr(r.phases, "PROMISE"),
                   "%s", r.phases);
     ck_assert_uint_eq(status(&r).op.record.outcome, OUTCOME_DONE);
@@ -88,7 +88,7 @@ START_TEST(a_rebalance_moves_what_the_load_asks_for)
     rig_event(&r, &ev);
     ck_assert_int_eq(r.reply_code, ERR_CONFLICT);
     rebalance(&r, false, ""); /* nothing is left to gain */
-    ck_assert_str_eq(r.phases, "OPEN PENDING RETIRE FINISH ");
+    ck_assert_str_eq(r.phases, "OPEN PENDING PLAN RETIRE FINISH ");
     rig_scale(&r, 2, NULL); /* and the next operation works */
     CK_RANKS(&r, 2);
     rig_stop(&r);
@@ -238,6 +238,34 @@ START_TEST(never_during_another_operation)
 }
 END_TEST
 
+/* Whether it is worth it takes a plan, and that takes time: one at a time, and for nothing if something else begins. */
+START_TEST(the_plan_of_the_policy_is_made_meanwhile)
+{
+    for (int other = 0; other < 2; other++) {
+        struct rig r;
+        start_automatic(&r, 0.9);
+        r.hold_plans = true;
+        serve(&r, 7, 6, 6000);
+        ck_assert_str_eq(r.phases, "");
+        ck_assert_uint_eq(r.n_jobs, 1);
+        struct plan_job *job = r.jobs[0];
+        r.n_jobs = 0;
+        r.hold_plans = false;
+        if (other)
+            rig_scale(&r, 2, NULL);
+        uint64_t op = status(&r).op.record.op;
+        struct coordinator_event ev = {.type = CE_PLANNED, .job = job};
+        plan_job_run(job);
+        rig_event(&r, &ev);
+        plan_job_free(job);
+        ck_assert_uint_eq(status(&r).op.record.op, op + !other);
+        if (!other)
+            ck_assert_uint_eq(status(&r).op.record.kind, OP_REBALANCE);
+        rig_stop(&r);
+    }
+}
+END_TEST
+
 START_TEST(not_while_operations_are_paused)
 {
     struct rig r;
@@ -302,6 +330,7 @@ int main(void)
     tcase_add_test(t, it_is_off_by_default);
     tcase_add_test(t, low_for_so_long_and_at_most_so_often);
     tcase_add_test(t, never_during_another_operation);
+    tcase_add_test(t, the_plan_of_the_policy_is_made_meanwhile);
     tcase_add_test(t, not_while_operations_are_paused);
     tcase_add_test(t, only_what_is_worth_its_bytes);
     suite_add_tcase(s, t);

@@ -9,8 +9,8 @@ START_TEST(a_scale_up_and_down_pass_through_their_phases)
     ck_assert_str_eq(r.phases, "OPEN PENDING ALLOCATE KV ENGINE_PREPARE PROMISE DECIDE GO FINISH ");
     CK_RANKS(&r, 2);
     rig_scale(&r, 4, NULL);
-    ck_assert_str_eq(r.phases, "OPEN PENDING ALLOCATE GROUP_ID GROUP MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE GO "
-                               "RETIRE GRACE FILL RETIRE FINISH ");
+    ck_assert_str_eq(r.phases, "OPEN PENDING ALLOCATE GROUP_ID GROUP PLAN MAPPING WEIGHTS KV ENGINE_PREPARE PROMISE DECIDE "
+                               "GO RETIRE GRACE FILL RETIRE FINISH ");
     CK_RANKS(&r, 4);
     ck_assert_uint_eq(status(&r).view->kv_bytes, 1000);
     ck_assert_uint_eq(status(&r).op.record.hold_ns_max, 3000);

@@ -14,8 +14,8 @@ static struct plan *plan_of(struct placement_case *c, const struct plan_options 
     return plan;
 }
 
-/* Means over layers and seeds, which differ from the figures' own: hence ten percent, and one arrival.  With even shares,
- * then with uneven ones. */
+/* Means over layers and seeds, which differ from the figures' own: hence ten percent, and one arrival.  With even
+ * shares, then with uneven ones. */
 START_TEST(figures)
 {
     size_t shape = (size_t)_i % CASE_SHAPES;
@@ -39,7 +39,8 @@ START_TEST(figures)
         plan_unref(plan);
         case_done(&c);
     }
-    printf("%s shares, %3u experts, %2u -> %2u, %2u slots: %5.1f arrivals (%5.1f), %5.1f in all, balance %.4f, then %.4f\n",
+    printf("%s shares, %3u experts, %2u -> %2u, %2u slots: %5.1f arrivals (%5.1f), %5.1f in all, balance %.4f, then "
+           "%.4f\n",
            options.uneven ? "uneven" : "even", s->experts, s->from, s->to, s->slots, before, s->arrivals, total, commit,
            after);
     ck_assert_msg(before <= 1.1 * s->arrivals + 0.5, "%.2f arrivals, not %.1f", before, s->arrivals);
@@ -54,8 +55,8 @@ START_TEST(figures)
 }
 END_TEST
 
-/* What even shares need arrivals for, or cannot reach at all, uneven ones reach for nothing: every rank has one heavy expert
- * of its own beside pairs that it shares with the next one. */
+/* What even shares need arrivals for, or cannot reach at all, uneven ones reach for nothing: every rank has one heavy
+ * expert of its own beside pairs that it shares with the next one. */
 START_TEST(uneven_reaches_what_even_cannot)
 {
     struct expert_map *now = expert_map_new(1, 8, 4, 3);
@@ -144,8 +145,8 @@ START_TEST(lambda_trades)
 }
 END_TEST
 
-/* A scale-down may slow steps to what they will take after it, and by the dip beyond: all layers of 4 -> 2 at once, those of
- * 16 -> 15, which would cost more, one after the other unless the budget is large. */
+/* A scale-down may slow steps to what they will take after it, and by the dip beyond: all layers of 4 -> 2 at once,
+ * those of 16 -> 15, which would cost more, one after the other unless the budget is large. */
 START_TEST(dip_staggers)
 {
     static const struct case_shape shapes[] = {{64, 4, 2, 32, 0, 0, 0, 0}, {128, 16, 15, 9, 0, 0, 0, 0}};
@@ -323,8 +324,8 @@ static double *case_samples(struct placement_case *c, uint32_t n, uint64_t *rng)
     return samples;
 }
 
-/* As the coordinator plans: for the samples jointly, whether that pays or not, and before the commit of a scale-up only to
- * those who join. */
+/* As the coordinator plans: for the samples jointly, whether that pays or not, and before the commit of a scale-up only
+ * to those who join. */
 static struct plan *joint_plan_of(struct placement_case *c, bool scales_up)
 {
     struct plan *plan = NULL;
@@ -382,7 +383,8 @@ START_TEST(random_instances)
                         continue;
                     ck_assert_msg(!seen[plan->target->held[at]] || plan->n_moves == 0, "instance %u: twice", i);
                     seen[plan->target->held[at]] = 1;
-                    ck_assert_msg(options.uneven || i % 6 == 0 || plan->target->live[at] == 1, "instance %u: entries", i);
+                    ck_assert_msg(options.uneven || i % 6 == 0 || plan->target->live[at] == 1, "instance %u: entries",
+                                  i);
                 }
                 free(seen);
             }

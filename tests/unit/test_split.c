@@ -75,7 +75,8 @@ static struct split_map map_of(struct layer *l)
 START_TEST(halves_are_not_enough)
 {
     struct split s = {0};
-    struct layer l = {.parties = 2, .slots = 2, .experts = 2, .held = {0, 1, 0, -1}, .live = {1, 1, 1, 0}, .which = {1, 1}};
+    struct layer l = {
+        .parties = 2, .slots = 2, .experts = 2, .held = {0, 1, 0, -1}, .live = {1, 1, 1, 0}, .which = {1, 1}};
     l.weight[0] = 20;
     l.weight[1] = 4;
     struct split_map m = map_of(&l);
@@ -99,7 +100,8 @@ START_TEST(copies_wake)
 {
     for (int wake = 0; wake < 2; wake++) {
         struct split s = {0};
-        struct layer l = {.parties = 2, .slots = 2, .experts = 2, .held = {0, 1, 1, 0}, .live = {1, 1, 1, 0}, .which = {1, 1}};
+        struct layer l = {
+            .parties = 2, .slots = 2, .experts = 2, .held = {0, 1, 1, 0}, .live = {1, 1, 1, 0}, .which = {1, 1}};
         l.weight[0] = 30;
         l.weight[1] = 10;
         struct split_map m = map_of(&l);
@@ -112,8 +114,8 @@ START_TEST(copies_wake)
 }
 END_TEST
 
-/* The best is reached when nobody who is on the hottest ranks could also be on another one; and in whole numbers nothing
- * is lost, nothing has too many entries, and it is never worse than even shares. */
+/* The best is reached when nobody who is on the hottest ranks could also be on another one; and in whole numbers
+ * nothing is lost, nothing has too many entries, and it is never worse than even shares. */
 START_TEST(random_layers)
 {
     struct split s = {0};
@@ -157,11 +159,12 @@ START_TEST(random_layers)
             bool hot = false;
             double coldest = INFINITY;
             for (uint32_t at = s.start[k]; at < s.start[k + 1]; at++) {
-                hot |= s.at[at].part * s.weight[s.expert[k]] > 0.01 * total / l.parties && s.load[s.at[at].rank] >= best * (1 - 1e-9);
+                hot |= s.at[at].part * s.weight[s.expert[k]] > 0.01 * total / l.parties &&
+                       s.load[s.at[at].rank] >= best * (1 - 1e-9);
                 coldest = fmin(coldest, s.load[s.at[at].rank]);
             }
-            ck_assert_msg(!hot || coldest > best * 0.985, "layer %u: an expert is on a rank of %g, another is at %g", i, best,
-                          coldest);
+            ck_assert_msg(!hot || coldest > best * 0.985, "layer %u: an expert is on a rank of %g, another is at %g", i,
+                          best, coldest);
         }
         lost += whole / (best * total / l.parties) - 1;
     }
