@@ -97,6 +97,20 @@ static struct seen seen_rebalances(struct cluster *c, bool tell)
     return seen;
 }
 
+/* Slots of the present map that stand in it more than once. */
+static unsigned repeated(struct cluster *c)
+{
+    unsigned n = 0;
+    size_t layer, slot;
+    json_t *row, *value;
+    CTL(c, 0, "-o", "json", "load");
+    json_t *root = json_loads(ctl_out, JSON_DISABLE_EOF_CHECK, NULL);
+    json_array_foreach(json_object_get(root, "entries"), layer, row) json_array_foreach(row, slot, value) n +=
+        json_integer_value(value) > 1;
+    json_decref(root);
+    return n;
+}
+
 static const char *const dispatches[] = {"source", "replicated"};
 
 START_TEST(a_drifting_load_is_rebalanced_by_itself)
@@ -117,6 +131,7 @@ START_TEST(a_drifting_load_is_rebalanced_by_itself)
         ck_assert_msg(cluster_now_ms() < end, "%u rebalances after a minute, logs in %s", seen.done, c.dir);
         cluster_sleep_ms(200);
     }
+    ck_assert_uint_gt(repeated(&c), 0); /* what the engines route by has uneven shares */
     itest_fed(&c); /* every token as the reference has it */
     seen = seen_rebalances(&c, true);
     printf("  dispatch %s: %u automatic rebalances, longest pause %.0f us\n", dispatches[_i], seen.done,

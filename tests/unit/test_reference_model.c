@@ -341,6 +341,45 @@ START_TEST(a_slot_with_another_expert_is_noticed)
 }
 END_TEST
 
+/* A slot that stands three times among four entries gets three quarters of the tokens. */
+START_TEST(entries_are_shares)
+{
+    struct fixture f;
+    struct err err = {0};
+    enum { TOKENS = 2000 };
+    on_gpu = false;
+    fixture_open(&f, dirs[0], DECODER_LAYOUT_ROWS, false);
+    const struct decoder_config *c = &f.model.config;
+    struct eep_maps maps = f.maps;
+    int32_t *entries = calloc((size_t)c->experts * 4, sizeof *entries), *count = calloc(c->experts, sizeof *count);
+    float *h = calloc((size_t)TOKENS * c->hidden, sizeof *h);
+    struct choice *choices = calloc((size_t)TOKENS * c->top_k, sizeof *choices);
+    uint32_t often = 0, seldom = 0;
+    for (uint32_t e = 0; e < c->experts; e++) {
+        count[e] = 4;
+        for (uint32_t i = 0; i < 4; i++)
+            entries[4 * e + i] = (int32_t)(e + (i == 1 ? c->experts : 0));
+    }
+    maps.max_replicas = 4;
+    maps.logical_to_physical_map = entries;
+    maps.logical_replica_count = count;
+    const struct compute_maps now = {&maps, 0, 1};
+    for (uint32_t i = 0; i < TOKENS * c->hidden; i++)
+        h[i] = (float)((i * 2654435761u >> 8) % 2001) / 1000 - 1;
+    ck_assert_msg(f.compute->route(f.compute, 0, &now, 0, h, TOKENS, choices, &err) == 0, "%s", err.text);
+    for (uint32_t i = 0; i < TOKENS * c->top_k; i++) {
+        ck_assert_uint_eq((uint32_t)choices[i].physical % c->experts, choices[i].expert);
+        ++*((uint32_t)choices[i].physical < c->experts ? &often : &seldom);
+    }
+    ck_assert_msg(often > 2.7 * seldom && often < 3.3 * seldom, "%u and %u tokens", often, seldom);
+    free(choices);
+    free(h);
+    free(entries);
+    free(count);
+    fixture_close(&f);
+}
+END_TEST
+
 START_TEST(config_variants)
 {
     struct decoder_config c;
@@ -406,6 +445,7 @@ int main(void)
     Suite *s = suite_create("reference_model");
     TCase *t = tcase_create("config");
     tcase_add_test(t, config_variants);
+    tcase_add_test(t, entries_are_shares);
     suite_add_tcase(s, t);
     add(s, "host", use_host);
     if (gpu_there())
