@@ -73,6 +73,7 @@ void place_reset(struct place *p, const double *weight)
     memset(p->room, 0, p->ranks * sizeof *p->room);
     memset(p->n_kept, 0, p->ranks * sizeof *p->n_kept);
     p->arrivals = 0;
+    p->tried = 0;
     p->n_log = 0;
 }
 

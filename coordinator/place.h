@@ -54,6 +54,7 @@ struct place {
     uint64_t work; /* candidates looked at: a measure of time that is the same everywhere */
     bool broken;   /* out of memory: the log is incomplete */
     struct split *split; /* shares may be uneven: scratch; NULL = they are even */
+    double tried;        /* highest load in the state of the start, from which uneven shares were tried in vain; 0 = not */
 };
 
 int place_init(struct place *p, uint32_t ranks, uint32_t slots, uint32_t experts, double cross_cost,

@@ -437,7 +437,7 @@ static void marks_look(struct place *p, struct marks *marks, double limit)
 
 double place_shift(struct place *p, const struct place_style *style, double limit, uint32_t arrivals_max, double lambda)
 {
-    struct marks marks = {0};
+    struct marks marks = {.looked = p->tried};
     uint32_t forced = 0, idle = 0;
     p->swap = style->swap;
     p->wide = style->wide;

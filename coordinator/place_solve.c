@@ -173,18 +173,23 @@ void place_solve(struct place *p, const struct place_goal *goal)
         uint32_t room = UINT32_MAX - p->arrivals, more = goal->arrivals_max < room ? goal->arrivals_max : room;
         p->swap = p->wide = false;
         place_polish(p, limit);
-        double max = place_shift(p, &styles[i], limit, p->arrivals + more, goal->lambda);
+        uint32_t least = p->arrivals;
+        double at_first = place_max(p), max = place_shift(p, &styles[i], limit, p->arrivals + more, goal->lambda);
+        p->tried = at_first;
         if (place_max(p) <= limit) {
             place_prune(p, limit);
             max = place_max(p);
         }
         if (solution_beaten(&best, p, max, limit, goal->lambda) && !solution_keep(&best, p, start, max))
             break;
+        if (best.max <= limit && best.arrivals <= least)
+            break; /* for nothing */
         if (p->broken || p->work - begun > (best.max <= limit ? 1 : 32) * goal->work)
             break;
     }
     if (!p->broken)
         solution_restore(&best, p, start);
+    p->tried = 0;
     p->swap = true;
     size_t mark = p->n_log;
     bool shared = place_max(p) > limit && best.max <= limit;
@@ -326,7 +331,8 @@ void place_fill(struct place *p)
     bool redundant = fill_is_redundant(p);
     if (redundant)
         fill_hold(p); /* a death that loses nothing is worth more than the last percent */
-    bool even = p->split && place_peak(p, p->mean * FILL_EVEN) <= p->mean * FILL_EVEN; /* as it is, by uneven shares */
+    /* Enough by uneven shares as it is; or nothing can arrive, and they make the best of what is there anyway. */
+    bool even = p->split && (!room || place_peak(p, p->mean * FILL_EVEN) <= p->mean * FILL_EVEN);
     if (!even)
         place_settle(p, room > 0);
     if (!even && place_max(p) > before) { /* the rest stays dormant */

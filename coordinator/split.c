@@ -227,10 +227,40 @@ static void expert_level(struct split *s, uint32_t i)
     b->part = weight > 0 ? 1 - a->part : b->part;
 }
 
+/* One sample: levels in loads, which become those of the ranks. */
+static void expert_fill_one(struct split *s, uint32_t i)
+{
+    double weight = split_weight(s, 0, s->expert[i]), sum = weight, level = 0;
+    uint32_t first = s->start[i], n = s->start[i + 1] - first, wet = 0;
+    if (weight <= 0)
+        return;
+    for (uint32_t j = 0; j < n; j++) {
+        const struct split_at *at = &s->at[first + j];
+        double base = s->load[at->rank] - at->part * weight;
+        uint32_t to = j;
+        for (; to > 0 && s->base[to - 1].level > base; to--)
+            s->base[to] = s->base[to - 1];
+        s->base[to] = (struct split_base){.level = base, .at = first + j};
+    }
+    do {
+        sum += s->base[wet++].level;
+        level = sum / wet;
+    } while (wet < n && s->base[wet].level < level);
+    for (uint32_t j = 0; j < n; j++) {
+        struct split_at *at = &s->at[s->base[j].at];
+        at->part = j < wet ? (level - s->base[j].level) / weight : 0;
+        s->load[at->rank] = j < wet ? level : s->base[j].level;
+    }
+}
+
 static void expert_fill(struct split *s, uint32_t i)
 {
     if (s->samples == 1 && s->start[i + 1] - s->start[i] == 2) {
         expert_level(s, i);
+        return;
+    }
+    if (s->samples == 1) {
+        expert_fill_one(s, i);
         return;
     }
     uint32_t n = expert_bases(s, i);
@@ -357,13 +387,16 @@ static void expert_round(struct split *s, uint32_t i, bool keep)
 
 /* Another number of entries for an expert of the hottest rank, with which the highest of its ranks is as low as can be.
  */
-static double expert_relieve(struct split *s, uint32_t i, uint32_t *ret_total)
+static double expert_relieve(struct split *s, uint32_t i, double least, uint32_t *ret_total)
 {
     uint32_t n = expert_bases(s, i);
-    double level = n && n <= ENTRIES_MAX ? water_level(s->base, n) : 0, weight = split_weight(s, 0, s->expert[i]),
-           best = INFINITY;
-    uint32_t wet = n ? bases_wet(s->base, n, level) : 0;
-    for (uint32_t total = wet > 2 ? MANY : 1; n && n <= ENTRIES_MAX && total <= ENTRIES_MAX; total++) {
+    if (n == 0 || n > ENTRIES_MAX)
+        return INFINITY;
+    double level = water_level(s->base, n), weight = split_weight(s, 0, s->expert[i]), best = INFINITY;
+    uint32_t wet = bases_wet(s->base, n, level);
+    if (level * weight >= least)
+        return INFINITY; /* not even in parts of any size */
+    for (uint32_t total = wet > 2 ? MANY : 1; total <= ENTRIES_MAX; total++) {
         double highest = 0;
         entries_try(s->base, wet, level, total);
         for (uint32_t j = 0; j < wet; j++)
@@ -388,7 +421,7 @@ static void split_relieve(struct split *s)
             uint32_t at = s->start[i], total = 0;
             while (at < s->start[i + 1] && (s->at[at].rank != hot || s->at[at].entries == 0))
                 at++;
-            double highest = at < s->start[i + 1] ? expert_relieve(s, i, &total) : INFINITY;
+            double highest = at < s->start[i + 1] ? expert_relieve(s, i, least, &total) : INFINITY;
             if (highest < least) {
                 least = highest;
                 best = i;
