@@ -1,4 +1,4 @@
-/* Water-filling, and whole numbers of entries.  See split.h; pure. */
+/* Water-filling, and whole numbers of entries.  See split.h; pure.  Maps are in split_map.c. */
 #include "coordinator/split.h"
 
 #include <float.h>
@@ -105,6 +105,11 @@ static void load_change(struct split *s, uint32_t expert, uint32_t rank, double 
         s->load[(size_t)k * s->ranks + rank] += part * split_weight(s, k, expert);
 }
 
+void split_fix(struct split *s, uint32_t expert, uint32_t rank, double part)
+{
+    load_change(s, expert, rank, part);
+}
+
 void split_add(struct split *s, uint32_t expert, uint32_t rank, size_t cell, double part)
 {
     s->added[s->n_added++] = (struct split_added){.expert = expert, .at = {.rank = rank, .cell = cell, .part = part}};
@@ -152,7 +157,7 @@ void split_end(struct split *s)
 }
 
 /* The highest load; of several samples one over the mean of their balances. */
-static double split_peak(const struct split *s)
+double split_peak(const struct split *s)
 {
     double sum = 0;
     uint32_t n = 0;
@@ -445,8 +450,9 @@ static void expert_even(struct split *s, uint32_t i, const uint8_t *live)
 }
 
 /* The heaviest first: the others still give way like water. */
-static void split_round(struct split *s, const uint8_t *live, double ideal)
+void split_round(struct split *s, const uint8_t *live)
 {
+    double ideal = split_highest(s, 0);
     for (uint32_t i = 0; i < s->n; i++) {
         expert_even(s, s->order[i], live);
         expert_round(s, s->order[i], false);
@@ -456,70 +462,4 @@ static void split_round(struct split *s, const uint8_t *live, double ideal)
             expert_round(s, s->order[i], true);
     if (s->samples == 1 && split_peak(s) > ideal * (1 + NEAR))
         split_relieve(s);
-}
-
-/* ---- a map ---- */
-
-static bool cell_usable(const struct split_map *m, size_t cell)
-{
-    return m->which[cell / m->slots] && m->held[cell] >= 0 && (m->wake || m->live[cell]);
-}
-
-/* Cells by expert: those of e are at cell[first[e]] up to first[e + 1], by party. */
-static void cells_sort(const struct split_map *m, uint32_t *first, uint32_t *cell)
-{
-    size_t cells = (size_t)m->parties * m->slots;
-    memset(first, 0, ((size_t)m->experts + 2) * sizeof *first);
-    for (size_t i = 0; i < cells; i++)
-        if (cell_usable(m, i))
-            first[m->held[i] + 2]++;
-    for (uint32_t e = 2; e < m->experts + 2; e++)
-        first[e] += first[e - 1];
-    for (size_t i = 0; i < cells; i++)
-        if (cell_usable(m, i))
-            cell[first[m->held[i] + 1]++] = (uint32_t)i;
-}
-
-/* The places of an expert, one a party: of two copies there the one that is routed to.  What is routed to twice on a
- * party is left as it is. */
-static void map_add(struct split *s, const struct split_map *m, uint32_t e, const uint32_t *cell, uint32_t n)
-{
-    uint32_t live = 0, kept = 0, take[m->parties];
-    bool twice = false;
-    for (uint32_t i = 0; i < n; i++) {
-        live += m->live[cell[i]] > 0;
-        if (kept == 0 || take[kept - 1] / m->slots != cell[i] / m->slots)
-            take[kept++] = cell[i];
-        else if (m->live[take[kept - 1]])
-            twice |= m->live[cell[i]] > 0;
-        else
-            take[kept - 1] = cell[i];
-    }
-    for (uint32_t i = 0; twice && i < n; i++)
-        if (m->live[cell[i]])
-            load_change(s, e, cell[i] / m->slots, 1.0 / live);
-    for (uint32_t i = 0; !twice && i < kept; i++)
-        split_add(s, e, take[i] / m->slots, take[i], m->live[take[i]] ? 1.0 / live : 0);
-}
-
-int split_map(struct split *s, const struct split_map *m)
-{
-    size_t cells = (size_t)m->parties * m->slots;
-    int rc = split_begin(s, m->parties, m->experts, cells, m->weight, m->samples);
-    uint32_t *first = rc < 0 ? NULL : malloc(((size_t)m->experts + 2 + cells) * sizeof *first);
-    if (!first)
-        return ERR_NOMEM;
-    uint32_t *cell = first + m->experts + 2;
-    cells_sort(m, first, cell);
-    for (uint32_t e = 0; e < m->experts; e++)
-        map_add(s, m, e, cell + first[e], first[e + 1] - first[e]);
-    free(first);
-    split_end(s);
-    for (size_t i = 0; i < cells; i++)
-        m->live[i] = m->live[i] > 0;
-    double even = split_peak(s);
-    split_round(s, m->live, split_highest(s, 0));
-    for (uint32_t at = 0; split_peak(s) < even * (1 - 1e-6) && at < s->places; at++)
-        m->live[s->at[at].cell] = (uint8_t)s->at[at].entries;
-    return 0;
 }

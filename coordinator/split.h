@@ -58,7 +58,12 @@ int split_map(struct split *s, const struct split_map *map) MUST_CHECK;
 int split_begin(struct split *s, uint32_t ranks, uint32_t experts, size_t places, const double *weight,
                 uint32_t samples) MUST_CHECK; /* places: there will be at most so many */
 void split_add(struct split *s, uint32_t expert, uint32_t rank, size_t cell, double part);
-void split_end(struct split *s); /* all are added */
+void split_fix(struct split *s, uint32_t expert, uint32_t rank, double part); /* a place that keeps its part */
+void split_end(struct split *s);                                              /* all are added */
 double split_highest(struct split *s, double limit);
+/* The same in whole numbers: at[].entries.  live: of each cell, what gets one entry where there is no question. */
+void split_round(struct split *s, const uint8_t *live);
+/* The highest load now; of several samples one over the mean of their balances. */
+double split_peak(const struct split *s);
 
 #endif
