@@ -141,6 +141,7 @@ struct coordinator {
     uint64_t short_ns;          /* since when there are fewer ranks than wanted, by a fault; 0 = there are not */
     uint64_t unwhole_ns;        /* since when the ranks that are left lack experts; 0 = they do not */
     uint64_t lost_ns;           /* since when nobody is left who could complete the view again; 0 = somebody is */
+    uint64_t leave_ns;          /* no drain of an agent that stops begins before */
     uint64_t back_ns, back_wait_ns; /* the last attempt to get back to full strength, and how long until the next */
     uint64_t pause_request, restart_request; /* to be answered when it is durable */
     uint32_t restart_evicted;

@@ -7,6 +7,7 @@
 #include "coordinator/core_internal.h"
 
 #define MS                1000000ULL
+#define LEAVE_RETRY_NS    (1000 * MS)  /* after the drain of an agent that stops was aborted */
 #define BACK_GRACE_NS     (5000 * MS)  /* how long to wait for spares enough for the whole strength */
 #define BACK_RETRY_NS     (5000 * MS)  /* after an attempt; doubled each time ... */
 #define BACK_RETRY_MAX_NS (60000 * MS) /* ... up to this */
@@ -100,8 +101,23 @@ static bool leave_clear_way(struct coordinator *c, uint32_t peer)
     return c->op.phase == PHASE_NONE;
 }
 
+/* It still waits for it, as long as its own limit lets it. */
+static void leave_again(struct coordinator *c, const struct op_record *ended)
+{
+    if (ended->kind != OP_SCALE_DOWN || ended->outcome != OUTCOME_ABORTED || !c->op.unattended || c->op.dropped)
+        return;
+    for (uint32_t i = 0; i < ended->n; i++) {
+        struct peer *p = &c->peers[c->op.peer[i]];
+        if (!ended->stays[i] && p->member.incarnation == ended->parties[i].incarnation)
+            p->leaves = true;
+    }
+    c->leave_ns = c->now_ns + LEAVE_RETRY_NS;
+}
+
 static void leave_check(struct coordinator *c)
 {
+    if (c->now_ns < c->leave_ns)
+        return;
     for (uint32_t i = 0; i < c->n_peers; i++) {
         struct peer *p = &c->peers[i];
         if (!p->leaves)
@@ -126,6 +142,7 @@ void upkeep_ended(struct coordinator *c, const struct op_record *ended)
 {
     struct durable *d = &c->durable;
     uint32_t n = c->view ? c->view->n : 0;
+    leave_again(c, ended);
     bool by_operator = ended->kind != OP_REPAIR && !c->op.unattended;
     if (ended->kind == OP_REPAIR) {
         if (n < d->wanted && !c->short_ns)
@@ -313,7 +330,10 @@ void upkeep_check(struct coordinator *c)
 uint64_t upkeep_deadline(const struct coordinator *c)
 {
     uint64_t first = UINT64_MAX;
-    if (c->lost_ns && c->config.restart_after_ms)
+    for (uint32_t i = 0; c->now_ns < c->leave_ns && i < c->n_peers; i++)
+        if (c->peers[i].leaves)
+            first = c->leave_ns;
+    if (c->lost_ns && c->lost_ns + c->config.restart_after_ms * MS < first && c->config.restart_after_ms)
         first = c->lost_ns + c->config.restart_after_ms * MS;
     if (back_is_due(c)) {
         uint64_t due = c->back_ns + c->back_wait_ns;
