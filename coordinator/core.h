@@ -194,6 +194,7 @@ enum coordinator_bug {
     COORDINATOR_BUG_FILL_WITHOUT_GRACE,
     COORDINATOR_BUG_RELOAD_UNAWAITED,     /* decides before the lost experts have been read */
     COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN,/* what is overwritten is not void in the journal */
+    COORDINATOR_BUG_EVICTED_BEFORE_DURABLE, /* the ranks of a view that is given up hear of it before the journal has it */
     COORDINATOR_BUG_COUNT_BY_ID,          /* the count of a stage takes a new incarnation for the one that has answered */
 };
 void coordinator_plant(struct coordinator *core, enum coordinator_bug bug);

@@ -13,6 +13,7 @@ struct peer {
     bool gone;                  /* its lease ended, or a newer incarnation came: nothing is expected of it */
     bool holds;                 /* its HELLO named a view, and it has not let go since */
     bool silent;                /* it took no part in a repair: the next one does without it, if it can */
+    bool outcast;               /* of a view that is given up: it hears of it when that is durable */
     bool evicted;               /* this incarnation was put out of a view: it may only come back as another */
     bool leaves;                /* it is being stopped, and asks to be drained before */
     bool engine;                /* an engine is attached */
@@ -145,6 +146,7 @@ struct coordinator {
     uint64_t back_ns, back_wait_ns; /* the last attempt to get back to full strength, and how long until the next */
     uint64_t pause_request, restart_request; /* to be answered when it is durable */
     uint32_t restart_evicted;
+    uint32_t restarts;          /* views that are given up, which the journal does not have yet */
     bool changed;
     enum coordinator_bug bug;
     struct coordinator_actions *out; /* during a step */
@@ -283,7 +285,8 @@ void upkeep_leave(struct coordinator *c, uint32_t peer);
 void upkeep_ended(struct coordinator *c, const struct op_record *ended);
 void upkeep_report(struct coordinator *c, char *text, size_t size); /* adds how long a fault lasted */
 void upkeep_restart(struct coordinator *c, uint64_t request, bool force);
-void upkeep_restarted(struct coordinator *c); /* it is durable */
+void upkeep_restarted(struct coordinator *c); /* it is durable: the ranks hear of it */
+bool upkeep_gives_up(const struct coordinator *c); /* it is not yet */
 void upkeep_check(struct coordinator *c);
 uint64_t upkeep_deadline(const struct coordinator *c);
 

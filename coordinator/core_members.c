@@ -206,6 +206,10 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     p->applied_epoch = hello->applied_epoch;
     p->map_version = hello->map_version;
     c->changed = true;
+    if (!evicted && members_stranger(c, peer, hello) && upkeep_gives_up(c)) {
+        p->outcast = p->gone = true; /* it hears of it when the journal has it */
+        return;
+    }
     if (evicted || members_stranger(c, peer, hello)) {
         p->evicted = false;
         members_evict(c, peer, evicted ? "the view went on without it"

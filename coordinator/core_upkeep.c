@@ -231,7 +231,9 @@ static void view_end_operation(struct coordinator *c)
     }
 }
 
-static uint32_t view_evict(struct coordinator *c, const char *why)
+static const char given_up[] = "the view was given up, to start anew from the checkpoint";
+
+static uint32_t view_cast_out(struct coordinator *c)
 {
     uint32_t n = 0;
     for (uint32_t i = 0; i < c->n_peers; i++) {
@@ -239,8 +241,9 @@ static uint32_t view_evict(struct coordinator *c, const char *why)
         if (members_rank(c, i) < 0 && !(p->conn && p->holds))
             continue;
         n += !p->gone;
-        members_evict(c, i, why);
-        p->gone = true;
+        if (c->bug == COORDINATOR_BUG_EVICTED_BEFORE_DURABLE)
+            members_evict(c, i, given_up);
+        p->outcast = p->gone = true;
         p->engine = false;
     }
     return n;
@@ -251,7 +254,8 @@ static void view_give_up(struct coordinator *c, const char *why, uint32_t *ret_e
     struct durable *d = &c->durable;
     core_log(c, CORE_ERROR, "the view of epoch %llu is given up: %s", (unsigned long long)c->view->epoch, why);
     view_end_operation(c);
-    *ret_evicted = view_evict(c, "the view was given up, to start anew from the checkpoint");
+    *ret_evicted = view_cast_out(c);
+    c->restarts++;
     if (!d->wanted)
         d->wanted = c->view->n;
     commit_done(&c->commit);
@@ -297,8 +301,19 @@ void upkeep_restart(struct coordinator *c, uint64_t request, bool force)
     c->restart_evicted = evicted;
 }
 
+bool upkeep_gives_up(const struct coordinator *c)
+{
+    return c->restarts > 0;
+}
+
 void upkeep_restarted(struct coordinator *c)
 {
+    c->restarts--;
+    for (uint32_t i = 0; i < c->n_peers; i++) {
+        if (c->peers[i].outcast)
+            members_evict(c, i, given_up);
+        c->peers[i].outcast = false;
+    }
     if (c->restart_request)
         core_reply(c, c->restart_request, 0, 0, OUTCOME_DONE, NULL, "the view is given up; %u agents begin anew",
                    c->restart_evicted);

@@ -245,6 +245,8 @@ static void begin(struct sim *s, struct sim_agent *a)
         e->wave_step = e->step;
         tell(s, a, sim_between(s, 2 * US, 200 * US), AE_ENGINE_WAVE)->x = e->step;
     }
+    if (check_given_up(s, e->local.view))
+        return; /* its peers are gone: it is in this step until its agent hears of it */
     step = check_step(s, e->step);
     step->begun++;
     step->any_work |= e->requests > 1;

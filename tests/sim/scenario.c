@@ -85,6 +85,10 @@ void scenario_start(struct sim *s)
         s->pair[1] = (s->pair[0] + 1) % s->n;
         s->p_pair = sim_chance(s, 900) ? 0 : sim_chance(s, 500) ? 1000 : 50;
     }
+    s->restarts = s->faulty && sim_chance(s, 250);
+    if (s->restarts && sim_chance(s, 500))
+        s->config.restart_after_ms = 2000;
+    s->careless |= s->restarts && sim_chance(s, 500);
     s->ops_left = (uint32_t)sim_between(s, 2, s->n > 8 ? 3 : 7);
     load_start(s);
     s->agents = calloc(s->n, sizeof *s->agents);
@@ -154,6 +158,8 @@ void scenario_reply(struct sim *s, const struct coordinator_action *reply)
         key->op = reply->op;
     }
     s->ops_refused += reply->code != 0;
+    if (reply->request == s->restart_request && reply->code == 0 && s->coordinator.disk.view)
+        sim_fail(s, "promise 2: the view is said to be given up before that is durable");
     if (reply->request != s->final_request)
         return;
     if (s->final_stage == 1) {
@@ -192,6 +198,15 @@ static void pause_operations(struct sim *s, bool pause)
     process_event(s, &event);
 }
 
+static void ask_restart(struct sim *s, bool force)
+{
+    struct coordinator_event event = {.type = CE_RESTART, .request = ++s->request, .yes = force, .wall_ms = s->now / MS};
+
+    s->restart_request = s->request;
+    sim_note(s, "OPERATOR restart%s, request %" PRIu64, force ? " by force" : "", s->request);
+    process_event(s, &event);
+}
+
 static void operate(struct sim *s)
 {
     const struct view *view = s->coordinator.disk.view;
@@ -212,6 +227,10 @@ static void operate(struct sim *s)
     }
     if (s->coordinator.disk.paused ? sim_chance(s, 600) : sim_chance(s, 60)) {
         pause_operations(s, !s->coordinator.disk.paused);
+        return;
+    }
+    if (s->restarts && view && sim_chance(s, 100)) {
+        ask_restart(s, sim_chance(s, 400));
         return;
     }
     if (*s->last_key && sim_chance(s, 150)) {
@@ -489,6 +508,11 @@ static void probe_calm(struct sim *s)
 
     if (s->coordinator.up && s->coordinator.disk.paused) {
         pause_operations(s, false);
+        return;
+    }
+    if (s->coordinator.up && s->restarts && lost(s) && s->now - s->calm_at > 20 * 1000 * MS) {
+        ask_restart(s, false); /* and the last operation is a start */
+        s->calm_at = s->now;
         return;
     }
 
