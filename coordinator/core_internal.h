@@ -96,6 +96,10 @@ struct operation {
     bool reloaded;              /* and it has been */
     bool waits_for_agents;      /* PENDING until enough spares are there */
     bool unattended;            /* nobody asked for it: a scale back, or the drain of an agent that stops */
+    enum engine_policy on_prepare, on_drain;
+    bool without[RANKS_MAX];    /* [n] existing ranks that leave because their engine does not prepare */
+    uint32_t left_out;          /* so many ranks are missing in the end, these and new ones */
+    char held[256];             /* ENGINE_PREPARE: an engine's failure that may be another one's fault */
     bool dropped;               /* the operator aborts it */
     bool resumed;               /* RETIRE after a restart: the map in use is acknowledged once more, then the round begins */
     uint64_t halted_ns;         /* since when it stands still because operations are paused; 0 = it does not */
@@ -247,6 +251,12 @@ int setup_plan(struct coordinator *c, struct err *err) MUST_CHECK;
 bool setup_fault(const struct coordinator *c, uint32_t rank); /* this rank of the view is gone or has no engine */
 int setup_repair(struct coordinator *c, const uint32_t *peers, uint32_t n) MUST_CHECK;
 struct view *setup_target(struct coordinator *c); /* the proposed view of the operation, epoch 0 */
+
+/* core_silent.c: engines that do not answer */
+void silent_policy(struct coordinator *c, enum engine_policy asked); /* what the operation's says, or the configured one */
+bool silent_holds(struct coordinator *c, const struct msg_stage_done *done, const char *id); /* no reason to abort yet */
+bool silent_spares(const struct coordinator *c, uint32_t peer); /* that its engine is gone does not end the operation */
+void silent_settle(struct coordinator *c, bool late); /* not every engine has prepared: abort, or go on without some */
 
 /* core_rounds.c: map changes inside a view */
 void rounds_run(struct coordinator *c);  /* starts round op.round, or ends this side of the commit */

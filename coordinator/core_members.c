@@ -263,7 +263,8 @@ void members_engine(struct coordinator *c, uint32_t peer, const struct msg_engin
     if (!had)
         return;
     core_log(c, rank >= 0 ? CORE_ERROR : CORE_INFO, "agent %s: engine gone: %s", p->member.id, engine->why);
-    operation_peer_gone(c, peer, "its engine is gone");
+    if (!silent_spares(c, peer))
+        operation_peer_gone(c, peer, "its engine is gone");
 }
 
 void members_tick(struct coordinator *c)

@@ -152,7 +152,7 @@ void upkeep_ended(struct coordinator *c, const struct op_record *ended)
         return;
     }
     if (ended->outcome == OUTCOME_DONE && n && (by_operator || ended->kind == OP_SCALE_DOWN))
-        d->wanted = n; /* a drained agent was one too many */
+        d->wanted = c->op.left_out ? ended->target : n; /* a drained agent was one too many */
     else if (ended->outcome == OUTCOME_ABORTED && c->op.dropped)
         d->wanted = n; /* the operator does not want it */
     if (n >= d->wanted)
@@ -282,11 +282,11 @@ static void view_give_up(struct coordinator *c, const char *why, uint32_t *ret_e
 void upkeep_restart(struct coordinator *c, uint64_t request, bool force)
 {
     uint32_t evicted;
-    if (!c->view) {
+    if (!c->view && !c->restarts) {
         core_reply(c, request, 0, 0, OUTCOME_DONE, NULL, "there is no view to give up");
         return;
     }
-    if (c->commit.state == COMMIT_DECIDING || c->restart_request) {
+    if (c->commit.state == COMMIT_DECIDING || c->restarts) {
         core_reply(c, request, ERR_CONFLICT, 0, 0, NULL, "a decision is just being written: try again");
         return;
     }

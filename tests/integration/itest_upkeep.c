@@ -327,10 +327,61 @@ START_TEST(an_engine_that_detaches_in_an_operation_may_attach_again)
 }
 END_TEST
 
+/* Engine i, with other arguments: as a spare, or with its rank repaired away. */
+static void replace_engine(struct cluster *c, int i, const char *mute)
+{
+    cluster_signal(&c->engine[i], SIGTERM);
+    ck_assert_int_ge(cluster_wait(&c->engine[i], 10000), 0);
+    c->options.engine_args[0] = mute ? "--mute" : NULL;
+    c->options.engine_args[1] = mute;
+    cluster_engine_start(c, i);
+    ck_assert_int_eq(cluster_wait_agents(c, c->options.agents, 20000), 0);
+}
+
+/* The same by policy: of a new rank, of one that serves and has copies elsewhere, and of one that leaves. */
+START_TEST(by_policy_an_operation_goes_on_without_an_engine_or_is_aborted)
+{
+    struct cluster c;
+    itest_start(&c, (struct cluster_options){.agents = 4,
+                                             .loaders = 4,
+                                             .step_ms = 5,
+                                             .coordinator_args = {"--slots", "16", "--lead-ms", "100", "--stage-ms", "1000",
+                                                                  "--drain-ms", "1000", "--on-prepare-timeout",
+                                                                  "continue", NULL}});
+    replace_engine(&c, 1, "prepare-again");
+    replace_engine(&c, 3, "prepare");
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    CTL(&c, 6, "scale", "--to", "4", "--on-engine-timeout", "abort");
+    CTL_SAYS("no answer from gpu1, gpu3 in ENGINE_PREPARE by its deadline");
+    ck_assert_int_eq(itest_ranks(&c), 2);
+    /* gpu1 has the weights and its requests, and leaves; gpu3 never comes */
+    CTL(&c, 0, "scale", "--to", "4");
+    CTL_SAYS("without gpu1, gpu3, whose engine did not prepare");
+    CTL(&c, 0, "status");
+    CTL_SAYS("2 ranks");
+    ck_assert(strstr(ctl_out, "2 spare agents") != NULL);
+    CTL(&c, 0, "verify");
+    replace_engine(&c, 1, NULL); /* the agents are as they were: another engine attaches */
+    replace_engine(&c, 3, "drain");
+    CTL(&c, 0, "scale", "--to", "4");
+    ck_assert_int_eq(itest_ranks(&c), 4);
+    CTL(&c, 6, "drain", "gpu3", "--on-engine-timeout", "abort");
+    CTL_SAYS("agent gpu3: DRAIN: the engine is not drained by the deadline");
+    ck_assert_int_eq(itest_ranks(&c), 4);
+    CTL(&c, 0, "drain", "gpu3");
+    CTL_SAYS("gpu3: safe to terminate");
+    CTL(&c, 0, "verify");
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
 static void add(TCase *t)
 {
     tcase_add_test(t, the_fill_after_a_commit_outlives_the_coordinator);
     tcase_add_test(t, engines_that_never_answer_cost_a_deadline);
+    tcase_add_test(t, by_policy_an_operation_goes_on_without_an_engine_or_is_aborted);
     tcase_add_test(t, an_engine_that_detaches_in_an_operation_may_attach_again);
     tcase_add_test(t, paused_operations_stand_still_and_go_on);
     tcase_add_test(t, a_drain_says_that_the_agent_is_safe_to_terminate);
