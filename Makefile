@@ -287,7 +287,7 @@ plot:      ## docs/placement.png: balance against arrivals (needs gnuplot)
 	@$(MAKE) --no-print-directory -j2 $(BUILD)/tests/bench_planner
 	tests/placement/plot.sh $(BUILD)/tests/bench_planner docs/placement.png
 .PHONY: fault-matrix
-fault-matrix: ## every role x state x fault on the real daemons, about a quarter of an hour; the sample of `make check` is part of it
+fault-matrix: ## every role x state x fault on the real daemons, a quarter of an hour; the sample of `make check` is part of it
 	@$(MAKE) --no-print-directory -j2 all $(BUILD)/tests/itest_matrix
 	@EEP_BIN=$(BUILD) $(BUILD)/tests/itest_matrix --all
 SOAK_SECONDS ?= 3600

@@ -111,7 +111,7 @@ enum agent_action_type {
     AA_WAKE,          /* wake the engine (eventfd) */
     AA_WORK,          /* hand to the worker (FIFO) */
     AA_WORK_CANCEL,   /* stop what the worker is doing; it answers ERR_ABORTED for everything of operation op */
-    AA_ENGINE_PREPARE,/* view, op, attempt: build communicators for it, answer prepared */
+    AA_ENGINE_PREPARE,/* view, op, attempt, value = ms: build communicators for it, answer prepared by then */
     AA_ENGINE_COMMIT, /* view, step: it is decided; sent before the page words that make it visible */
     AA_ENGINE_ABORT,  /* op: drop what was prepared */
     AA_ENGINE_MAP,    /* map (for this agent's rank), sent before PAGE_MAP_PENDING */

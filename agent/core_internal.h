@@ -34,6 +34,7 @@ struct core_stage {
     enum stage_state state;
     uint64_t step;           /* GRACE: T */
     uint64_t deadline_ns;    /* DRAIN */
+    bool strict;             /* DRAIN: it is an error to be late */
     bool load;               /* ALLOCATE: cold start */
     struct expert_map *map;  /* ALLOCATE: what to load */
     struct msg answer;       /* FINISHED: MSG_STAGE_DONE */

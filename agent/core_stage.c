@@ -250,10 +250,21 @@ static void stage_group(struct agent_core *core, struct core_stage *s, struct bl
     core->group = true;
 }
 
-static void stage_engine_prepare(struct agent_core *core, struct core_stage *s, struct view *view)
+/* Its peers shall be heard before the coordinator gives up, so that it knows whom they have waited for. */
+static uint64_t prepare_ms(uint32_t deadline_ms)
+{
+    return (uint64_t)deadline_ms * 3 / 4;
+}
+
+static void stage_engine_prepare(struct agent_core *core, struct core_stage *s, struct view *view, uint32_t deadline_ms)
 {
     core->op.prepared = false;
     core->op.prepare_attempt = s->attempt;
+    if (view && acore_member(core) && view_rank(view, core->config.id) < 0) { /* it did not prepare, and leaves */
+        core->op.prepared = true;
+        stage_end(core, s, 0, NULL);
+        return;
+    }
     if (!view || !core->engine.attached) {
         stage_end(core, s, view ? ERR_NOTFOUND : ERR_INVALID, view ? "no engine is attached" : "no view to prepare");
         return;
@@ -262,6 +273,7 @@ static void stage_engine_prepare(struct agent_core *core, struct core_stage *s, 
     a->view = view_ref(view);
     a->op = core->op.op;
     a->attempt = s->attempt;
+    a->value = prepare_ms(deadline_ms);
 }
 
 void agent_stage_prepared(struct agent_core *core, const struct agent_event *event)
@@ -278,8 +290,9 @@ void agent_stage_prepared(struct agent_core *core, const struct agent_event *eve
     stage_end(core, s, event->code, event->text);
 }
 
-static void stage_drain(struct agent_core *core, struct core_stage *s, uint32_t deadline_ms)
+static void stage_drain(struct agent_core *core, struct core_stage *s, uint32_t deadline_ms, bool strict)
 {
+    s->strict = strict;
     if (!core->engine.attached) {
         stage_end(core, s, 0, NULL);
         return;
@@ -420,7 +433,7 @@ void agent_stage_check(struct agent_core *core)
             grace_end(core, s);
             ended = true;
         } else if (s->stage == STAGE_DRAIN && s->state == STAGE_RUNNING && core->now_ns >= s->deadline_ns) {
-            stage_end(core, s, 0, "drain deadline passed");
+            stage_end(core, s, s->strict ? ERR_TIMEOUT : 0, "the engine is not drained by the deadline");
         }
     }
     if (ended)
@@ -464,8 +477,8 @@ static void stage_start(struct agent_core *core, const struct msg_stage *m)
     case STAGE_WEIGHTS:
     case STAGE_FILL: stage_transfer(core, s, m->bandwidth); return;
     case STAGE_KV: stage_kv(core, s); return;
-    case STAGE_ENGINE_PREPARE: stage_engine_prepare(core, s, m->view); return;
-    case STAGE_DRAIN: stage_drain(core, s, m->deadline_ms); return;
+    case STAGE_ENGINE_PREPARE: stage_engine_prepare(core, s, m->view, m->deadline_ms); return;
+    case STAGE_DRAIN: stage_drain(core, s, m->deadline_ms, m->strict); return;
     case STAGE_GRACE:
         s->step = m->step;
         stage_grace(core, s);

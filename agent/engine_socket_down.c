@@ -90,6 +90,8 @@ static void send_prepare(struct engine_socket *s, const struct agent_action *a)
     body.op = a->op;
     body.attempt = a->attempt;
     body.view = &w.view;
+    body.has_deadline_ms = true;
+    body.deadline_ms = a->value < UINT32_MAX ? (uint32_t)a->value : UINT32_MAX;
     Eep__Engine__EngineDown down = EEP__ENGINE__ENGINE_DOWN__INIT;
     down.body_case = EEP__ENGINE__ENGINE_DOWN__BODY_PREPARE;
     down.prepare = &body;

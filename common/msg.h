@@ -201,6 +201,7 @@ struct msg_stage {
     uint64_t attempt;    /* ENGINE_PREPARE is repeated with a higher one when the proposed view changes */
     uint64_t step;       /* GRACE: T */
     uint32_t deadline_ms;/* from receipt */
+    bool strict;         /* DRAIN: an engine that is not drained by then is an error */
     bool load;           /* ALLOCATE: cold start */
     struct expert_map *map; /* ALLOCATE in a cold start: over parties, what to load (held) */
     struct plan *plan;   /* MAPPING */

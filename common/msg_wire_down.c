@@ -51,6 +51,7 @@ static Pb__StageStart *stage_to_pb(const struct msg_stage *m, bool *ok)
     pb->step = m->step;
     pb->deadline_ms = m->deadline_ms;
     pb->load = m->load;
+    pb->has_strict = pb->strict = m->strict;
     pb->plan_digest = m->plan_digest;
     pb->has_bandwidth = m->bandwidth != 0;
     pb->bandwidth = m->bandwidth;
@@ -272,6 +273,7 @@ static int stage_from_pb(const Pb__StageStart *pb, struct msg_stage *m, struct e
     m->step = pb->step;
     m->deadline_ms = pb->deadline_ms;
     m->load = pb->load;
+    m->strict = pb->has_strict && pb->strict;
     m->plan_digest = pb->plan_digest;
     m->bandwidth = pb->has_bandwidth ? pb->bandwidth : 0;
     if (rc == 0 && pb->map)

@@ -125,6 +125,7 @@ static void control_scale(struct session *session, const struct frame *frame, co
         .wait_agents_ms = request->wait_agents_ms,
         .timeout_ms = request->timeout_ms,
         .drain = request->drain,
+        .on_engine_timeout = request->has_on_engine_timeout ? (enum engine_policy)request->on_engine_timeout : 0,
     };
     if (request->n_remove > RANKS_MAX || scale.target > RANKS_MAX) {
         frame_fail(session, frame, ERR_LIMIT, "a view has at most 256 ranks");

@@ -22,6 +22,8 @@ void coordinator_config_default(struct coordinator_config *ret_config)
         .stage_ms = 30000,
         .transfer_ms = 60000,
         .drain_ms = 30000,
+        .on_prepare_timeout = ENGINE_ABORT,
+        .on_drain_timeout = ENGINE_CONTINUE,
         .slots = 0,
         .min_ranks = 2,
         .commit_balance = 0.98,

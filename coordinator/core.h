@@ -18,6 +18,9 @@
 
 struct coordinator;
 
+/* What an operation does when an engine does not answer by a deadline. */
+enum engine_policy { ENGINE_AS_CONFIGURED = 0, ENGINE_ABORT, ENGINE_CONTINUE };
+
 struct coordinator_config {
     uint32_t lease_ms;         /* an agent that is gone longer is lost; 3000 */
     uint32_t heartbeat_ms;     /* 500 */
@@ -29,6 +32,8 @@ struct coordinator_config {
     uint32_t stage_ms;         /* deadline of a stage without transfer; 30000 */
     uint32_t transfer_ms;      /* deadline of a stage that moves bytes, restarted by progress; 60000 */
     uint32_t drain_ms;         /* 30000 */
+    enum engine_policy on_prepare_timeout; /* an engine that does not prepare: ABORT */
+    enum engine_policy on_drain_timeout;   /* one that is not drained: CONTINUE, without what it has not finished */
     uint32_t slots;            /* slots_per_rank; 0 = ceil(experts / min_ranks) */
     uint32_t min_ranks;        /* 2 */
     double commit_balance;     /* balance wanted at a commit: plan_options.target_balance; 0.98 */
@@ -78,6 +83,7 @@ struct scale_request {
     bool unattended;            /* by the coordinator itself */
     bool rebalance;             /* the same ranks, the experts placed anew: target, remove, wait_agents_ms mean nothing */
     bool automatic;             /* rebalance: nobody has asked for it */
+    enum engine_policy on_engine_timeout; /* for both, in the place of the configured ones */
     uint32_t mib_s;             /* rebalance: MiB per second into a rank; 0 = as configured */
 };
 
@@ -199,6 +205,8 @@ enum coordinator_bug {
     COORDINATOR_BUG_FILL_WITHOUT_GRACE,
     COORDINATOR_BUG_RELOAD_UNAWAITED,     /* decides before the lost experts have been read */
     COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN,/* what is overwritten is not void in the journal */
+    COORDINATOR_BUG_WITHOUT_UNCOVERED,    /* goes on without an engine that has the only copy of an expert */
+    COORDINATOR_BUG_EVICTED_BEFORE_DURABLE, /* the ranks of a view that is given up hear of it before the journal has it */
     COORDINATOR_BUG_COUNT_BY_ID,          /* the count of a stage takes a new incarnation for the one that has answered */
 };
 void coordinator_plant(struct coordinator *core, enum coordinator_bug bug);

@@ -13,6 +13,7 @@ struct peer {
     bool gone;                  /* its lease ended, or a newer incarnation came: nothing is expected of it */
     bool holds;                 /* its HELLO named a view, and it has not let go since */
     bool silent;                /* it took no part in a repair: the next one does without it, if it can */
+    bool outcast;               /* of a view that is given up: it hears of it when that is durable */
     bool evicted;               /* this incarnation was put out of a view: it may only come back as another */
     bool leaves;                /* it is being stopped, and asks to be drained before */
     bool engine;                /* an engine is attached */
@@ -97,6 +98,10 @@ struct operation {
     bool reloaded;              /* and it has been */
     bool waits_for_agents;      /* PENDING until enough spares are there */
     bool unattended;            /* nobody asked for it: a scale back, or the drain of an agent that stops */
+    enum engine_policy on_prepare, on_drain;
+    bool without[RANKS_MAX];    /* [n] existing ranks that leave because their engine does not prepare */
+    uint32_t left_out;          /* so many ranks are missing in the end, these and new ones */
+    char held[256];             /* ENGINE_PREPARE: an engine's failure that may be another one's fault */
     bool dropped;               /* the operator aborts it */
     bool resumed;               /* RETIRE after a restart: the map in use is acknowledged once more, then the round begins */
     uint64_t halted_ns;         /* since when it stands still because operations are paused; 0 = it does not */
@@ -145,9 +150,11 @@ struct coordinator {
     uint64_t short_ns;          /* since when there are fewer ranks than wanted, by a fault; 0 = there are not */
     uint64_t unwhole_ns;        /* since when the ranks that are left lack experts; 0 = they do not */
     uint64_t lost_ns;           /* since when nobody is left who could complete the view again; 0 = somebody is */
+    uint64_t leave_ns;          /* no drain of an agent that stops begins before */
     uint64_t back_ns, back_wait_ns; /* the last attempt to get back to full strength, and how long until the next */
     uint64_t pause_request, restart_request; /* to be answered when it is durable */
     uint32_t restart_evicted;
+    uint32_t restarts;          /* views that are given up, which the journal does not have yet */
     bool changed;
     enum coordinator_bug bug;
     struct coordinator_actions *out; /* during a step */
@@ -255,6 +262,12 @@ int plan_ask(struct coordinator *c, enum plan_purpose purpose, uint64_t request,
 void plan_operation(struct coordinator *c); /* PHASE_PLAN: operation_next when it is there, or an abort */
 void plan_arrived(struct coordinator *c, struct plan_job *job);
 
+/* core_silent.c: engines that do not answer */
+void silent_policy(struct coordinator *c, enum engine_policy asked); /* what the operation's says, or the configured one */
+bool silent_holds(struct coordinator *c, const struct msg_stage_done *done, const char *id); /* no reason to abort yet */
+bool silent_spares(const struct coordinator *c, uint32_t peer); /* that its engine is gone does not end the operation */
+void silent_settle(struct coordinator *c, bool late); /* not every engine has prepared: abort, or go on without some */
+
 /* core_rounds.c: map changes inside a view */
 void rounds_run(struct coordinator *c);  /* starts round op.round, or ends this side of the commit */
 void rounds_next(struct coordinator *c); /* RETIRE, GRACE or FILL is complete */
@@ -292,7 +305,8 @@ void upkeep_leave(struct coordinator *c, uint32_t peer);
 void upkeep_ended(struct coordinator *c, const struct op_record *ended);
 void upkeep_report(struct coordinator *c, char *text, size_t size); /* adds how long a fault lasted */
 void upkeep_restart(struct coordinator *c, uint64_t request, bool force);
-void upkeep_restarted(struct coordinator *c); /* it is durable */
+void upkeep_restarted(struct coordinator *c); /* it is durable: the ranks hear of it */
+bool upkeep_gives_up(const struct coordinator *c); /* it is not yet */
 void upkeep_check(struct coordinator *c);
 uint64_t upkeep_deadline(const struct coordinator *c);
 

@@ -206,6 +206,10 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     p->applied_epoch = hello->applied_epoch;
     p->map_version = hello->map_version;
     c->changed = true;
+    if (!evicted && members_stranger(c, peer, hello) && upkeep_gives_up(c)) {
+        p->outcast = p->gone = true; /* it hears of it when the journal has it */
+        return;
+    }
     if (evicted || members_stranger(c, peer, hello)) {
         p->evicted = false;
         members_evict(c, peer, evicted ? "the view went on without it"
@@ -259,7 +263,8 @@ void members_engine(struct coordinator *c, uint32_t peer, const struct msg_engin
     if (!had)
         return;
     core_log(c, rank >= 0 ? CORE_ERROR : CORE_INFO, "agent %s: engine gone: %s", p->member.id, engine->why);
-    operation_peer_gone(c, peer, "its engine is gone");
+    if (!silent_spares(c, peer))
+        operation_peer_gone(c, peer, "its engine is gone");
 }
 
 void members_tick(struct coordinator *c)

@@ -234,6 +234,7 @@ void operation_scale(struct coordinator *c, uint64_t request, const struct scale
     c->op.waits_for_agents = wait;
     c->op.accept = request;
     c->op.unattended = s->unattended;
+    silent_policy(c, s->on_engine_timeout);
     if (s->timeout_ms)
         c->op.timeout_ns = c->now_ns + s->timeout_ms * MS;
     operation_open(c);
@@ -341,7 +342,7 @@ void operation_abort(struct coordinator *c, const char *fmt, ...)
         m->op_end.op = c->durable.open.op;
         snprintf(m->op_end.why, sizeof(m->op_end.why), "%s", why);
     }
-    if (c->op.announced && c->durable.open.kind == OP_SCALE_DOWN)
+    if (c->op.announced && (c->durable.open.kind == OP_SCALE_DOWN || c->op.left_out))
         operation_draining(c, false);
     operation_end(c, OUTCOME_ABORTED, why);
 }
@@ -396,6 +397,8 @@ void operation_tick(struct coordinator *c)
         snprintf(names, sizeof(names), "the planner");
     if (op->phase == PHASE_RELOAD) {
         reload_late(c);
+    } else if (!op->decided && op->phase == PHASE_ENGINE_PREPARE) {
+        silent_settle(c, true);
     } else if (!op->decided) {
         operation_abort(c, "no answer from %s in %s by its deadline", names, op_phase_name(op->phase));
     } else if (op->phase != PHASE_GO) {

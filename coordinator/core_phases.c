@@ -140,7 +140,7 @@ void operation_peer_ready(struct coordinator *c)
 static void operation_remember(struct coordinator *c)
 {
     struct op_record *r = &c->durable.open;
-    if (r->kind != OP_SCALE_UP || r->plan)
+    if (r->kind != OP_SCALE_UP || r->plan || !c->op.plan)
         return;
     r->plan = plan_ref(c->op.plan);
     r->planned_over = expert_map_ref((struct expert_map *)(uintptr_t)c->op.in.now);
@@ -152,6 +152,7 @@ static void operation_propose(struct coordinator *c)
     struct view *view = setup_target(c);
     view_unref(c->op.proposed);
     c->op.proposed = view;
+    c->op.held[0] = '\0';
     operation_stage(c, PHASE_ENGINE_PREPARE, STAGE_ENGINE_PREPARE);
 }
 
@@ -203,6 +204,10 @@ void operation_next(struct coordinator *c)
         rounds_next(c);
         break;
     case PHASE_ENGINE_PREPARE:
+        if (op->held[0]) {
+            silent_settle(c, false);
+            break;
+        }
         operation_remember(c);
         operation_phase(c, PHASE_PROMISE, "every engine is prepared");
         commit_start(c, FLIP_VIEW, view_ref(op->proposed));
@@ -255,7 +260,10 @@ void operation_settled(struct coordinator *c)
         c->torn = c->torn_epoch >= c->view->epoch; /* failed again already */
     if (c->op.phase != PHASE_GO)
         return;
-    if (c->durable.open.kind == OP_SCALE_DOWN)
+    bool leave = false;
+    for (uint32_t i = 0; i < c->durable.open.n; i++)
+        leave |= !c->durable.open.stays[i];
+    if (leave)
         operation_stage(c, PHASE_LET_GO, STAGE_LET_GO);
     else if (c->durable.open.kind == OP_SCALE_UP && c->op.plan)
         rounds_run(c);

@@ -20,8 +20,9 @@ static bool operation_concerns(const struct coordinator *c, enum op_stage stage,
     case STAGE_GROUP_ID:
         return i == 0;
     case STAGE_KV:
-    case STAGE_ENGINE_PREPARE:
         return !leaves;
+    case STAGE_ENGINE_PREPARE: /* who leaves because it has not: so that it knows */
+        return !leaves || c->op.without[i];
     case STAGE_DRAIN:
     case STAGE_LET_GO:
         return leaves;
@@ -50,6 +51,7 @@ void operation_ask(struct coordinator *c, enum op_stage stage, uint32_t i)
     s->attempt = op->stage_attempt;
     bool moves = stage == STAGE_WEIGHTS || stage == STAGE_FILL || stage == STAGE_RELOAD;
     s->deadline_ms = stage == STAGE_DRAIN ? c->config.drain_ms : moves ? c->config.transfer_ms : c->config.stage_ms;
+    s->strict = stage == STAGE_DRAIN && op->on_drain == ENGINE_ABORT && !op->without[i];
     switch (stage) {
     case STAGE_ALLOCATE:
         s->load = c->durable.open.kind == OP_START;
@@ -162,11 +164,11 @@ void operation_stage_done(struct coordinator *c, uint32_t peer, const struct msg
             reload_failed(c, peer, d->code, d->text);
         return;
     }
-    if (d->code < 0 && !op->decided) {
+    if (d->code < 0 && !op->decided && !silent_holds(c, d, id)) {
         operation_abort(c, "agent %s: %s: %.180s", id, op_stage_name(d->stage), d->text);
         return;
     }
-    if (d->code < 0 && d->stage != STAGE_LET_GO) {
+    if (d->code < 0 && op->decided && d->stage != STAGE_LET_GO) {
         core_log(c, CORE_ERROR, "agent %s: %s of operation %llu: %s", id, op_stage_name(d->stage),
                  (unsigned long long)r->op, d->text);
         snprintf(op->why, sizeof(op->why), "committed; the fill after the commit is incomplete: agent %s: %.120s", id,
@@ -238,6 +240,11 @@ void operation_hello(struct coordinator *c, uint32_t peer, const struct msg_hell
         snprintf(m->op_end.why, sizeof(m->op_end.why), "operation %llu has ended", (unsigned long long)hello->op);
     }
     int party = operation_party(c, peer);
+    if (party < 0 && same && c->op.announced) { /* the operation went on without it, and it has not heard of that */
+        struct msg *m = core_send(c, peer, MSG_OP_ABORT);
+        m->op_end.op = hello->op;
+        snprintf(m->op_end.why, sizeof(m->op_end.why), "the operation goes on without it");
+    }
     if (party < 0 || !c->op.announced)
         return;
     /* Who comes back without an operation that is decided, or being so (a re-adopted agent), has its part in the commit,

@@ -7,6 +7,7 @@
 #include "coordinator/core_internal.h"
 
 #define MS                1000000ULL
+#define LEAVE_RETRY_NS    (1000 * MS)  /* after the drain of an agent that stops was aborted */
 #define BACK_GRACE_NS     (5000 * MS)  /* how long to wait for spares enough for the whole strength */
 #define BACK_RETRY_NS     (5000 * MS)  /* after an attempt; doubled each time ... */
 #define BACK_RETRY_MAX_NS (60000 * MS) /* ... up to this */
@@ -100,8 +101,23 @@ static bool leave_clear_way(struct coordinator *c, uint32_t peer)
     return c->op.phase == PHASE_NONE;
 }
 
+/* It still waits for it, as long as its own limit lets it. */
+static void leave_again(struct coordinator *c, const struct op_record *ended)
+{
+    if (ended->kind != OP_SCALE_DOWN || ended->outcome != OUTCOME_ABORTED || !c->op.unattended || c->op.dropped)
+        return;
+    for (uint32_t i = 0; i < ended->n; i++) {
+        struct peer *p = &c->peers[c->op.peer[i]];
+        if (!ended->stays[i] && p->member.incarnation == ended->parties[i].incarnation)
+            p->leaves = true;
+    }
+    c->leave_ns = c->now_ns + LEAVE_RETRY_NS;
+}
+
 static void leave_check(struct coordinator *c)
 {
+    if (c->now_ns < c->leave_ns)
+        return;
     for (uint32_t i = 0; i < c->n_peers; i++) {
         struct peer *p = &c->peers[i];
         if (!p->leaves)
@@ -126,6 +142,7 @@ void upkeep_ended(struct coordinator *c, const struct op_record *ended)
 {
     struct durable *d = &c->durable;
     uint32_t n = c->view ? c->view->n : 0;
+    leave_again(c, ended);
     bool by_operator = ended->kind != OP_REPAIR && !c->op.unattended;
     if (ended->kind == OP_REPAIR) {
         if (n < d->wanted && !c->short_ns)
@@ -135,7 +152,7 @@ void upkeep_ended(struct coordinator *c, const struct op_record *ended)
         return;
     }
     if (ended->outcome == OUTCOME_DONE && n && (by_operator || ended->kind == OP_SCALE_DOWN))
-        d->wanted = n; /* a drained agent was one too many */
+        d->wanted = c->op.left_out ? ended->target : n; /* a drained agent was one too many */
     else if (ended->outcome == OUTCOME_ABORTED && c->op.dropped)
         d->wanted = n; /* the operator does not want it */
     if (n >= d->wanted)
@@ -214,7 +231,9 @@ static void view_end_operation(struct coordinator *c)
     }
 }
 
-static uint32_t view_evict(struct coordinator *c, const char *why)
+static const char given_up[] = "the view was given up, to start anew from the checkpoint";
+
+static uint32_t view_cast_out(struct coordinator *c)
 {
     uint32_t n = 0;
     for (uint32_t i = 0; i < c->n_peers; i++) {
@@ -222,8 +241,9 @@ static uint32_t view_evict(struct coordinator *c, const char *why)
         if (members_rank(c, i) < 0 && !(p->conn && p->holds))
             continue;
         n += !p->gone;
-        members_evict(c, i, why);
-        p->gone = true;
+        if (c->bug == COORDINATOR_BUG_EVICTED_BEFORE_DURABLE)
+            members_evict(c, i, given_up);
+        p->outcast = p->gone = true;
         p->engine = false;
     }
     return n;
@@ -234,7 +254,8 @@ static void view_give_up(struct coordinator *c, const char *why, uint32_t *ret_e
     struct durable *d = &c->durable;
     core_log(c, CORE_ERROR, "the view of epoch %llu is given up: %s", (unsigned long long)c->view->epoch, why);
     view_end_operation(c);
-    *ret_evicted = view_evict(c, "the view was given up, to start anew from the checkpoint");
+    *ret_evicted = view_cast_out(c);
+    c->restarts++;
     if (!d->wanted)
         d->wanted = c->view->n;
     commit_done(&c->commit);
@@ -261,11 +282,11 @@ static void view_give_up(struct coordinator *c, const char *why, uint32_t *ret_e
 void upkeep_restart(struct coordinator *c, uint64_t request, bool force)
 {
     uint32_t evicted;
-    if (!c->view) {
+    if (!c->view && !c->restarts) {
         core_reply(c, request, 0, 0, OUTCOME_DONE, NULL, "there is no view to give up");
         return;
     }
-    if (c->commit.state == COMMIT_DECIDING || c->restart_request) {
+    if (c->commit.state == COMMIT_DECIDING || c->restarts) {
         core_reply(c, request, ERR_CONFLICT, 0, 0, NULL, "a decision is just being written: try again");
         return;
     }
@@ -280,8 +301,19 @@ void upkeep_restart(struct coordinator *c, uint64_t request, bool force)
     c->restart_evicted = evicted;
 }
 
+bool upkeep_gives_up(const struct coordinator *c)
+{
+    return c->restarts > 0;
+}
+
 void upkeep_restarted(struct coordinator *c)
 {
+    c->restarts--;
+    for (uint32_t i = 0; i < c->n_peers; i++) {
+        if (c->peers[i].outcast)
+            members_evict(c, i, given_up);
+        c->peers[i].outcast = false;
+    }
     if (c->restart_request)
         core_reply(c, c->restart_request, 0, 0, OUTCOME_DONE, NULL, "the view is given up; %u agents begin anew",
                    c->restart_evicted);
@@ -313,7 +345,10 @@ void upkeep_check(struct coordinator *c)
 uint64_t upkeep_deadline(const struct coordinator *c)
 {
     uint64_t first = UINT64_MAX;
-    if (c->lost_ns && c->config.restart_after_ms)
+    for (uint32_t i = 0; c->now_ns < c->leave_ns && i < c->n_peers; i++)
+        if (c->peers[i].leaves)
+            first = c->leave_ns;
+    if (c->lost_ns && c->lost_ns + c->config.restart_after_ms * MS < first && c->config.restart_after_ms)
         first = c->lost_ns + c->config.restart_after_ms * MS;
     if (back_is_due(c)) {
         uint64_t due = c->back_ns + c->back_wait_ns;

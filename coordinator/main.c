@@ -35,7 +35,8 @@ struct options {
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
-       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_EVEN_SPLIT, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_TLS_CERT, KEY_TLS_KEY,
+       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_EVEN_SPLIT, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_ON_PREPARE,
+       KEY_ON_DRAIN, KEY_TLS_CERT, KEY_TLS_KEY,
        KEY_TLS_CA, KEY_FORMAT, KEY_METRICS, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
@@ -90,6 +91,13 @@ static double parse_balance(struct argp_state *state, const char *what, const ch
     return balance;
 }
 
+static enum engine_policy parse_policy(struct argp_state *state, const char *what, const char *arg)
+{
+    if (strcmp(arg, "abort") != 0 && strcmp(arg, "continue") != 0)
+        options_error(state, "%s is '%s': it must be abort or continue", what, arg);
+    return strcmp(arg, "continue") == 0 ? ENGINE_CONTINUE : ENGINE_ABORT;
+}
+
 static error_t parse(int key, char *arg, struct argp_state *state)
 {
     struct options *o = state->input;
@@ -129,6 +137,8 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_METRICS: o->metrics = arg; return 0;
     case KEY_FOREGROUND: return 0;
     case KEY_SCALE_BACK: o->core.scale_back = 1; return 0;
+    case KEY_ON_PREPARE: o->core.on_prepare_timeout = parse_policy(state, "--on-prepare-timeout", arg); return 0;
+    case KEY_ON_DRAIN: o->core.on_drain_timeout = parse_policy(state, "--on-drain-timeout", arg); return 0;
     case KEY_COMMIT_BALANCE: o->core.commit_balance = parse_balance(state, "--commit-balance", arg); return 0;
     case KEY_CROSS_COST: o->core.cross_cost = parse_number(state, "--cross-cost", arg, 1, 1000); return 0;
     case KEY_LAMBDA: o->core.lambda = parse_number(state, "--lambda", arg, 0, 0.999); return 0;
@@ -187,6 +197,10 @@ static const struct argp_option fixed[] = {
     {"commit-balance", KEY_COMMIT_BALANCE, "B", 0,
      "a change of ranks commits when the mean load of a rank over the highest would be B; what is still empty is "
      "filled afterwards (0.98)", 0},
+    {"on-prepare-timeout", KEY_ON_PREPARE, "abort|continue", 0,
+     "when an engine has not prepared the next view by --stage-ms: roll back (default), or go on without it", 0},
+    {"on-drain-timeout", KEY_ON_DRAIN, "abort|continue", 0,
+     "when a leaving engine is not drained by --drain-ms: roll back, or go on without what it has not finished (default)", 0},
     {"scale-back", KEY_SCALE_BACK, 0, 0,
      "after a repair, scale back by itself to the ranks that were asked for, as soon as agents are spare", 0},
     {"cross-cost", KEY_CROSS_COST, "X", 0,

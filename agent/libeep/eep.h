@@ -49,7 +49,8 @@ enum eep_event_kind {
     EEP_EVENT_REGIONS = 1, /* the weights are allocated and mapped: eep_model_get, eep_tensor_get, eep_maps_get work
                               from now on; contents are valid only in slots that the maps of a committed view name */
     EEP_EVENT_LOAD,        /* cold start of an engine that seals its own layout: allocate, fill load_map's slots, eep_seal */
-    EEP_EVENT_PREPARE,     /* build communicators for `view` in the background; answer eep_prepared(op, attempt) */
+    EEP_EVENT_PREPARE,     /* build communicators for `view` in the background; answer eep_prepared(op, attempt) within
+                              deadline_ms, with an error if a peer has not come: who says nothing is the one to blame */
     EEP_EVENT_ABORT,       /* drop what was prepared for `op` */
     EEP_EVENT_DRAIN,       /* finish or hand back requests within deadline_ms; answer eep_drained */
     EEP_EVENT_REVOKE,      /* a member of the view is gone: abort the communicators, leave the step, call eep_step_failed.

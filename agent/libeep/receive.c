@@ -202,7 +202,8 @@ static int on_prepare(struct eep *eep, const Eep__Engine__Prepare *m, struct err
         (void)rc; /* if that fails, the connection is at its end, and poll says so */
     } else {
         say(eep, (struct eep_event){
-                     .kind = EEP_EVENT_PREPARE, .op = m->op, .attempt = m->attempt, .view = &view->pub});
+                     .kind = EEP_EVENT_PREPARE, .op = m->op, .attempt = m->attempt, .view = &view->pub,
+                     .deadline_ms = m->has_deadline_ms ? m->deadline_ms : UINT32_MAX});
     }
     view_release(view);
     return 0;

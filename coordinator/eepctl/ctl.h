@@ -110,13 +110,17 @@ void ctl_sleep_ms(unsigned ms);
 
 /* ---- scaling (scale.c), for scale, drain and rebalance ---- */
 struct scale_options {
-    bool has_target, dry_run, no_wait, drain, rebalance;
+    bool has_target, dry_run, no_wait, drain, rebalance, engine_abort, engine_continue;
     uint32_t target, wait_agents_ms, timeout_ms, deadline_ms, mib_s;
     const char *key;
     const char *remove[256];
     size_t n_remove;
 };
 extern const struct argp scale_common_argp; /* input: struct scale_options */
+/* Of a command that changes the ranks: the common options and what to do about engines that do not answer. */
+#define SCALE_OPTIONS_MAX 16
+size_t scale_options_all(const struct argp_option *more, struct argp_option *ret_all); /* [SCALE_OPTIONS_MAX] */
+error_t scale_engine_parse(int key, char *arg, struct argp_state *state);
 int scale_run(struct ctl *ctl, struct scale_options *options);
 
 #endif

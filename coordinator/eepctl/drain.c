@@ -14,15 +14,17 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         argp_error(state, "which agent? `eepctl agents` lists them");
         return 0;
     default:
-        return scale_common_argp.parser(key, arg, state);
+        return scale_engine_parse(key, arg, state);
     }
 }
 
 int cmd_drain(struct ctl *ctl, int argc, char **argv)
 {
     struct scale_options options = {0};
+    struct argp_option all[SCALE_OPTIONS_MAX];
+    (void)scale_options_all(NULL, all);
     const struct argp argp = {
-        .options = scale_common_argp.options,
+        .options = all,
         .parser = parse,
         .args_doc = "AGENT",
         .doc = "Takes an agent out of the view while requests are served: its experts move to the others first, its "

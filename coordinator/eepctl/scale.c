@@ -10,7 +10,17 @@
 
 #define WAIT_AGENTS_DEFAULT_MS 600000
 
-enum { KEY_TO = 256, KEY_REMOVE, KEY_WAIT_AGENTS, KEY_DRY_RUN, KEY_NO_WAIT, KEY_TIMEOUT, KEY_DEADLINE, KEY_ID };
+enum {
+    KEY_TO = 256,
+    KEY_REMOVE,
+    KEY_WAIT_AGENTS,
+    KEY_DRY_RUN,
+    KEY_NO_WAIT,
+    KEY_TIMEOUT,
+    KEY_DEADLINE,
+    KEY_ID,
+    KEY_ENGINE
+};
 
 static const struct argp_option common_options[] = {
     {"dry-run", KEY_DRY_RUN, 0, 0, "show the plan and change nothing", 0},
@@ -50,6 +60,38 @@ static error_t common_parse(int key, char *arg, struct argp_state *state)
 
 const struct argp scale_common_argp = {.options = common_options, .parser = common_parse};
 
+/* Of a scale and of a drain; a rebalance asks no engine for anything. */
+static const struct argp_option engine_options[] = {
+    {"on-engine-timeout", KEY_ENGINE, "abort|continue", 0,
+     "when an engine has not prepared or is not drained by its deadline: roll back, or go on without it (default: as "
+     "eep-coordinator --on-prepare-timeout and --on-drain-timeout say)",
+     0},
+    {0},
+};
+
+error_t scale_engine_parse(int key, char *arg, struct argp_state *state)
+{
+    struct scale_options *o = state->input;
+    if (key != KEY_ENGINE)
+        return common_parse(key, arg, state);
+    o->engine_continue = strcmp(arg, "continue") == 0;
+    o->engine_abort = strcmp(arg, "abort") == 0;
+    if (!o->engine_continue && !o->engine_abort)
+        argp_error(state, "--on-engine-timeout is '%s': it must be abort or continue", arg);
+    return 0;
+}
+
+size_t scale_options_all(const struct argp_option *more, struct argp_option *ret_all)
+{
+    const struct argp_option *parts[] = {more, common_options, engine_options};
+    size_t n = 0;
+    for (size_t p = 0; p < sizeof parts / sizeof parts[0]; p++)
+        for (const struct argp_option *o = parts[p]; o && o->name; o++)
+            ret_all[n++] = *o;
+    ret_all[n] = (struct argp_option){0};
+    return n;
+}
+
 static const struct argp_option scale_only_options[] = {
     {"to", KEY_TO, "N", 0, "ranks wanted", -1},
     {"remove", KEY_REMOVE, "AGENT", 0, "an agent that shall leave (repeatable)", -1},
@@ -79,7 +121,7 @@ static error_t scale_parse(int key, char *arg, struct argp_state *state)
             argp_error(state, "--to N says how many ranks are wanted");
         return 0;
     default:
-        return common_parse(key, arg, state);
+        return scale_engine_parse(key, arg, state);
     }
 }
 
@@ -102,7 +144,8 @@ static int scale_call(struct ctl *ctl, const Pb__ScaleRequest *request, Pb__Scal
     }
 }
 
-/* A drain that may wait (it has made its key itself, so that no conflict is about that) waits for what is in its way. */
+/* A drain that may wait (it has made its key itself, so that no conflict is about that) waits for what is in its way.
+ */
 static int scale_accepted(struct ctl *ctl, const struct scale_options *o, bool own_key, const Pb__ScaleRequest *request,
                           Pb__ScaleReply **ret_reply, struct err *err)
 {
@@ -159,6 +202,9 @@ int scale_run(struct ctl *ctl, struct scale_options *o)
     request.has_mib_s = o->mib_s != 0;
     request.mib_s = o->mib_s;
     request.has_drain = request.drain = o->drain;
+    request.has_on_engine_timeout = o->engine_abort || o->engine_continue;
+    request.on_engine_timeout =
+        o->engine_continue ? PB__SCALE_REQUEST__ENGINE_TIMEOUT__CONTINUE : PB__SCALE_REQUEST__ENGINE_TIMEOUT__ABORT;
     if (scale_accepted(ctl, o, own_key, &request, &reply, &err) < 0)
         return ctl_fail(&err);
 
@@ -194,12 +240,8 @@ int scale_run(struct ctl *ctl, struct scale_options *o)
 int cmd_scale(struct ctl *ctl, int argc, char **argv)
 {
     struct scale_options options = {0};
-    const struct argp_option *parts[] = {scale_only_options, common_options};
-    struct argp_option all[16] = {0};
-    size_t n = 0;
-    for (size_t p = 0; p < 2; p++)
-        for (const struct argp_option *o = parts[p]; o->name; o++)
-            all[n++] = *o;
+    struct argp_option all[SCALE_OPTIONS_MAX];
+    (void)scale_options_all(scale_only_options, all);
     const struct argp argp = {
         .options = all,
         .parser = scale_parse,

@@ -24,7 +24,7 @@ struct engine_options {
     bool fused;
     enum eep_dispatch dispatch;
     uint32_t step_ms, busy_us, stall_ms, attach_ms;
-    bool mute_prepare, mute_drain; /* never answered */
+    bool mute_prepare, mute_prepare_again, mute_drain; /* never answered; again: but for the first time */
     uint32_t max_batch, prefill;
     uint64_t kv_bytes;
     enum log_level log_level;
@@ -54,6 +54,7 @@ struct engine {
     int32_t rank;       /* in the view in use; -1 = in none */
     bool view_draining; /* the view says that we drain */
     bool drained_said;
+    bool asked_to_prepare; /* once at least; of the thread that events come on */
 
     pthread_mutex_t lock;
     pthread_cond_t changed;

@@ -71,8 +71,9 @@ void engine_event(void *user, const struct eep_event *event)
               (unsigned long long)event->op, (unsigned long long)event->attempt, (unsigned long long)event->epoch,
               event->text ? event->text : "");
     if (event->kind == EEP_EVENT_PREPARE) {
-        if (!e->options.mute_prepare)
+        if (!e->options.mute_prepare && !(e->options.mute_prepare_again && e->asked_to_prepare))
             prepare_start(e, event);
+        e->asked_to_prepare = true;
     } else if (event->kind == EEP_EVENT_ABORT) {
         prepare_drop(e, event->op, true);
         mesh_lot_drop(e->lot, event->op);

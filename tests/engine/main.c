@@ -40,7 +40,7 @@ static const struct argp_option option_table[] = {
      "a step that waits longer for a peer, unrevoked, ends the engine (default 45000: an "
      "agent may hold its engine for 30 s)",
      0},
-    {"mute", KEY_MUTE, "prepare|drain", 0, "never answer that (for tests)", 0},
+    {"mute", KEY_MUTE, "prepare|prepare-again|drain", 0, "never answer that, or not but the first time (for tests)", 0},
     {"attach-ms", KEY_ATTACH, "MS", 0, "how long to try to attach (default 10000)", 0},
     {"max-batch", KEY_BATCH, "N", 0, "sequences at once, at most 256 (default 8)", 0},
     {"prefill", KEY_PREFILL, "N", 0, "tokens of one prompt per step (default 16)", 0},
@@ -86,9 +86,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         o->busy_us = (uint32_t)options_number(state, "--busy-us", arg, 0, 10000000);
         return 0;
     case KEY_MUTE:
-        if (strcmp(arg, "prepare") != 0 && strcmp(arg, "drain") != 0)
-            argp_error(state, "--mute is '%s': it must be prepare or drain", arg);
+        if (strcmp(arg, "prepare") != 0 && strcmp(arg, "prepare-again") != 0 && strcmp(arg, "drain") != 0)
+            argp_error(state, "--mute is '%s': it must be prepare, prepare-again or drain", arg);
         o->mute_prepare |= strcmp(arg, "prepare") == 0;
+        o->mute_prepare_again |= strcmp(arg, "prepare-again") == 0;
         o->mute_drain |= strcmp(arg, "drain") == 0;
         return 0;
     case KEY_STALL:

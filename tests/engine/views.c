@@ -20,6 +20,7 @@ struct prepare {
     struct prepare *previous; /* joined and freed by this one's thread */
     pthread_t thread;
     uint64_t op, attempt;
+    uint32_t limit_ms;
     struct mesh_peer *peers; /* [n], owned */
     uint32_t n;
     int32_t self;
@@ -85,7 +86,7 @@ static void *prepare_main(void *user)
                                .peers = p->peers,
                                .n = p->n,
                                .self = (uint32_t)p->self,
-                               .limit_ms = e->options.stall_ms,
+                               .limit_ms = p->limit_ms,
                                .cancelled = prepare_cancelled,
                                .user = p};
     int rc = p->self < 0 ? 0 : mesh_build(&build, &mesh, &err);
@@ -116,6 +117,8 @@ void prepare_start(struct engine *e, const struct eep_event *event)
     *p = (struct prepare){.engine = e,
                           .op = event->op,
                           .attempt = event->attempt,
+                          .limit_ms =
+                              e->options.stall_ms < event->deadline_ms ? e->options.stall_ms : event->deadline_ms,
                           .peers = peers,
                           .n = event->view->n,
                           .self = event->view->rank};

@@ -5,7 +5,7 @@
  *     kill-before, kill-after   the process is killed before, or after, the call
  *     short                     half the bytes are written, and that is said
  *     torn                      half the bytes are written, then the process is killed
- *     enospc, eio               the call fails; so do all later ones
+ *     enospc, eio, erofs        the call fails; so do all later ones
  *     stall                     the call does not return; nor do later ones */
 #include <dlfcn.h>
 #include <errno.h>
@@ -33,6 +33,12 @@ static void fault_read(void)
         abort();
 }
 
+/* 0: this is no failure of the call. */
+static int error_of(const char *what)
+{
+    return strcmp(what, "enospc") == 0 ? ENOSPC : strcmp(what, "eio") == 0 ? EIO : strcmp(what, "erofs") == 0 ? EROFS : 0;
+}
+
 /* "" = go on as usual. */
 static const char *fault_of(int fd, const char *call)
 {
@@ -49,7 +55,7 @@ static const char *fault_of(int fd, const char *call)
     if (!strstr(path, fault.file)) /* also while it is made, under another name */
         return "";
     unsigned now = __atomic_add_fetch(&calls, 1, __ATOMIC_SEQ_CST);
-    bool stays = strcmp(fault.what, "enospc") == 0 || strcmp(fault.what, "eio") == 0 || strcmp(fault.what, "stall") == 0;
+    bool stays = error_of(fault.what) || strcmp(fault.what, "stall") == 0;
     return now == fault.n || (stays && now > fault.n) ? fault.what : "";
 }
 
@@ -66,8 +72,8 @@ static bool fails(const char *what)
         die();
     while (strcmp(what, "stall") == 0)
         pause();
-    errno = strcmp(what, "enospc") == 0 ? ENOSPC : EIO;
-    return strcmp(what, "enospc") == 0 || strcmp(what, "eio") == 0;
+    errno = error_of(what);
+    return errno != 0;
 }
 
 ssize_t pwrite(int fd, const void *data, size_t len, off_t at);

@@ -36,7 +36,7 @@ bool supervisor_look(struct supervisor *s, struct look *ret)
 {
     *ret = (struct look){.all_connected = true};
     memset(ret->rank, -1, sizeof ret->rank);
-    if (!look_status(s, ret) || cluster_ctl(s->cluster, s->out, sizeof s->out, "-o", "json", "agents", NULL) != 0)
+    if (cluster_ctl(s->cluster, s->out, sizeof s->out, "-o", "json", "agents", NULL) != 0)
         return false;
     json_t *all = json_loads(s->out, JSON_DISABLE_EOF_CHECK, NULL), *agent;
     size_t i;
@@ -52,7 +52,7 @@ bool supervisor_look(struct supervisor *s, struct look *ret)
         ret->attached += there && json_is_true(json_object_get(agent, "engine"));
     }
     json_decref(all);
-    return true;
+    return look_status(s, ret); /* later: what an agent that is back has changed is in it */
 }
 
 long supervisor_completed(struct supervisor *s)

@@ -31,7 +31,7 @@ void supervisor_end(struct supervisor *s);
 /* `eepctl scale --to`, tried again while a repair is under way or the coordinator is away; supervises meanwhile. */
 void supervisor_scale(struct supervisor *s, const char *to);
 long supervisor_completed(struct supervisor *s); /* requests, by the feeder's status file; -1: there is none */
-void supervisor_progress(struct supervisor *s);  /* until one more is completed */
+void supervisor_progress(struct supervisor *s);  /* until one more is completed; supervises meanwhile */
 /* Waits for a command that was started as `name`, supervising; its exit code.  What it said is in s->out. */
 int supervisor_wait(struct supervisor *s, pid_t *pid, const char *name);
 /* What a sanitizer or an assertion has said in the logs. */

@@ -62,6 +62,39 @@ START_TEST(one_operation_at_a_time_and_ctrl_c_detaches)
 }
 END_TEST
 
+/* What a script does that is started twice, or that has no time. */
+START_TEST(an_operation_can_be_joined_by_its_id_and_waited_for_in_vain)
+{
+    struct cluster c;
+    itest_start(&c, (struct cluster_options){.agents = 3, .loaders = 3, .step_ms = 2});
+    CTL(&c, 0, "scale", "--to", "2");
+    kill(c.agent[2], SIGSTOP);
+    CTL(&c, 5, "scale", "--to", "3", "--operation-id", "night", "--timeout", "0.3");
+    CTL_SAYS("stopped waiting");
+    CTL(&c, 7, "scale", "--to", "2", "--operation-id", "night");
+    CTL_SAYS("belongs to operation 2, a scale to 3");
+    CTL(&c, 5, "scale", "--to", "3", "--operation-id", "night", "--timeout", "0.3"); /* the same one, still running */
+    CTL(&c, 5, "watch", "2", "--timeout", "0.3");
+    kill(c.agent[2], SIGCONT);
+    CTL(&c, 0, "scale", "--to", "3", "--operation-id", "night");
+    CTL(&c, 0, "scale", "--to", "3", "--operation-id", "night"); /* it has ended */
+    CTL_SAYS("operation 2");
+    cluster_signal(&c.coordinator, SIGKILL);
+    cluster_coordinator_start(&c);
+    cluster_wait_agents(&c, 3, 10000);
+    CTL(&c, 0, "scale", "--to", "3", "--operation-id", "night"); /* known by the journal */
+    CTL_SAYS("operation 2");
+    CTL(&c, 7, "scale", "--to", "2", "--operation-id", "night");
+    kill(c.agent[1], SIGSTOP);
+    CTL(&c, 6, "scale", "--to", "2", "--deadline", "0.3");
+    CTL_SAYS("its time-out passed in ");
+    kill(c.agent[1], SIGCONT);
+    ck_assert_int_eq(itest_ranks(&c), 3);
+    CTL(&c, 0, "history");
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
 START_TEST(the_store)
 {
     struct cluster c;
@@ -277,6 +310,7 @@ static void add(TCase *t)
 {
     tcase_add_test(t, wrong_use_gets_a_sentence_and_its_exit_code);
     tcase_add_test(t, one_operation_at_a_time_and_ctrl_c_detaches);
+    tcase_add_test(t, an_operation_can_be_joined_by_its_id_and_waited_for_in_vain);
     tcase_add_test(t, the_store);
     tcase_add_test(t, json_has_the_keys_that_are_documented);
     tcase_add_test(t, colours_and_watching);

@@ -72,6 +72,31 @@ START_TEST(an_agent_that_dies_while_serving_is_repaired_away)
 }
 END_TEST
 
+/* With no step running: no engine notices, and the coordinator does. */
+START_TEST(an_agent_that_dies_while_nothing_is_served_is_repaired_away)
+{
+    struct cluster c;
+    itest_start(&c, (struct cluster_options){.agents = 4, .loaders = 4, .step_ms = 5});
+    CTL(&c, 0, "scale", "--to", "4");
+    cluster_sleep_ms(500);
+    cluster_signal(&c.agent[0], SIGKILL);
+    cluster_signal(&c.engine[0], SIGKILL);
+    itest_wait_ranks(&c, 3, 20000);
+    cluster_signal(&c.engine[1], SIGKILL);
+    itest_wait_ranks(&c, 2, 20000);
+    cluster_sleep_ms(500); /* that agent begins anew */
+    cluster_agent_start(&c, 0);
+    cluster_engine_start(&c, 0);
+    cluster_engine_start(&c, 1);
+    CTL(&c, 0, "scale", "--to", "4", "--wait-for-agents=20");
+    CTL(&c, 0, "verify");
+    itest_feed(&c, "8");
+    cluster_sleep_ms(500);
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
 /* On two ranks no expert has a second copy: the view waits for the engine, and goes on when it attaches again. */
 START_TEST(an_engine_without_copies_elsewhere_is_waited_for)
 {
@@ -126,6 +151,7 @@ static void add(TCase *t)
     tcase_add_test(t, a_joiner_that_dies_aborts_the_operation_only);
     tcase_add_test(t, an_engine_that_dies_while_serving_is_repaired_away);
     tcase_add_test(t, an_agent_that_dies_while_serving_is_repaired_away);
+    tcase_add_test(t, an_agent_that_dies_while_nothing_is_served_is_repaired_away);
     tcase_add_test(t, an_engine_without_copies_elsewhere_is_waited_for);
     tcase_add_test(t, the_coordinator_may_die_and_nobody_notices);
 }

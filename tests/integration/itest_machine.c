@@ -1,6 +1,11 @@
-/* Trouble of the machine, with the real daemons under load: a disk under the coordinator's journal that is full, or fails; a
- * wall clock that steps; no memory on the rank that joins; a plan that takes longer than a lease. */
+/* Trouble of the machine, with the real daemons under load: a disk under the coordinator's journal that is full, fails, or
+ * is read-only; a wall clock that steps; no memory on the rank that joins; a plan that takes longer than a lease; a
+ * supervisor's watchdog. */
+#include <sched.h>
+#include <sys/mount.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 
 #include "tests/harness/supervisor.h"
 #include "tests/integration/itest.h"
@@ -24,6 +29,8 @@ static void preload_end(void)
 /* At the n-th write of the journal after its start.  A decision that could not be written is none. */
 START_TEST(a_coordinator_whose_disk_is_full_ends_and_recovers)
 {
+    static const struct { const char *what, *says; } faults[] = {
+        {"eio", "Input/output error"}, {"enospc", "No space left on device"}, {"erofs", "Read-only file system"}};
     struct cluster c;
     char fault[64], *text;
     int failed = 0;
@@ -34,7 +41,7 @@ START_TEST(a_coordinator_whose_disk_is_full_ends_and_recovers)
         int to = itest_ranks(&c) == 2 ? 3 : 2;
         cluster_signal(&c.coordinator, SIGTERM);
         ck_assert_int_eq(cluster_wait(&c.coordinator, 10000), 0);
-        snprintf(fault, sizeof fault, "journal.mdb:%s:%d:%s", n % 2 ? "write" : "sync", n, n % 3 ? "enospc" : "eio");
+        snprintf(fault, sizeof fault, "journal.mdb:%s:%d:%s", n % 2 ? "write" : "sync", n, faults[n % 3].what);
         preload(&c, "fault_disk.so", "EEP_FAULT", fault);
         ck_assert_int_eq(cluster_coordinator_start(&c), 0);
         preload_end();
@@ -58,7 +65,7 @@ START_TEST(a_coordinator_whose_disk_is_full_ends_and_recovers)
             failed++;
             ck_assert_int_eq(status, 1);
             text = cluster_read(&c, "coordinator.log");
-            ck_assert_msg(strstr(text, n % 3 ? "No space left on device" : "Input/output error"), "%s", text);
+            ck_assert_msg(strstr(text, faults[n % 3].says), "%s", text);
             free(text);
             ck_assert_int_eq(cluster_coordinator_start(&c), 0);
             code = code < 0 ? cluster_wait(&scale, 30000) : code;
@@ -72,6 +79,84 @@ START_TEST(a_coordinator_whose_disk_is_full_ends_and_recovers)
     itest_fed(&c);
     if (!c.coordinator || kill(c.coordinator, 0) != 0)
         ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+/* Where it stays so: the coordinator says it and ends, everybody else serves on. */
+START_TEST(a_coordinator_on_a_read_only_disk_does_not_start)
+{
+    struct cluster c;
+    char path[256];
+    if (geteuid() != 0 || unshare(CLONE_NEWNS) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0) {
+        puts("a read-only disk was not tested: that needs root");
+        return;
+    }
+    itest_start(&c, (struct cluster_options){.agents = 2, .loaders = 2, .step_ms = 5});
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    cluster_signal(&c.coordinator, SIGKILL);
+    snprintf(path, sizeof path, "%s/state", c.dir);
+    ck_assert_int_eq(mount(path, path, NULL, MS_BIND, NULL), 0);
+    ck_assert_int_eq(mount(NULL, path, NULL, MS_REMOUNT | MS_BIND | MS_RDONLY, NULL), 0);
+    (void)cluster_coordinator_start(&c);
+    if (c.coordinator)
+        ck_assert_int_eq(cluster_wait(&c.coordinator, 5000), 1);
+    char *text = cluster_read(&c, "coordinator.log");
+    ck_assert_msg(strstr(text, "Read-only file system"), "%s", text);
+    free(text);
+    cluster_sleep_ms(500);
+    ck_assert_int_eq(umount(path), 0);
+    ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+    ck_assert_int_eq(cluster_wait_agents(&c, 2, 20000), 0);
+    ck_assert_int_eq(itest_ranks(&c), 2);
+    CTL(&c, 0, "history");
+    ck_assert_msg(!strstr(ctl_out, "repair"), "%s", ctl_out);
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
+/* How many of these come within so long. */
+static int pings(int fd, int ms)
+{
+    char text[512];
+    int n = 0;
+    for (uint64_t end = cluster_now_ms() + (uint64_t)ms; cluster_now_ms() < end; cluster_sleep_ms(10))
+        for (ssize_t got; (got = recv(fd, text, sizeof text - 1, MSG_DONTWAIT)) >= 0;) {
+            text[got] = '\0';
+            n += strstr(text, "WATCHDOG=1") != NULL;
+        }
+    return n;
+}
+
+/* systemd kills and restarts who does not say in time that its loop turns. */
+START_TEST(the_watchdog_is_fed_by_a_loop_that_turns_only)
+{
+    struct cluster c;
+    struct sockaddr_un un = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    snprintf(un.sun_path, sizeof un.sun_path, "/tmp/eep-notify-%d", (int)getpid());
+    unlink(un.sun_path);
+    ck_assert_int_eq(bind(fd, (struct sockaddr *)&un, sizeof un), 0);
+    setenv("NOTIFY_SOCKET", un.sun_path, 1);
+    setenv("WATCHDOG_USEC", "400000", 1);
+    itest_start(&c, (struct cluster_options){.agents = 1, .loaders = 1, .step_ms = 5});
+    unsetenv("NOTIFY_SOCKET");
+    unsetenv("WATCHDOG_USEC");
+    (void)pings(fd, 200);
+    ck_assert_int_ge(pings(fd, 1200), 4); /* of both daemons, each at half the time */
+    kill(c.agent[0], SIGSTOP);
+    (void)pings(fd, 100);
+    ck_assert_int_ge(pings(fd, 1200), 2);
+    kill(c.coordinator, SIGSTOP);
+    (void)pings(fd, 100);
+    ck_assert_int_eq(pings(fd, 1200), 0);
+    kill(c.coordinator, SIGCONT);
+    kill(c.agent[0], SIGCONT);
+    ck_assert_int_ge(pings(fd, 1200), 4);
+    close(fd);
+    unlink(un.sun_path);
     ck_assert_int_eq(cluster_stop(&c, false), 0);
 }
 END_TEST
@@ -203,6 +288,8 @@ END_TEST
 static void add(TCase *t)
 {
     tcase_add_test(t, a_coordinator_whose_disk_is_full_ends_and_recovers);
+    tcase_add_test(t, a_coordinator_on_a_read_only_disk_does_not_start);
+    tcase_add_test(t, the_watchdog_is_fed_by_a_loop_that_turns_only);
     tcase_add_test(t, a_clock_that_steps_is_noticed_by_nobody);
     tcase_add_test(t, a_plan_that_takes_long_holds_up_nobody);
     tcase_add_test(t, a_new_rank_without_memory_aborts_the_operation_only);

@@ -2,10 +2,12 @@
  *
  *     itest_matrix [--all | --only TEXT] [--keep]
  *
- * A cell is (role, state, event, victim, fault): a scale operation runs, and at the very moment at which the agent of
- * that role makes that transition, the victim - that agent, its engine, or the coordinator - is killed (SIGKILL), or
- * stopped (SIGSTOP) for twice the lease.  The cells are made from the transition tables (agent/machines.c).  A cell
- * whose transition never comes fails, unless it is listed below as one that these operations do not have.
+ * A cell is (operation, role, state, event, victim, fault): a scale, drain or rebalance runs, and at the very moment at
+ * which the agent of that role makes that transition, the victim - that agent, its engine, or the coordinator - is
+ * killed (SIGKILL), or stopped (SIGSTOP) for twice the lease.  The edges to ABORTED are cells like the others: the
+ * agent is stopped as it enters the state, `eepctl abort` is given, and the fault comes when it goes on and rolls back.
+ * The cells are made from the transition tables (agent/machines.c).  A cell whose transition never comes fails, unless
+ * it is listed below as one that these operations do not have.
  *
  * After each cell: the command has ended, with 0 or 6 (with 6 it has named the agent and the phase, if that was killed
  * before the decision); everybody is there again; requests are answered; every byte is right; the next scale is done.
@@ -19,60 +21,31 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "agent/machines.h"
 #include "tests/harness/supervisor.h"
+#include "tests/integration/matrix_cells.h"
 
-#define AGENTS    4
-#define LEASE_MS  800
-#define CELLS_MAX 512
-#define TRIES     12
-#define SAMPLE    23 /* without --all: one cell in so many */
+#define LEASE_MS 800
+#define TRIES    12
+#define SAMPLE   37 /* without --all: one cell in so many */
 
-enum victim { VICTIM_AGENT, VICTIM_ENGINE, VICTIM_COORDINATOR, VICTIMS };
-static const char *const victim_names[] = {"agent", "engine", "coordinator"};
-
-struct cell {
-    enum op_role role;
-    enum machine_state from, to;
-    enum machine_event event; /* ME_EVENTS: the machine is entered */
-    enum victim victim;
-    bool stop;  /* SIGSTOP, else SIGKILL */
-    bool tight; /* needs ranks so full that experts move before a scale-down */
-};
-
-/* Transitions that no operation of this test makes. */
-static const struct {
-    enum op_role role;
-    enum machine_state from;
-    enum machine_event event;
-    const char *why;
-} absent[] = {
-    {ROLE_REMAINING, MS_PREPARE, ME_KV_DONE, "a scale-down does not ask for the size of the KV cache"},
-    {ROLE_REMAINING, MS_EPLB_RESHUFFLE, ME_KV_DONE, "the same"},
-    {ROLE_REMAINING, MS_SWITCH_AND_PREPARE, ME_ENGINE_PREPARE,
-     "a second attempt, after an engine that had prepared died"},
-    {ROLE_REMAINING, MS_PREPARE, ME_END, "only a rebalance ends without a commit, and none runs here"},
-    {ROLE_REMAINING, MS_EPLB_RESHUFFLE, ME_END, "the same"},
-    {ROLE_REMOVING, MS_EPLB_RESHUFFLE, ME_END, "only when letting go takes longer than its deadline"},
+/* What was seen, for the table at the end. */
+struct figures {
+    unsigned n, done;
+    unsigned ended_ms[CELLS_MAX], whole_ms[CELLS_MAX];
 };
 
 struct matrix {
     struct cluster c;
     struct supervisor s;
-    struct cell cells[CELLS_MAX];
-    unsigned n, ran, done, aborted, missing, rotate;
-    bool keep, tight;
+    struct cells cells;
+    unsigned ran, done, aborted, missing, rotate;
+    bool keep;
+    enum world world;
+    struct figures figures[VICTIMS][2];
     char story[256];
     int coordinator_fds;
     long coordinator_rss;
 };
-
-static const char *role_name(enum op_role role)
-{
-    static const char *const names[] = {
-        [ROLE_EXISTING] = "existing", [ROLE_NEW] = "new", [ROLE_REMAINING] = "remaining", [ROLE_REMOVING] = "removing"};
-    return names[role];
-}
 
 static void matrix_failed(void *user, const char *text) __attribute__((noreturn));
 static void matrix_failed(void *user, const char *text)
@@ -87,71 +60,31 @@ static void matrix_failed(void *user, const char *text)
     exit(1);
 }
 
-/* ---- the cells ---- */
-
-static bool edge_is_absent(enum op_role role, enum machine_state from, enum machine_event event)
-{
-    for (size_t i = 0; i < sizeof absent / sizeof absent[0]; i++)
-        if (absent[i].why && absent[i].role == role && absent[i].from == from && absent[i].event == event)
-            return true;
-    return false;
-}
-
-static void cells_add(struct matrix *x, enum op_role role, enum machine_state from, enum machine_event event,
-                      enum machine_state to)
-{
-    bool down = role == ROLE_REMAINING || role == ROLE_REMOVING;
-    bool tight = down && (event == ME_RESHUFFLE || (from == MS_EPLB_RESHUFFLE && event != ME_LET_GO));
-    for (int k = 0; k < 2 * VICTIMS && x->n < CELLS_MAX; k++)
-        x->cells[x->n++] = (struct cell){.role = role,
-                                         .from = from,
-                                         .to = to,
-                                         .event = event,
-                                         .victim = (enum victim)(k / 2),
-                                         .stop = k % 2,
-                                         .tight = tight};
-}
-
-static void cells_make(struct matrix *x)
-{
-    for (int role = ROLE_EXISTING; role <= ROLE_REMOVING; role++) {
-        cells_add(x, (enum op_role)role, MS_NONE, ME_EVENTS, machine_start((enum op_role)role));
-        for (int from = MS_NONE + 1; from < MS_STATES; from++)
-            for (int event = 0; event < ME_EVENTS; event++) {
-                enum machine_state to =
-                    machine_next((enum op_role)role, (enum machine_state)from, (enum machine_event)event);
-                if (to == MS_NONE || event == ME_ABORT ||
-                    edge_is_absent((enum op_role)role, (enum machine_state)from, (enum machine_event)event))
-                    continue;
-                cells_add(x, (enum op_role)role, (enum machine_state)from, (enum machine_event)event, to);
-            }
-    }
-}
-
-static void cell_text(const struct cell *e, char *text, size_t size)
-{
-    snprintf(text, size, "%-9s %s --%s--> %s, %s %s", role_name(e->role), machine_state_name(e->from),
-             machine_event_name(e->event), machine_state_name(e->to), e->stop ? "stop" : "kill",
-             victim_names[e->victim]);
-}
-
-/* Certainly before the decision: the coordinator has not heard yet that every engine is prepared. */
-static bool cell_undecided(const struct cell *e)
-{
-    bool preparing = e->event == ME_ENGINE_PREPARE;
-    bool after = e->event == ME_FLIPPED || e->event == ME_LET_GO || e->event == ME_END;
-    bool up = e->role == ROLE_EXISTING || e->role == ROLE_NEW;
-    return !preparing && !after && !(up && e->from == MS_EPLB_RESHUFFLE) &&
-           !(e->role == ROLE_EXISTING && e->from == MS_SWITCH_AND_PREPARE);
-}
-
 /* ---- one cell ---- */
+
+/* Ranks before the operation, and after it. */
+static unsigned cell_before(const struct cell *e)
+{
+    bool up = e->role == ROLE_EXISTING || e->role == ROLE_NEW;
+    bool full = !up && !(e->kind == KIND_DRAIN && e->world == WORLD_TIGHT); /* there a drain of four moves nothing */
+    return full ? AGENTS : e->world == WORLD_ROOMY || !up ? 3 : 2;
+}
+
+static unsigned cell_after_ranks(const struct cell *e)
+{
+    bool up = e->role == ROLE_EXISTING || e->role == ROLE_NEW;
+    return e->kind == KIND_REBALANCE ? AGENTS
+           : e->kind == KIND_DRAIN   ? cell_before(e) - 1
+           : up                      ? AGENTS
+           : e->world == WORLD_ROOMY ? 3
+                                     : 2;
+}
 
 /* Who plays the part: ranks in turn, the first one included.  *ret_leavers: those who shall go in a scale-down. */
 static int cell_actor(struct matrix *x, const struct cell *e, const struct look *look, int ret_leavers[2])
 {
-    unsigned small = x->tight ? 2 : 3, n = look->ranks;
-    int rank = (int)(x->rotate++ % n), actor = -1, k = 0;
+    unsigned n = look->ranks;
+    int rank = (int)(x->rotate++ % n), actor = -1, k = 0, leave = (int)n - (int)cell_after_ranks(e);
     for (int i = 0; i < AGENTS; i++)
         if (e->role == ROLE_NEW ? look->rank[i] < 0 : look->rank[i] == rank)
             actor = i;
@@ -159,8 +92,8 @@ static int cell_actor(struct matrix *x, const struct cell *e, const struct look 
         matrix_failed(x, "nobody can play the part");
     if (e->role == ROLE_REMOVING)
         ret_leavers[k++] = actor;
-    for (int i = AGENTS - 1; i >= 0 && k < AGENTS - (int)small; i--)
-        if (i != actor)
+    for (int i = AGENTS - 1; i >= 0 && k < leave; i--)
+        if (i != actor && look->rank[i] >= 0)
             ret_leavers[k++] = i;
     return actor;
 }
@@ -212,6 +145,23 @@ static void cell_after(struct matrix *x, const struct cell *e, int actor)
     kill(*pid, SIGCONT);
 }
 
+/* "... in GROUP: ..." */
+static bool names_a_phase(const char *text)
+{
+    static const char *const phases[] = {"PENDING", "ALLOCATE", "GROUP_ID", "GROUP", "MAPPING",        "WEIGHTS", "KV",
+                                         "RETIRE",  "GRACE",    "FILL",     "DRAIN", "ENGINE_PREPARE", "PROMISE"};
+    char word[32];
+    for (size_t i = 0; i < sizeof phases / sizeof phases[0]; i++) {
+        snprintf(word, sizeof word, " in %s", phases[i]);
+        if (strstr(text, word))
+            return true;
+        snprintf(word, sizeof word, ": %s: ", phases[i]); /* what the agent itself has answered */
+        if (strstr(text, word))
+            return true;
+    }
+    return false;
+}
+
 static void cell_check_exit(struct matrix *x, const struct cell *e, int actor, int code)
 {
     char id[16];
@@ -220,50 +170,116 @@ static void cell_check_exit(struct matrix *x, const struct cell *e, int actor, i
         supervisor_fail(&x->s, "exit %d: %.1500s", code, x->s.out);
     x->done += code == 0;
     x->aborted += code == 6;
-    bool dies = e->victim == VICTIM_AGENT || (e->victim == VICTIM_ENGINE && !e->stop);
+    bool dies = e->event == ME_ABORT || e->victim == VICTIM_AGENT || (e->victim == VICTIM_ENGINE && !e->stop);
     if (!cell_undecided(e) || !dies)
         return;
     if (code != 6)
         supervisor_fail(&x->s, "exit %d before the decision: %.1500s", code, x->s.out);
-    if (e->victim == VICTIM_AGENT && !strstr(x->s.out, id))
-        supervisor_fail(&x->s, "the one who died is not named: %.1500s", x->s.out);
+    if (e->event == ME_ABORT && !strstr(x->s.out, "aborted by the operator"))
+        supervisor_fail(&x->s, "it does not say who aborted it: %.1500s", x->s.out);
+    if (e->event != ME_ABORT && e->victim == VICTIM_AGENT && !(strstr(x->s.out, id) && names_a_phase(x->s.out)))
+        supervisor_fail(&x->s, "the one who died, or the phase, is not named: %.1500s", x->s.out);
+}
+
+static pid_t cell_start(struct matrix *x, const struct cell *e, int actor, const int leavers[2])
+{
+    char to[8], leaver[2][16], id[16];
+    const char *args[] = {"scale", "--to", to, NULL, leaver[0], NULL, leaver[1], NULL};
+    snprintf(to, sizeof to, "%u", cell_after_ranks(e));
+    snprintf(id, sizeof id, "gpu%d", actor);
+    if (e->kind == KIND_REBALANCE)
+        return cluster_ctl_start(&x->c, "op", (const char *[]){"rebalance", NULL});
+    if (e->kind == KIND_DRAIN)
+        return cluster_ctl_start(&x->c, "op", (const char *[]){"drain", id, NULL});
+    for (int i = 0; i < 2 && leavers[i] >= 0; i++) {
+        args[3 + 2 * i] = "--remove";
+        snprintf(leaver[i], sizeof leaver[i], "gpu%d", leavers[i]);
+    }
+    return cluster_ctl_start(&x->c, "op", args);
+}
+
+/* Until the armed edge is passed; false: it was not.  *code: of the command, if it has ended. */
+static bool cell_await(struct matrix *x, pid_t *op, int *code)
+{
+    bool fired = false;
+    for (uint64_t end = cluster_now_ms() + 10000; !(fired = cell_fired(x)) && cluster_now_ms() < end && *code < 0;)
+        *code = cluster_wait(op, 2);
+    fired = fired || cell_fired(x);
+    cell_disarm(x);
+    return fired || cell_fired(x); /* between the look and the removal */
+}
+
+/* A rank that waits for the new ones is kept there by a new one that stands still. */
+static int cell_holder(const struct cell *e, const struct look *look)
+{
+    int holder = -1;
+    for (int i = 0; e->from == MS_WAIT_NEW_CORE_ENGINES_INIT && i < AGENTS; i++)
+        if (look->rank[i] < 0)
+            holder = i;
+    return holder;
+}
+
+/* The agent is stopped in the state, the operation is aborted, and the fault is set for when it goes on and hears of
+ * it.  False: it has not come to that state, or messages that were under way have taken it further. */
+static bool cell_abort(struct matrix *x, const struct cell *e, const struct look *look, int actor, const int leavers[2],
+                       pid_t *op, int *code)
+{
+    struct cell entry = cell_entry(e);
+    int holder = cell_holder(e, look);
+    if (holder >= 0)
+        kill(x->c.agent[holder], SIGSTOP);
+    cell_arm(x, &entry, actor);
+    *op = cell_start(x, e, actor, leavers);
+    bool fired = cell_await(x, op, code);
+    if (fired) {
+        int aborted = cluster_ctl(&x->c, x->s.out, sizeof x->s.out, "abort", NULL);
+        if (aborted != 0)
+            supervisor_fail(&x->s, "eepctl abort: exit %d: %.1500s", aborted, x->s.out);
+        cell_arm(x, e, actor);
+        kill(x->c.agent[actor], SIGCONT);
+        fired = false;
+        for (uint64_t end = cluster_now_ms() + 1000; !fired && cluster_now_ms() < end; cluster_sleep_ms(1))
+            fired = cell_fired(x);
+        cell_disarm(x);
+        fired = fired || cell_fired(x);
+    }
+    if (holder >= 0)
+        kill(x->c.agent[holder], SIGCONT);
+    return fired;
 }
 
 /* False: the transition has not come; who leaves, and which experts are where, decides that. */
 static bool cell_try(struct matrix *x, const struct cell *e)
 {
-    bool up = e->role == ROLE_EXISTING || e->role == ROLE_NEW, fired = false;
-    const char *small = x->tight ? "2" : "3";
+    char ranks[8];
     struct look look;
-    int leavers[2] = {-1, -1};
-    char leaver[2][16];
+    int leavers[2] = {-1, -1}, code = -1;
     cell_text(e, x->story, sizeof x->story);
-    supervisor_scale(&x->s, up ? small : "4");
+    snprintf(ranks, sizeof ranks, "%u", cell_before(e));
+    supervisor_scale(&x->s, ranks);
     supervisor_heal(&x->s);
-    if (!supervisor_look(&x->s, &look) || look.ranks != (up ? (unsigned)atoi(small) : 4))
+    if (!supervisor_look(&x->s, &look) || look.ranks != cell_before(e))
         matrix_failed(x, "not the ranks to begin with");
+    if (e->world == WORLD_SKEWED && !(e->event == ME_END && e->from == MS_PREPARE))
+        cluster_sleep_ms(400); /* a load that the placement does not fit is counted */
     int actor = cell_actor(x, e, &look, leavers);
-    const char *args[] = {"scale", "--to", up ? "4" : small, NULL, leaver[0], NULL, leaver[1], NULL};
-    for (int i = 0; !up && i < 2 && leavers[i] >= 0; i++) {
-        args[3 + 2 * i] = "--remove";
-        snprintf(leaver[i], sizeof leaver[i], "gpu%d", leavers[i]);
-    }
+    pid_t op = 0;
     (void)cell_fired(x);
-    cell_arm(x, e, actor);
-    uint64_t began = cluster_now_ms(), fault = 0;
-    pid_t scale = cluster_ctl_start(&x->c, "scale", args);
-    int code = -1;
-    while (!(fired = cell_fired(x)) && cluster_now_ms() - began < 10000 && (code = cluster_wait(&scale, 2)) < 0)
-        ;
-    fired = fired || cell_fired(x);
-    fault = cluster_now_ms();
-    cell_disarm(x);
+    bool fired;
+    if (e->event == ME_ABORT) {
+        fired = cell_abort(x, e, &look, actor, leavers, &op, &code);
+    } else {
+        cell_arm(x, e, actor);
+        op = cell_start(x, e, actor, leavers);
+        fired = cell_await(x, &op, &code);
+    }
+    uint64_t fault = cluster_now_ms();
     if (!fired) {
-        (void)supervisor_wait(&x->s, &scale, "scale");
+        (void)supervisor_wait(&x->s, &op, "op");
         return false;
     }
     cell_after(x, e, actor);
-    int late = supervisor_wait(&x->s, &scale, "scale");
+    int late = supervisor_wait(&x->s, &op, "op");
     code = code < 0 ? late : code;
     uint64_t ended = cluster_now_ms();
     cell_check_exit(x, e, actor, code);
@@ -275,6 +291,10 @@ static bool cell_try(struct matrix *x, const struct cell *e)
     printf("%-118s exit %d after %5llu ms, whole after %5llu ms\n", x->story, code, (unsigned long long)(ended - fault),
            (unsigned long long)(whole - fault));
     fflush(stdout);
+    struct figures *g = &x->figures[e->victim][e->stop];
+    g->ended_ms[g->n] = (unsigned)(ended - fault);
+    g->whole_ms[g->n++] = (unsigned)(whole - fault);
+    g->done += code == 0;
     x->ran++;
     return true;
 }
@@ -298,15 +318,36 @@ static void matrix_start(struct matrix *x)
                                 .loaders = 4,
                                 .step_ms = 5,
                                 .agent_edges = true,
-                                .coordinator_args = {"--slots", x->tight ? "8" : "16", "--lead-ms", "60", "--lease-ms",
-                                                     "800", "--heartbeat-ms", "100", "--stage-ms", "3000", "--drain-ms",
-                                                     "2000", "--transfer-ms", "3000", "--restart-after-ms", "3000",
+                                .coordinator_args = {"--slots",
+                                                     x->world == WORLD_ROOMY ? "16" : "8",
+                                                     "--lead-ms",
+                                                     "60",
+                                                     "--lease-ms",
+                                                     "800",
+                                                     "--heartbeat-ms",
+                                                     "100",
+                                                     "--stage-ms",
+                                                     "3000",
+                                                     "--drain-ms",
+                                                     "2000",
+                                                     "--transfer-ms",
+                                                     "3000",
+                                                     "--restart-after-ms",
+                                                     "3000",
+                                                     "--load-window-ms",
+                                                     "100",
+                                                     "--load-horizon-ms",
+                                                     "1000",
+                                                     "--load-samples",
+                                                     "4",
                                                      NULL}};
+    const char *const even[] = {"--concurrency", "6", "--finish", "60", NULL};
+    const char *const skewed[] = {"--concurrency", "6", "--finish", "60", "--drift", "1", NULL};
     snprintf(x->story, sizeof x->story, "start");
     if (cluster_start(&x->c, &o) < 0 || cluster_all_start(&x->c) < 0 || cluster_wait_agents(&x->c, AGENTS, 30000) < 0)
         matrix_failed(x, "the cluster does not start");
-    supervisor_scale(&x->s, x->tight ? "2" : "3");
-    if (cluster_feeder_start(&x->c, (const char *[]){"--concurrency", "6", "--finish", "60", NULL}) < 0)
+    supervisor_scale(&x->s, x->world == WORLD_ROOMY ? "3" : "2");
+    if (cluster_feeder_start(&x->c, x->world == WORLD_SKEWED ? skewed : even) < 0)
         matrix_failed(x, "no feeder");
     x->coordinator_fds = cluster_fds(x->c.coordinator);
     x->coordinator_rss = cluster_rss(x->c.coordinator);
@@ -315,7 +356,7 @@ static void matrix_start(struct matrix *x)
 static void matrix_end(struct matrix *x)
 {
     snprintf(x->story, sizeof x->story, "end");
-    supervisor_scale(&x->s, x->tight ? "2" : "3");
+    supervisor_scale(&x->s, x->world == WORLD_ROOMY ? "3" : "2");
     supervisor_end(&x->s);
     cluster_sleep_ms(200);
     int fds = cluster_fds(x->c.coordinator);
@@ -330,6 +371,29 @@ static void matrix_end(struct matrix *x)
         printf("FAILED: %d processes did not stop cleanly, or some are left\n", unclean);
         exit(1);
     }
+}
+
+static int ascending(const void *a, const void *b)
+{
+    unsigned u = *(const unsigned *)a, v = *(const unsigned *)b;
+    return u < v ? -1 : u > v;
+}
+
+/* As docs/faults.md has it. */
+static void matrix_table(struct matrix *x)
+{
+    printf("| victim | fault | cells | done | aborted | command ended after (median, longest) | whole again after |\n"
+           "|---|---|---|---|---|---|---|\n");
+    for (int v = 0; v < VICTIMS; v++)
+        for (int stop = 0; stop < 2; stop++) {
+            struct figures *g = &x->figures[v][stop];
+            qsort(g->ended_ms, g->n, sizeof g->ended_ms[0], ascending);
+            qsort(g->whole_ms, g->n, sizeof g->whole_ms[0], ascending);
+            if (g->n)
+                printf("| %s | %s | %u | %u | %u | %u ms, %u ms | %u ms, %u ms |\n", victim_names[v],
+                       stop ? "stopped 1.6 s" : "kill -9", g->n, g->done, g->n - g->done, g->ended_ms[g->n / 2],
+                       g->ended_ms[g->n - 1], g->whole_ms[g->n / 2], g->whole_ms[g->n - 1]);
+        }
 }
 
 struct choice {
@@ -368,24 +432,25 @@ int main(int argc, char **argv)
     x.keep = choice.keep;
     x.s = (struct supervisor){
         .cluster = &x.c, .fail = matrix_failed, .user = &x, .heal_ms = 45000, .operation_ms = 30000};
-    cells_make(&x);
-    for (int tight = 0; tight < 2; tight++) {
+    cells_make(&x.cells);
+    for (int world = 0; world < WORLDS; world++) {
         bool any = false;
-        x.tight = tight;
-        for (unsigned i = 0; i < x.n; i++) {
+        x.world = (enum world)world;
+        for (unsigned i = 0; i < x.cells.n; i++) {
             char text[256];
-            cell_text(&x.cells[i], text, sizeof text);
+            cell_text(&x.cells.v[i], text, sizeof text);
             bool wanted = choice.only ? strstr(text, choice.only) != NULL : choice.all || i % SAMPLE == 7;
-            if (!wanted || x.cells[i].tight != x.tight)
+            if (!wanted || x.cells.v[i].world != x.world)
                 continue;
             if (!any)
                 matrix_start(&x);
             any = true;
-            cell_run(&x, &x.cells[i]);
+            cell_run(&x, &x.cells.v[i]);
         }
         if (any)
             matrix_end(&x);
     }
-    printf("%u of %u cells passed: %u done, %u aborted, %u missing\n", x.ran, x.n, x.done, x.aborted, x.missing);
+    matrix_table(&x);
+    printf("%u of %u cells passed: %u done, %u aborted, %u missing\n", x.ran, x.cells.n, x.done, x.aborted, x.missing);
     return x.ran == 0 || x.missing > 0;
 }

@@ -143,6 +143,34 @@ START_TEST(a_rank_that_is_stopped_in_an_operation_aborts_it_and_is_drained)
 }
 END_TEST
 
+/* It asks to be drained, which two ranks cannot do; then it goes nevertheless. */
+START_TEST(a_rank_that_cannot_be_drained_stops_after_its_limit)
+{
+    struct cluster c;
+    itest_start(&c, (struct cluster_options){
+                        .agents = 2, .loaders = 2, .step_ms = 5, .agent_args = {"--stop-after", "1000", NULL}});
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    uint64_t began = cluster_now_ms();
+    kill(c.agent[1], SIGTERM);
+    ck_assert_int_eq(cluster_wait(&c.agent[1], 10000), 0);
+    uint64_t took = cluster_now_ms() - began;
+    ck_assert_msg(took >= 1000 && took < 5000, "after %llu ms", (unsigned long long)took);
+    char *text = cluster_read(&c, "agent-1.log");
+    ck_assert_msg(strstr(text, "event=stopping-undrained waited_ms=1000"), "%s", text);
+    free(text);
+    itest_wait_status(&c, "no copy", 10000);
+    CTL(&c, 0, "restart"); /* its weights are gone */
+    (void)cluster_wait(&c.engine[1], 5000);
+    cluster_agent_start(&c, 1);
+    pid_t scale = cluster_ctl_start(&c, "scale", (const char *[]){"scale", "--to", "2", "--wait-for-agents=20", NULL});
+    supervise_until(&c, "operation 2: start to 2 ranks, done", 20000);
+    ck_assert_msg(ended(&c, &scale, "scale", 5000) == 0, "%s", ctl_out);
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
 /* On two ranks each holds experts of its own: without one of them, for good, the view can only be given up. */
 START_TEST(a_view_that_is_lost_can_be_given_up_and_starts_anew)
 {
@@ -164,7 +192,7 @@ START_TEST(a_view_that_is_lost_can_be_given_up_and_starts_anew)
     /* the engine that served was cut off with its agent's incarnation */
     supervise_until(&c, "2 spare agents", 10000);
     pid_t scale = cluster_ctl_start(&c, "scale", (const char *[]){"scale", "--to", "2", "--wait-for-agents=20", NULL});
-    supervise_until(&c, "start to 2 ranks, done", 20000);
+    supervise_until(&c, "operation 2: start to 2 ranks, done", 20000);
     ck_assert_msg(ended(&c, &scale, "scale", 5000) == 0, "%s", ctl_out);
     CTL(&c, 0, "verify");
     cluster_sleep_ms(300);
@@ -327,14 +355,66 @@ START_TEST(an_engine_that_detaches_in_an_operation_may_attach_again)
 }
 END_TEST
 
+/* Engine i, with other arguments: as a spare, or with its rank repaired away. */
+static void replace_engine(struct cluster *c, int i, const char *mute)
+{
+    cluster_signal(&c->engine[i], SIGTERM);
+    ck_assert_int_ge(cluster_wait(&c->engine[i], 10000), 0);
+    c->options.engine_args[0] = mute ? "--mute" : NULL;
+    c->options.engine_args[1] = mute;
+    cluster_engine_start(c, i);
+    ck_assert_int_eq(cluster_wait_agents(c, c->options.agents, 20000), 0);
+}
+
+/* The same by policy: of a new rank, of one that serves and has copies elsewhere, and of one that leaves. */
+START_TEST(by_policy_an_operation_goes_on_without_an_engine_or_is_aborted)
+{
+    struct cluster c;
+    itest_start(&c, (struct cluster_options){.agents = 4,
+                                             .loaders = 4,
+                                             .step_ms = 5,
+                                             .coordinator_args = {"--slots", "16", "--lead-ms", "100", "--stage-ms",
+                                                                  "1000", "--drain-ms", "1000", "--on-prepare-timeout",
+                                                                  "continue", NULL}});
+    replace_engine(&c, 1, "prepare-again");
+    replace_engine(&c, 3, "prepare");
+    CTL(&c, 0, "scale", "--to", "2");
+    itest_feed(&c, "4");
+    CTL(&c, 6, "scale", "--to", "4", "--on-engine-timeout", "abort");
+    CTL_SAYS("no answer from gpu1, gpu3 in ENGINE_PREPARE by its deadline");
+    ck_assert_int_eq(itest_ranks(&c), 2);
+    /* gpu1 has the weights and its requests, and leaves; gpu3 never comes */
+    CTL(&c, 0, "scale", "--to", "4");
+    CTL_SAYS("without gpu1, gpu3, whose engine did not prepare");
+    CTL(&c, 0, "status");
+    CTL_SAYS("2 ranks");
+    ck_assert(strstr(ctl_out, "2 spare agents") != NULL);
+    CTL(&c, 0, "verify");
+    replace_engine(&c, 1, NULL); /* the agents are as they were: another engine attaches */
+    replace_engine(&c, 3, "drain");
+    CTL(&c, 0, "scale", "--to", "4");
+    ck_assert_int_eq(itest_ranks(&c), 4);
+    CTL(&c, 6, "drain", "gpu3", "--on-engine-timeout", "abort");
+    CTL_SAYS("agent gpu3: DRAIN: the engine is not drained by the deadline");
+    ck_assert_int_eq(itest_ranks(&c), 4);
+    CTL(&c, 0, "drain", "gpu3");
+    CTL_SAYS("gpu3: safe to terminate");
+    CTL(&c, 0, "verify");
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+}
+END_TEST
+
 static void add(TCase *t)
 {
     tcase_add_test(t, the_fill_after_a_commit_outlives_the_coordinator);
     tcase_add_test(t, engines_that_never_answer_cost_a_deadline);
+    tcase_add_test(t, by_policy_an_operation_goes_on_without_an_engine_or_is_aborted);
     tcase_add_test(t, an_engine_that_detaches_in_an_operation_may_attach_again);
     tcase_add_test(t, paused_operations_stand_still_and_go_on);
     tcase_add_test(t, a_drain_says_that_the_agent_is_safe_to_terminate);
     tcase_add_test(t, a_rank_that_is_stopped_in_an_operation_aborts_it_and_is_drained);
+    tcase_add_test(t, a_rank_that_cannot_be_drained_stops_after_its_limit);
     tcase_add_test(t, a_view_that_is_lost_can_be_given_up_and_starts_anew);
     tcase_add_test(t, by_policy_a_repaired_view_gets_its_strength_back);
     tcase_add_test(t, by_policy_a_lost_view_starts_anew_from_the_checkpoint);

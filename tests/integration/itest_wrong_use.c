@@ -32,6 +32,11 @@ START_TEST(wrong_options_of_the_daemons)
     REFUSED("eep-coordinator --state ''", 2, "needs the name of a folder");
     REFUSED("eep-coordinator --state /nonexistent/x/y --listen 127.0.0.1:0", 1, "--state names another");
     REFUSED("eep-coordinator --cluster 'a b'", 2, "must be 1 to");
+    REFUSED("eep-coordinator --on-prepare-timeout wait", 2,
+            "--on-prepare-timeout is 'wait': it must be abort or continue");
+    REFUSED("eep-coordinator --on-drain-timeout ''", 2, "--on-drain-timeout is '': it must be abort or continue");
+    REFUSED("eepctl scale --to 2 --on-engine-timeout wait", 2, "it must be abort or continue");
+    REFUSED("eepctl rebalance --on-engine-timeout abort", 2, "unrecognized option");
     REFUSED("eep-agent", 2, "--id NAME is required");
     REFUSED("eep-agent --id 'a b'", 2, "must be 1 to");
     REFUSED("eep-agent --id a --listen 192.0.2.1:0", 2, "--insecure");

@@ -8,7 +8,8 @@
  *   4  with replicated routing all ranks of a step use one map
  *   5  a step's map routes to slots only that really hold the expert, on a rank of that view, and covers every expert;
  *      a slot is not overwritten while a step that may read it is not completed
- *   5  every expert that was covered stays covered, unless a rank was lost
+ *   5  every expert that was covered stays covered, unless a rank was lost or the view was given up
+ *   2  nobody is put out of a view that is given up before that is durable
  *   6  the old view serves after an abort; the next operation is accepted (scenario.c)
  *   3  after the last fault everything comes to rest: nobody is held, nobody is in doubt, all agree, requests are done
  * Single thread. */
@@ -46,7 +47,16 @@ bool check_void(const struct sim *s, const struct sim_agent *a, uint64_t view)
     if (!agent_lives(a))
         return true;
     for (size_t i = s->n_commits; i-- > 0 && s->commits[i].epoch > view;)
-        if (s->commits[i].kind == FLIP_RESET)
+        if (s->commits[i].kind == FLIP_RESET || s->commits[i].start)
+            return true;
+    return false;
+}
+
+/* Who has not heard of it may begin one more step, which nobody meets him in; steps are counted anew. */
+bool check_given_up(const struct sim *s, uint64_t view)
+{
+    for (size_t i = s->n_commits; i-- > 0 && s->commits[i].epoch > view;)
+        if (s->commits[i].start)
             return true;
     return false;
 }
@@ -124,6 +134,20 @@ static void check_map(struct sim *s, const struct expert_map *map)
     }
 }
 
+/* True: the view is given up, and there is nothing to be said against it. */
+static bool check_giving_up(struct sim *s, const struct sim_agent *to)
+{
+    struct coordinator_status status;
+
+    coordinator_status(s->coordinator.core, s->now, &status);
+    if (status.view)
+        return false;
+    if (s->coordinator.disk.view && rank_in(s->coordinator.disk.view, to) >= 0)
+        sim_fail(s, "promise 2: a%02u is put out of e%" PRIu64 " before it is durable that this view is given up", to->index,
+                 s->coordinator.disk.view->epoch);
+    return true;
+}
+
 void check_coordinator_sends(struct sim *s, uint64_t conn, const struct msg *msg)
 {
     const struct sim_commit *commit;
@@ -141,6 +165,8 @@ void check_coordinator_sends(struct sim *s, uint64_t conn, const struct msg *msg
     case MSG_ABORT: check_abort(s, &s->agents[s->conns[conn - 1].agent], msg->abort.epoch); return;
     case MSG_MAP: check_map(s, msg->map.map); return;
     case MSG_EVICTED:
+        if (check_giving_up(s, &s->agents[s->conns[conn - 1].agent]))
+            return;
         if (check_last_copy(s, &s->agents[s->conns[conn - 1].agent], false))
             sim_fail(s, "promise 5: a%02u is evicted with the last copy of an expert: %s", s->conns[conn - 1].agent,
                      msg->evicted.why);
@@ -171,7 +197,10 @@ static void commit_append(struct sim *s, const struct commit_record *c)
         s->commits = commits;
         s->cap_commits = cap;
     }
-    s->commits[s->n_commits++] = (struct sim_commit){c->epoch, c->step, c->kind, view_ref(c->view)};
+    bool start = s->coordinator.disk.open.kind == OP_START;
+    if (start && s->n_commits > 0)
+        memset(s->steps, 0, SIM_STEPS * sizeof *s->steps);
+    s->commits[s->n_commits++] = (struct sim_commit){c->epoch, c->step, c->kind, start, view_ref(c->view)};
     s->flips++;
     sim_note(s, "DECIDED e%" PRIu64 " from step %" PRIu64 ", %u ranks", c->epoch, c->step, c->view->n);
 }
@@ -207,7 +236,12 @@ static void check_coverage(struct sim *s)
 {
     const struct view *view = s->coordinator.disk.view;
 
-    if (!view || !view->map)
+    if (!view) { /* given up */
+        memset(s->covered, 0, (size_t)s->layers * s->logical);
+        s->given_up++;
+        return;
+    }
+    if (!view->map)
         return;
     for (uint32_t l = 0; l < s->layers; l++)
         for (uint32_t e = 0; e < s->logical; e++) {
@@ -330,7 +364,7 @@ static void check_view(struct sim *s, struct sim_agent *a)
     else if (n < commit->step)
         sim_fail(s, "promise 4: a%02u begins step %" PRIu64 " in e%" PRIu64 ", which begins with %" PRIu64, a->index, n,
                  epoch, commit->step);
-    for (size_t i = s->n_commits; !s->failed && i-- > 0 && s->commits[i].epoch > epoch;) {
+    for (size_t i = s->n_commits; !s->failed && !check_given_up(s, epoch) && i-- > 0 && s->commits[i].epoch > epoch;) {
         const struct sim_commit *next = &s->commits[i];
         if (n >= next->step && (next->kind != FLIP_RESET || rank_in(next->view, a) >= 0) && agent_lives(a))
             sim_fail(s, "promise 4: a%02u begins step %" PRIu64 " in e%" PRIu64 ", but e%" PRIu64
@@ -409,7 +443,8 @@ void check_begin(struct sim *s, struct sim_agent *a)
     if (a->has_left && n >= a->left_at)
         sim_fail(s, "promise 4: a%02u has left with step %" PRIu64 " and begins step %" PRIu64, a->index, a->left_at,
                  n);
-    check_number(s, a);
+    if (!check_given_up(s, a->engine.local.view))
+        check_number(s, a);
     if (!agent_lives(a) || s->failed)
         return;
     if (a->acked_map > a->engine.map->version && n >= a->acked_step)

@@ -67,6 +67,7 @@ void engine_attach(struct sim *s, struct sim_agent *a)
     }
     engine_forget(a);
     e->said = true;
+    e->mute_at = s->calm || !sim_chance(s, s->p_mute) ? 0 : s->now + (sim_chance(s, 300) ? 0 : sim_between(s, 0, 4000 * MS));
     tell(s, a, sim_between(s, 10 * US, 500 * US), AE_ENGINE_ATTACHED);
 }
 
@@ -245,6 +246,8 @@ static void begin(struct sim *s, struct sim_agent *a)
         e->wave_step = e->step;
         tell(s, a, sim_between(s, 2 * US, 200 * US), AE_ENGINE_WAVE)->x = e->step;
     }
+    if (check_given_up(s, e->local.view))
+        return; /* its peers are gone: it is in this step until its agent hears of it */
     step = check_step(s, e->step);
     step->begun++;
     step->any_work |= e->requests > 1;
@@ -383,9 +386,14 @@ bool engine_interleave(struct sim *s, struct sim_agent *a)
     return e->pc != before && !s->failed;
 }
 
+static bool mute(const struct sim *s, const struct sim_agent *a)
+{
+    return a->engine.mute_at && s->now >= a->engine.mute_at;
+}
+
 static void drained(struct sim *s, struct sim_agent *a)
 {
-    if (a->engine.draining && a->engine.requests == 0)
+    if (a->engine.draining && a->engine.requests == 0 && !mute(s, a))
         tell(s, a, sim_between(s, 10 * US, MS), AE_ENGINE_DRAINED);
 }
 
@@ -506,12 +514,23 @@ void engine_death(struct sim *s, struct sim_agent *a, const char *why, bool tell
         sim_push(s, sim_between(s, MS, s->quick_attach), SE_ATTACH, a->index, a->life);
 }
 
+/* It builds its part of what all engines of the view build together. */
 static void prepare(struct sim *s, struct sim_agent *a, const struct agent_action *action)
 {
-    struct sim_event *e = tell(s, a, sim_between(s, 100 * US, 20 * MS), AE_ENGINE_PREPARED);
+    struct sim_event *e;
+    bool alone = false;
 
+    for (uint32_t i = 0; i < action->view->n; i++) {
+        struct sim_agent *b = agent_of(s, &action->view->members[i]);
+        alone |= b && b != a && mute(s, b);
+    }
+    if (mute(s, a) || (alone && s->prepare_blocks))
+        return;
+    e = tell(s, a, alone ? action->value * MS : sim_between(s, 100 * US, 20 * MS), AE_ENGINE_PREPARED);
     e->y = action->op;
     e->z = action->attempt;
+    if (alone)
+        e->code = ERR_TIMEOUT;
     if (s->faulty && !s->calm && sim_chance(s, 20))
         e->code = ERR_IO;
 }

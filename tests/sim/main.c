@@ -43,6 +43,8 @@ static const struct {
     {"retire-uncovered", .coordinator = COORDINATOR_BUG_RETIRE_UNCOVERED},
     {"grace-by-own-ack", .coordinator = COORDINATOR_BUG_GRACE_BY_OWN_ACK},
     {"fill-without-grace", .coordinator = COORDINATOR_BUG_FILL_WITHOUT_GRACE},
+    {"without-uncovered", .coordinator = COORDINATOR_BUG_WITHOUT_UNCOVERED},
+    {"evicted-before-durable", .coordinator = COORDINATOR_BUG_EVICTED_BEFORE_DURABLE},
     {"count-by-id", .coordinator = COORDINATOR_BUG_COUNT_BY_ID},
     {"wave-bypasses-gate", .sim = SIM_BUG_WAVE_BYPASSES_GATE},
     {"gate-before-intent", .sim = SIM_BUG_GATE_BEFORE_INTENT},
@@ -149,6 +151,7 @@ int main(int argc, char **argv)
     };
     struct sim_options options = {.max_events = 20000, .agents_min = 2, .agents_max = SIM_AGENTS_MAX, .faults = true};
     uint64_t passed = 0, failed = 0, events = 0, flips = 0, resets = 0, requests = 0, lost = 0, rebalances = 0, reloads = 0;
+    uint64_t given_up = 0, left_out = 0;
     struct timespec from, to;
 
     argp_err_exit_status = 2;
@@ -168,6 +171,8 @@ int main(int argc, char **argv)
         lost += s.ended_lost;
         rebalances += s.rebalances;
         reloads += s.reloads;
+        given_up += s.given_up;
+        left_out += s.left_out;
         if (s.ended_lost && options.verbose)
             printf("seed %" PRIu64 ": the view was lost\n", seed);
         sim_done(&s);
@@ -186,8 +191,9 @@ int main(int argc, char **argv)
     }
     clock_gettime(CLOCK_MONOTONIC, &to);
     printf("%" PRIu64 " passed, %" PRIu64 " failed (%" PRIu64 " events, %" PRIu64 " views, %" PRIu64
-           " repairs, %" PRIu64 " rebalances, %" PRIu64 " reloads, %" PRIu64 " requests, %" PRIu64 " views lost with their experts, %.1f s)\n",
-           passed, failed, events, flips, resets, rebalances, reloads, requests, lost,
+           " repairs, %" PRIu64 " rebalances, %" PRIu64 " reloads, %" PRIu64 " requests, %" PRIu64 " views given up, %" PRIu64
+           " operations without a mute engine, %" PRIu64 " views lost with their experts, %.1f s)\n",
+           passed, failed, events, flips, resets, rebalances, reloads, requests, given_up, left_out, lost,
            (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9);
     if (options.expect_violation)
         return failed ? 0 : 1;

@@ -85,6 +85,16 @@ void scenario_start(struct sim *s)
         s->pair[1] = (s->pair[0] + 1) % s->n;
         s->p_pair = sim_chance(s, 900) ? 0 : sim_chance(s, 500) ? 1000 : 50;
     }
+    s->restarts = s->faulty && sim_chance(s, 250);
+    if (s->restarts && sim_chance(s, 500))
+        s->config.restart_after_ms = 2000;
+    s->careless |= s->restarts && sim_chance(s, 500);
+    if (s->faulty && sim_chance(s, 300)) {
+        s->p_mute = 300;
+        s->prepare_blocks = sim_chance(s, 200);
+        s->config.on_prepare_timeout = sim_chance(s, 700) ? ENGINE_CONTINUE : ENGINE_ABORT;
+        s->config.on_drain_timeout = sim_chance(s, 500) ? ENGINE_CONTINUE : ENGINE_ABORT;
+    }
     s->ops_left = (uint32_t)sim_between(s, 2, s->n > 8 ? 3 : 7);
     load_start(s);
     s->agents = calloc(s->n, sizeof *s->agents);
@@ -121,6 +131,8 @@ static void ask(struct sim *s, uint32_t target, const char *key, uint32_t n_remo
     snprintf(scale.key, sizeof scale.key, "%s", key);
     if (sim_chance(s, 200))
         scale.wait_agents_ms = 500;
+    if (s->p_mute && sim_chance(s, 300))
+        scale.on_engine_timeout = sim_chance(s, 600) ? ENGINE_CONTINUE : ENGINE_ABORT;
     sim_note(s, "OPERATOR scale to %u%s%s%s%s, request %" PRIu64, target, *key ? " key " : "", key,
              n_remove ? " without " : "", n_remove ? remove[0] : "", s->request);
     s->last_target = target;
@@ -154,6 +166,8 @@ void scenario_reply(struct sim *s, const struct coordinator_action *reply)
         key->op = reply->op;
     }
     s->ops_refused += reply->code != 0;
+    if (reply->request == s->restart_request && reply->code == 0 && s->coordinator.disk.view)
+        sim_fail(s, "promise 2: the view is said to be given up before that is durable");
     if (reply->request != s->final_request)
         return;
     if (s->final_stage == 1) {
@@ -167,6 +181,7 @@ void scenario_reply(struct sim *s, const struct coordinator_action *reply)
 void scenario_ended(struct sim *s, const struct op_record *record)
 {
     s->rebalances += record->kind == OP_REBALANCE && record->outcome == OUTCOME_DONE;
+    s->left_out += record->outcome == OUTCOME_DONE && strstr(record->why, "whose engine did not prepare") != NULL;
     if (s->final_stage != 2 || record->op != s->final_op)
         return;
     if (record->outcome != OUTCOME_DONE)
@@ -192,6 +207,15 @@ static void pause_operations(struct sim *s, bool pause)
     process_event(s, &event);
 }
 
+static void ask_restart(struct sim *s, bool force)
+{
+    struct coordinator_event event = {.type = CE_RESTART, .request = ++s->request, .yes = force, .wall_ms = s->now / MS};
+
+    s->restart_request = s->request;
+    sim_note(s, "OPERATOR restart%s, request %" PRIu64, force ? " by force" : "", s->request);
+    process_event(s, &event);
+}
+
 static void operate(struct sim *s)
 {
     const struct view *view = s->coordinator.disk.view;
@@ -212,6 +236,10 @@ static void operate(struct sim *s)
     }
     if (s->coordinator.disk.paused ? sim_chance(s, 600) : sim_chance(s, 60)) {
         pause_operations(s, !s->coordinator.disk.paused);
+        return;
+    }
+    if (s->restarts && view && sim_chance(s, 100)) {
+        ask_restart(s, sim_chance(s, 400));
         return;
     }
     if (*s->last_key && sim_chance(s, 150)) {
@@ -414,6 +442,7 @@ static void calm_down(struct sim *s)
         s->agents[i].blocked_until = 0;
         s->agents[i].corrupt = s->agents[i].fail = 0;
         s->agents[i].die_after = 0;
+        s->agents[i].engine.mute_at = 0;
     }
     sim_note(s, "---- no more faults, requests or commands ----");
 }
@@ -482,6 +511,15 @@ static void last_operation(struct sim *s)
     ask(s, target, "", 0, NULL);
 }
 
+/* Probes in a row.  An agent that was told to stop may be drained only at the next attempt, a second later. */
+static uint64_t quiet_for(const struct sim *s)
+{
+    for (uint32_t i = 0; i < s->n; i++)
+        if (s->agents[i].up && s->agents[i].stopping)
+            return 30;
+    return 4;
+}
+
 static void probe_calm(struct sim *s)
 {
     char why[300];
@@ -491,9 +529,14 @@ static void probe_calm(struct sim *s)
         pause_operations(s, false);
         return;
     }
+    if (s->coordinator.up && s->restarts && lost(s) && s->now - s->calm_at > 20 * 1000 * MS) {
+        ask_restart(s, false); /* and the last operation is a start */
+        s->calm_at = s->now;
+        return;
+    }
 
     s->quiet_probes = quiet ? s->quiet_probes + 1 : 0;
-    quiet = s->quiet_probes > 4; /* what is still under way has arrived */
+    quiet = s->quiet_probes > quiet_for(s); /* what is still under way has arrived */
     if (quiet && s->final_stage == 0) {
         last_operation(s);
     } else if (quiet && s->final_stage == 3) {

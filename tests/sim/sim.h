@@ -112,6 +112,7 @@ struct sim_engine {
     uint64_t orphans;       /* how often */
     uint64_t orphan_at;
     uint64_t wave_view, wave_step; /* the last wave that it started, to be told again */
+    uint64_t mute_at;       /* from then on it answers neither prepare nor drain; 0 = never */
     bool draining, wake;    /* wake: the eventfd is readable */
     uint64_t life, turn;    /* turn: of the loop; an older SE_ENGINE is void */
     struct gate_local local;
@@ -167,6 +168,7 @@ struct sim_agent {
 struct sim_commit { /* a durable decision */
     uint64_t epoch, step;
     uint32_t kind;
+    bool start; /* of a cold start: the first view, or the one after a view that was given up */
     struct view *view;
 };
 
@@ -196,6 +198,9 @@ struct sim {
     uint64_t delay_min, delay_max, disk_max, step_ns, transfer_max;
     uint32_t p_interleave, p_duplicate, p_target, p_zombie, dispatch; /* p_: in 1000 */
     bool run_ahead, calm, final_done, wire, careless, drift;
+    uint32_t p_mute;         /* engines that become mute, at once or after a while */
+    bool prepare_blocks;     /* an engine waits for a mute peer for ever, and does not say so in time */
+    bool restarts;           /* the operator gives views up, lost ones and others */
     uint32_t ahead;          /* steps that an engine launches before the peers have come to the first of them */
     uint32_t pair[2];        /* engines that cannot talk to each other (until the calm), if p_pair */
     uint32_t p_pair;
@@ -214,6 +219,8 @@ struct sim {
     uint64_t load_every, loads; /* ns between reports of load, 0 = there are none; reports so far */
     uint64_t rebalances;        /* that have ended as done */
     uint64_t reloads;           /* pieces of work in which lost experts were read again */
+    uint64_t left_out;       /* operations that went on without a rank */
+    uint64_t restart_request, given_up; /* the last one; views that were given up, by whomever */
     uint64_t ops_done, ops_aborted, ops_refused, flips, resets, reset_times[SIM_RESETS];
     /* the world */
     struct sim_process coordinator;
@@ -313,6 +320,7 @@ bool check_is_quiet(struct sim *s, char *ret_why, size_t size);
 const struct sim_commit *check_commit(const struct sim *s, uint64_t epoch);
 struct sim_step *check_step(struct sim *s, uint64_t step);
 bool check_void(const struct sim *s, const struct sim_agent *a, uint64_t view);
+bool check_given_up(const struct sim *s, uint64_t view); /* another cold start was decided since */
 
 /* load.c */
 void load_start(struct sim *s);   /* what the seed means: is load reported, does the coordinator rebalance by itself */

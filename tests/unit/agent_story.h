@@ -146,7 +146,9 @@ static inline void story_action(struct story *s, const struct agent_action *a)
             story_say(s, "work %s", story_work(a->work.kind));
         return;
     case AA_WORK_CANCEL: story_say(s, "cancel work of op %" PRIu64, a->op); return;
-    case AA_ENGINE_PREPARE: story_say(s, "engine: prepare op %" PRIu64 " attempt %" PRIu64, a->op, a->attempt); return;
+    case AA_ENGINE_PREPARE:
+        story_say(s, "engine: prepare op %" PRIu64 " attempt %" PRIu64 " within %" PRIu64 " ms", a->op, a->attempt, a->value);
+        return;
     case AA_ENGINE_COMMIT:
         story_say(s, "engine: commit view %" PRIu64 " at step %" PRIu64 ", rank %d, map %" PRIu64, a->view->epoch,
                   a->value, view_rank(a->view, "me"), a->view->map->version);

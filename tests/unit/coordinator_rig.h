@@ -18,7 +18,13 @@
 struct fake {
     bool up, engine, has_view, mute; /* mute: answers nothing */
     enum op_stage silent;            /* does not answer this stage */
+    enum op_stage silent_once;       /* the same, the first time it is asked */
     enum op_stage fails;             /* answers this stage with an error */
+    int fails_with;                  /* which; 0 = ERR_NOMEM */
+    uint64_t asked;                  /* the last stage's attempt */
+    bool strict;                     /* of the last DRAIN */
+    unsigned drains;
+    bool leaves;                     /* it is not in the view that it has last been told */
     bool no_promise, refuses, no_flip;
     uint64_t incarnation, conn, applied, promised, op;
     uint64_t step; /* next step of its engine */
@@ -86,8 +92,15 @@ static inline void rig_stage(struct rig *r, int i, const struct msg_stage *s)
 {
     struct fake *a = &r->a[i];
     struct msg m = {.type = MSG_STAGE_DONE};
+    a->asked = s->attempt;
+    if (s->stage == STAGE_DRAIN)
+        a->strict = s->strict, a->drains++;
     if (s->stage == a->silent)
         return;
+    if (s->stage == a->silent_once) {
+        a->silent_once = 0;
+        return;
+    }
     if (s->stage == STAGE_GRACE)
         r->grace = s->step;
     m.stage_done.op = s->op;
@@ -96,7 +109,7 @@ static inline void rig_stage(struct rig *r, int i, const struct msg_stage *s)
     m.stage_done.attempt = s->attempt;
     m.stage_done.value = s->stage == STAGE_KV ? 1000 + (uint64_t)i : 0;
     if (s->stage == a->fails) {
-        m.stage_done.code = ERR_NOMEM;
+        m.stage_done.code = a->fails_with ? a->fails_with : ERR_NOMEM;
         snprintf(m.stage_done.text, sizeof(m.stage_done.text), "no memory for 80 GiB");
     }
     if (s->stage == STAGE_GROUP_ID)
@@ -160,6 +173,9 @@ static inline void rig_receive(struct rig *r, int i, const struct msg *got)
         a->promised = 0;
         a->applied = got->go.epoch;
         a->has_view = true;
+        a->leaves = true;
+        for (uint32_t k = 0; k < got->go.view->n; k++)
+            a->leaves &= got->go.view->members[k].incarnation != a->incarnation;
         a->step = got->go.step;
         if (a->no_flip)
             break;
@@ -172,9 +188,9 @@ static inline void rig_receive(struct rig *r, int i, const struct msg *got)
         a->promised = 0;
         break;
     case MSG_DISMISS:
-        if (a->role != ROLE_REMOVING)
+        if (!a->leaves)
             break;
-        a->has_view = false;
+        a->has_view = a->leaves = false;
         m.type = MSG_STAGE_DONE;
         m.stage_done.op = got->op_end.op;
         m.stage_done.stage = STAGE_LET_GO;

@@ -97,7 +97,7 @@ START_TEST(scale_up_of_a_new_rank)
     story_expect(s, "send STAGE_DONE KV round 0 value 4096\n"
                     "new: PRE_KV_INIT --KV_DONE--> PREPARE\n"
                     "new: PREPARE --ENGINE_PREPARE--> PREPARE\n"
-                    "engine: prepare op 2 attempt 5\n"
+                    "engine: prepare op 2 attempt 5 within 750 ms\n"
                     "send STAGE_DONE ENGINE_PREPARE round 0\n");
     story_prepare(s, 2, 2, FLIP_VIEW, 250);
     story_go(s, 2, FLIP_VIEW, 30, 9, story_view(2, 3, 2, 5));
@@ -517,12 +517,66 @@ START_TEST(drain_ends_by_answer_or_deadline)
     ck_assert_uint_le(agent_core_deadline(s->core), s->now + 1000 * STORY_MS);
     s->now += 1000 * STORY_MS;
     story_happens(s, AE_TICK);
-    story_expect(s, "send STAGE_DONE DRAIN round 0: drain deadline passed\n"
+    story_expect(s, "send STAGE_DONE DRAIN round 0: the engine is not drained by the deadline\n"
                     "send HEARTBEAT\n");
     story_detach(s);
     story_forget(s);
     story_stage(s, 2, STAGE_DRAIN, 2);
     story_expect(s, "send STAGE_DONE DRAIN round 0\n");
+    story_free(s);
+}
+END_TEST
+
+START_TEST(a_strict_drain_that_is_late_is_an_error)
+{
+    struct story *s = story_serving(2);
+    story_op_begin(s, 2, OP_SCALE_DOWN, ROLE_REMOVING, 2, 2, 0);
+    story_forget(s);
+    struct msg m = story_stage_msg(2, STAGE_DRAIN, 0);
+    m.stage.strict = true;
+    story_told(s, &m);
+    s->now += 1000 * STORY_MS;
+    story_happens(s, AE_TICK);
+    ck_assert_msg(strstr(s->trace, "send STAGE_DONE DRAIN round 0 timeout: the engine is not drained by the deadline\n"), "%s",
+                  s->trace);
+    story_free(s);
+}
+END_TEST
+
+/* Its engine says nothing: the others go on, and it takes part in the commit as one that leaves. */
+START_TEST(a_rank_whose_engine_does_not_prepare_leaves)
+{
+    struct story *s = story_serving(2);
+    story_op_begin(s, 2, OP_SCALE_DOWN, ROLE_REMAINING, 3, 3, 0);
+    story_forget(s);
+    story_stage(s, 2, STAGE_ENGINE_PREPARE, 1);
+    story_expect(s, "remaining: PREPARE --ENGINE_PREPARE--> SWITCH_AND_PREPARE\n"
+                    "engine: prepare op 2 attempt 1 within 750 ms\n");
+    story_prepare(s, 2, 2, FLIP_VIEW, 250);
+    ck_assert_msg(strstr(s->trace, "REFUSE"), "%s", s->trace);
+    struct msg m = story_stage_msg(2, STAGE_ENGINE_PREPARE, 2);
+    m.stage.view = story_view(0, 2, NOT_IN_IT, 1);
+    story_forget(s);
+    story_told(s, &m);
+    story_expect(s, "remaining: SWITCH_AND_PREPARE --ENGINE_PREPARE--> SWITCH_AND_PREPARE\n"
+                    "send STAGE_DONE ENGINE_PREPARE round 0\n");
+    story_prepare(s, 3, 2, FLIP_VIEW, 250);
+    ck_assert_msg(strstr(s->trace, "send PROMISE"), "%s", s->trace);
+    story_go(s, 2, FLIP_VIEW, 30, 9, story_view(3, 2, NOT_IN_IT, 5));
+    engine_idles(s, 29);
+    story_forget(s);
+    story_happens(s, AE_BELL);
+    ck_assert_msg(strstr(s->trace, "send FLIPPED"), "%s", s->trace);
+    story_op(s, MSG_DISMISS, 2, 3);
+    story_happens(s, AE_ENGINE_RELEASED);
+    story_work_done(s, 0, NULL);
+    ck_assert_msg(strstr(s->trace, "engine: release\n"), "%s", s->trace);
+    ck_assert_msg(strstr(s->trace, "send STAGE_DONE LET_GO"), "%s", s->trace);
+    story_op(s, MSG_OP_END, 2, 0);
+    struct agent_status status;
+    agent_core_status(s->core, &status);
+    ck_assert_ptr_null(status.view);
+    ck_assert(machine_final(status.state));
     story_free(s);
 }
 END_TEST
@@ -790,6 +844,8 @@ int main(void)
     tcase_add_test(join, abort_while_allocating);
     tcase_add_test(join, joiner_that_is_a_rank_before_it_knows);
     tcase_add_test(serve, drain_ends_by_answer_or_deadline);
+    tcase_add_test(serve, a_strict_drain_that_is_late_is_an_error);
+    tcase_add_test(serve, a_rank_whose_engine_does_not_prepare_leaves);
     tcase_add_test(serve, grace_lasts_until_the_step_before_is_complete);
     tcase_add_test(serve, map_is_acknowledged_when_the_engine_has_it);
     tcase_add_test(serve, map_that_came_with_the_view_is_in_use_from_its_step);

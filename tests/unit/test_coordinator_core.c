@@ -511,6 +511,37 @@ START_TEST(an_operation_waits_for_agents_when_told_to)
 }
 END_TEST
 
+/* One SIGTERM is one LEAVE: when its drain is aborted by somebody else's trouble, it is drained again. */
+START_TEST(an_agent_that_stops_is_drained_again_after_an_abort)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    r.a[1].fails = STAGE_GROUP;
+    struct msg m = {.type = MSG_LEAVE};
+    rig_send(&r, 0, &m);
+    ck_assert_uint_eq(status(&r).op.record.outcome, OUTCOME_ABORTED);
+    uint64_t op = status(&r).op.record.op;
+    rig_advance(&r, 500);
+    ck_assert_uint_eq(status(&r).op.record.op, op); /* not at once: it would go round in circles */
+    r.a[1].fails = 0;
+    rig_advance(&r, 1000);
+    CK_RANKS(&r, 3);
+    ck_assert_int_eq(view_rank(status(&r).view, "gpu0"), -1);
+    /* an operator who aborts it means it */
+    r.a[2].silent = STAGE_GROUP;
+    m = (struct msg){.type = MSG_LEAVE};
+    rig_send(&r, 1, &m);
+    ck_assert(status(&r).op_running);
+    struct coordinator_event ev = {.type = CE_ABORT, .request = 9};
+    rig_event(&r, &ev);
+    r.a[2].silent = 0;
+    rig_advance(&r, 5000);
+    CK_RANKS(&r, 3);
+    rig_stop(&r);
+}
+END_TEST
+
 static void rig_progress(struct rig *r, int i, uint64_t bytes, uint64_t total)
 {
     struct msg m = {.type = MSG_PROGRESS, .progress = {status(r).op.record.op, bytes, total}};
@@ -559,6 +590,7 @@ int main(void)
     tcase_add_test(t, the_grace_step_is_the_latest_of_all_acknowledgements);
     tcase_add_test(t, the_same_key_is_the_same_operation);
     tcase_add_test(t, an_operation_waits_for_agents_when_told_to);
+    tcase_add_test(t, an_agent_that_stops_is_drained_again_after_an_abort);
     tcase_add_test(t, a_load_tells_how_far_it_is);
     suite_add_tcase(s, t);
     SRunner *runner = srunner_create(s);

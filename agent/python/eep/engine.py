@@ -33,7 +33,7 @@ class Dispatch(enum.IntEnum):
 class EventKind(enum.IntEnum):
     REGIONS = 1  # weights are mapped: model, tensor and maps work from now on
     LOAD = 2  # cold start of an engine that seals: allocate, fill the slots of load_map, seal
-    PREPARE = 3  # build communicators for `view` in the background; answer prepared
+    PREPARE = 3  # build communicators for `view` in the background; answer prepared within deadline_ms, whatever peers do
     ABORT = 4  # drop what was prepared for `op`
     DRAIN = 5  # finish or hand back requests within deadline_ms; answer drained
     REVOKE = 6  # a member of the view is gone: abort the communicators, leave the step
