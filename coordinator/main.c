@@ -25,7 +25,7 @@ struct options {
     const char *tcpstore[LISTEN_MAX];
     size_t n_tcpstore;
     bool tcpstore_insecure;
-    uint32_t tcpstore_grace_ms, store_mib;
+    uint32_t tcpstore_grace_ms, store_mib, connections_mib;
     enum store_durability durability;
     const char *state, *cluster, *port_file, *metrics;
     enum log_level level;
@@ -34,7 +34,7 @@ struct options {
 };
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
-       KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
+       KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_CONNECTIONS_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
        KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_TLS_CERT, KEY_TLS_KEY,
        KEY_TLS_CA, KEY_FORMAT, KEY_METRICS, KEY_NUMBER };
 
@@ -111,6 +111,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_STORE_MIB:
         o->store_mib = (uint32_t)options_number(state, "--store-mib", arg, 1, 1 << 20);
         return 0;
+    case KEY_CONNECTIONS_MIB:
+        o->connections_mib = (uint32_t)options_number(state, "--connections-mib", arg, 16, 1 << 20);
+        return 0;
     case KEY_DURABILITY:
         if (store_durability_parse(arg, &o->durability) < 0)
             return options_error(state, "unknown durability '%s': use fsync, os or none", arg);
@@ -173,6 +176,9 @@ static const struct argp_option fixed[] = {
      "what an acknowledged write of a durable key survives: fsync (a power failure; default), os (the end of the "
      "coordinator) or none", 0},
     {"store-mib", KEY_STORE_MIB, "MIB", 0, "memory for the key-value store (256)", 0},
+    {"connections-mib", KEY_CONNECTIONS_MIB, "MIB", 0,
+     "memory for what all connections together receive and have not sent: beyond it the connection with the most is cut "
+     "off (512)", 0},
     {"tcpstore-listen", KEY_TCPSTORE, "ADDR", OPTIONS_REPEATABLE,
      "serve the protocol of PyTorch's TCPStore on host:port[/namespace] (repeatable); keys of a namespace go when its last "
      "connection has closed (default namespace: the port)", 0},
@@ -373,7 +379,7 @@ static struct server_config server_config_of(struct process *p, const struct opt
     return (struct server_config){
         .base = p->base, .log = p->log, .cluster = o->cluster, .state = o->state, .listen = o->listen,
         .n_listen = o->n_listen, .listen_fds = o->listen_fd, .tls = p->tls, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
-        .store_bytes = (size_t)o->store_mib << 20, .durability = o->durability, .tcpstore = o->tcpstore,
+        .store_bytes = (size_t)o->store_mib << 20, .connections_bytes = (size_t)o->connections_mib << 20, .durability = o->durability, .tcpstore = o->tcpstore,
         .n_tcpstore = o->n_tcpstore, .tcpstore_insecure = o->tcpstore_insecure,
         .tcpstore_grace_ms = o->tcpstore_grace_ms,
     };

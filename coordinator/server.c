@@ -27,6 +27,7 @@
 #define CONNS_MAX 16384
 #define REFUSED_LOG_NS (1000 * UINT64_C(1000000))
 #define STORE_BYTES_DEFAULT ((size_t)256 << 20)
+#define CONNECTIONS_BYTES_DEFAULT ((size_t)512 << 20)
 
 struct session *server_session(struct server *s, uint64_t id)
 {
@@ -219,9 +220,13 @@ static void on_close(void *user, struct rpc_conn *conn, int code, const char *re
 {
     struct session *session = user;
     struct server *s = session->server;
-    log_event(s->log, session->role == RPC_ROLE_AGENT ? LOG_LEVEL_INFO : LOG_LEVEL_DEBUG, "disconnected",
-              "conn=%llu peer=%s code=%s why=%s", (unsigned long long)session->id, rpc_conn_name(conn),
-              err_code_name(code), reason);
+    if (code == ERR_LIMIT)
+        log_event(s->log, LOG_LEVEL_WARN, "cut-off", "conn=%llu peer=%s why=%s", (unsigned long long)session->id,
+                  rpc_conn_name(conn), reason);
+    else
+        log_event(s->log, session->role == RPC_ROLE_AGENT ? LOG_LEVEL_INFO : LOG_LEVEL_DEBUG, "disconnected",
+                  "conn=%llu peer=%s code=%s why=%s", (unsigned long long)session->id, rpc_conn_name(conn),
+                  err_code_name(code), reason);
     HASH_DEL(s->sessions, session); /* the core finds it no more, whatever it does about the loss */
     control_closed(session);
     if (session->role == RPC_ROLE_AGENT)
@@ -320,6 +325,7 @@ static int open_events(struct server *s, struct err *err)
     if (!s->tick || !s->changed || !s->journal_event || !s->rpc || event_add(s->journal_event, NULL) != 0 ||
         server_waiting_open(s) < 0)
         return err_set(err, ERR_NOMEM, "out of memory");
+    rpc_budget_set(s->rpc, &s->held);
     return 0;
 }
 
@@ -337,6 +343,7 @@ int server_open(const struct server_config *config, struct server **ret_server, 
     server_metrics_init(&s->metrics);
     if (!s->config.store_bytes)
         s->config.store_bytes = STORE_BYTES_DEFAULT;
+    s->held.limit = config->connections_bytes ? config->connections_bytes : CONNECTIONS_BYTES_DEFAULT;
     struct rpc_identity self = {0};
     snprintf(self.cluster, sizeof self.cluster, "%s", config->cluster);
     snprintf(self.software, sizeof self.software, "eep-coordinator %s", EEP_SOFTWARE);

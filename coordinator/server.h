@@ -24,6 +24,7 @@ struct server_config {
     struct tls *tls;                /* of TCP addresses; borrowed; NULL = not encrypted */
     bool insecure;                  /* without tls: TCP addresses other than the loopback are allowed */
     size_t store_bytes;             /* budget of the key-value store; 0 = 256 MiB */
+    size_t connections_bytes;       /* budget of what all connections receive and have not sent; 0 = 512 MiB */
     enum store_durability durability; /* of its durable keys */
     const char *const *tcpstore;    /* "host:port[/namespace]": TCPStore's protocol there */
     size_t n_tcpstore;

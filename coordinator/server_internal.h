@@ -4,6 +4,7 @@
 
 #include <uthash.h>
 
+#include "common/budget.h"
 #include "common/control_methods.h"
 #include "common/rpc.h"
 #include "coordinator/barriers.h"
@@ -42,6 +43,7 @@ struct call {
     uint64_t id;      /* the client's number for it */
     enum control_method method;
     enum call_kind kind;
+    size_t bytes;     /* counted in the connection's budget */
     uint64_t op;      /* WATCH_OP */
     uint64_t seen;    /* WATCH_VIEW: version that was sent last */
     char *key;        /* KV_GET; prefix of KV_WATCH */
@@ -57,6 +59,7 @@ struct server {
     struct event_base *base;
     struct log *log;
     struct rpc *rpc;
+    struct budget held;            /* of all connections, TCPStore's too */
     struct rpc_listener *listener;
     struct journal *journal;
     struct event *journal_event;
