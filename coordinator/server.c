@@ -93,7 +93,7 @@ static void perform(struct server *s, struct coordinator_action *a)
         log_event(s->log, (enum log_level)a->level, "note", "epoch=%llu op=%llu what=%s",
                   (unsigned long long)a->epoch, (unsigned long long)a->op, a->text);
         if (a->op == 0 && a->level >= (int)LOG_LEVEL_WARN)
-            server_waiting_begin(s);
+            server_waiting_warned(s);
         break;
     }
 }

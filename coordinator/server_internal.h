@@ -82,6 +82,7 @@ struct server {
     struct {
         struct event *timer;
         uint32_t interval_ms;
+        uint64_t since_ns; /* which wait it is */
     } waiting; /* server_waiting.c */
 };
 
@@ -90,6 +91,8 @@ struct server {
 int server_waiting_open(struct server *s);
 /* A phase, or a state that does not serve everything, has begun. */
 void server_waiting_begin(struct server *s);
+/* Something may have begun; a wait that lasts is not postponed by it. */
+void server_waiting_warned(struct server *s);
 void server_waiting_close(struct server *s);
 
 /* ---- server.c ---- */
