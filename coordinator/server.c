@@ -17,6 +17,7 @@
 #include "common/daemon.h"
 #include "common/topology_wire.h"
 #include "common/version.h"
+#include "coordinator/store_edge.h"
 #include "coordinator/tcpstore.h"
 
 /* Operators and readers: unsent bytes after which no more calls are taken, after which streams cut them off, and how long
@@ -398,6 +399,19 @@ const char *server_address(const struct server *s, size_t i)
 const char *server_tcpstore_address(const struct server *s, size_t i)
 {
     return tcpstore_address(s->edge->tcpstore, i);
+}
+
+bool server_stuck(struct server *s, char *text, size_t size)
+{
+    uint64_t now_ns = clock_now_ns(), limit_ns = (uint64_t)s->config.stuck_ms * 1000000;
+    uint64_t journal_ns = journal_writing_ns(s->journal, now_ns);
+    uint64_t store_ns = s->edge->disk ? store_disk_writing_ns(s->edge->disk, now_ns) : 0;
+    if (!limit_ns || (journal_ns <= limit_ns && store_ns <= limit_ns))
+        return false;
+    snprintf(text, size, "a write of the %s takes %llu s: the disk of the state folder is stuck",
+             journal_ns > limit_ns ? "journal" : "store",
+             (unsigned long long)(journal_ns > limit_ns ? journal_ns : store_ns) / 1000000000);
+    return true;
 }
 
 void server_status_text(const struct server *s, char *text, size_t size)
