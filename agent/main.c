@@ -28,6 +28,7 @@ struct options {
     struct service_config service;
     const char *engine_command, *port_file, *metrics;
     struct tls_files tls;
+    struct tls_credentials credentials;
     char engine_socket[512], memory[128];
     enum log_level level;
     enum log_format format;
@@ -347,6 +348,8 @@ static void reload(struct process *p)
     char *restart = NULL;
     options_default(&o);
     int rc = options_reload(p->program, p->sources, &o, &sources, &restart, &err);
+    if (rc == 0)
+        rc = tls_take_credentials(&o.tls, &o.credentials, &err);
     daemon_reloaded(p->log, p->tls, &o.tls, o.level, rc, restart, &err);
     free(restart);
     options_free(sources);
@@ -506,7 +509,9 @@ int main(int argc, char **argv)
         snprintf(o.memory, sizeof o.memory, "cuda:%s", o.service.id);
         o.service.memory = o.memory;
     }
-    int rc = tls_open(&o.tls, &p.tls, &err);
+    int rc = tls_take_credentials(&o.tls, &o.credentials, &err);
+    if (rc == 0)
+        rc = tls_open(&o.tls, &p.tls, &err);
     o.service.tls = p.tls;
     if (rc == 0 && check)
         rc = service_check(&o.service, &err);

@@ -22,6 +22,7 @@ struct options {
     int listen_fd[LISTEN_MAX]; /* systemd's sockets, -1 = to be made */
     bool insecure;
     struct tls_files tls;
+    struct tls_credentials credentials;
     const char *tcpstore[LISTEN_MAX];
     size_t n_tcpstore;
     bool tcpstore_insecure;
@@ -258,7 +259,7 @@ static int options_complete(struct options *o, struct err *err)
     if (o->core.lease_ms < 2 * o->core.heartbeat_ms)
         return err_set(err, ERR_INVALID, "--lease-ms %u must be at least twice --heartbeat-ms %u, or agents are lost "
                        "between two heartbeats", o->core.lease_ms, o->core.heartbeat_ms);
-    return 0;
+    return tls_take_credentials(&o->tls, &o->credentials, err);
 }
 
 static const char about[] =

@@ -177,6 +177,40 @@ START_TEST(rotation)
 }
 END_TEST
 
+/* Without an option the unit's credentials count; half of them is a mistake, the unit's "none" is not. */
+START_TEST(credentials_of_the_unit)
+{
+    static const char check[] = "eep-coordinator --state /nonexistent --listen 127.0.0.1:0 --check-config";
+    char folder[80], command[1024];
+    snprintf(folder, sizeof folder, "%s/credentials", dir);
+    snprintf(command, sizeof command,
+             "mkdir %s && cp %s/ca/coordinator.crt %s/tls-cert && cp %s/ca/coordinator.key %s/tls-key && "
+             "cp %s/ca/ca.crt %s/tls-ca",
+             folder, dir, folder, dir, folder, dir, folder);
+    ck_assert_int_eq(system(command), 0);
+    setenv("CREDENTIALS_DIRECTORY", folder, 1);
+    daemon_process_init(&d);
+    d.extra[0] = "--log-level";
+    d.extra[1] = "info";
+    d.own_level = true;
+    ck_assert(daemon_process_start(&d));
+    unsetenv("CREDENTIALS_DIRECTORY");
+    REFUSED(ctl("ca", "operator", "status"), 0, "no view yet");
+    kill(d.pid, SIGHUP);
+    ck_assert(logged("a new one waits for a restart"));
+    setenv("CREDENTIALS_DIRECTORY", folder, 1);
+    REFUSED(check, 0, "");
+    snprintf(command, sizeof command, "printf none >%s/tls-key", folder);
+    ck_assert_int_eq(system(command), 0);
+    REFUSED(check, 2, "a credential tls-cert, but no tls-key: put all of its three files");
+    REFUSED("eep-agent --id a --check-config", 2, "but no tls-key");
+    snprintf(command, sizeof command, "printf none >%s/tls-cert", folder);
+    ck_assert_int_eq(system(command), 0);
+    REFUSED(check, 0, "");
+    unsetenv("CREDENTIALS_DIRECTORY");
+}
+END_TEST
+
 static long memory_kb(pid_t pid)
 {
     char path[64], line[256];
@@ -256,6 +290,7 @@ int main(void)
     tcase_add_test(t, no_downgrade);
     tcase_add_test(t, an_agent_speaks_for_itself_only);
     tcase_add_test(t, rotation);
+    tcase_add_test(t, credentials_of_the_unit);
     tcase_add_test(t, ten_thousand_strangers);
     suite_add_tcase(s, t);
     SRunner *runner = srunner_create(s);
