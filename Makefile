@@ -236,6 +236,7 @@ deps:      ## install what building and running need (as root, once)
 	$(call install,$(DEPS))
 deps-test: ## install what only the tests need (as root, once)
 	$(call install,$(DEPS) $(DEPS_TEST))
+	@command -v promtool >/dev/null || { echo "installing: promtool" && tests/systemd/promtool.sh; }
 
 # "make -j deps demo" must not build before the packages are there
 ifneq ($(filter deps deps-test,$(MAKECMDGOALS)),)

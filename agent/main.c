@@ -28,6 +28,7 @@ struct options {
     struct service_config service;
     const char *engine_command, *port_file, *metrics;
     struct tls_files tls;
+    struct tls_credentials credentials;
     char engine_socket[512], memory[128];
     enum log_level level;
     enum log_format format;
@@ -36,7 +37,7 @@ struct options {
 
 enum { KEY_ID = 256, KEY_COORDINATOR, KEY_LISTEN, KEY_ADVERTISE, KEY_DATA_LISTEN, KEY_ENGINE_SOCKET,
        KEY_CHECKPOINT, KEY_SLOTS, KEY_NODE, KEY_MEMORY, KEY_TRANSPORT, KEY_CLUSTER, KEY_LEVEL, KEY_ENGINE_COMMAND,
-       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_LIST_GPUS, KEY_SHARED_GPU,
+       KEY_INSECURE, KEY_PORT_FILE, KEY_STOP_AFTER, KEY_TRANSFER, KEY_STUCK, KEY_LIST_GPUS, KEY_SHARED_GPU,
        KEY_STEP_LIMIT, KEY_TLS_CERT, KEY_TLS_KEY, KEY_TLS_CA, KEY_FORMAT, KEY_DATA_INSECURE,
        KEY_METRICS };
 
@@ -59,6 +60,9 @@ static const struct argp_option option_table[] = {
     {"shared-gpu", KEY_SHARED_GPU, 0, 0,
      "for development and tests: let several agents, each with this option, use one GPU; without it a second agent on "
      "a GPU is refused", 1},
+    {"stuck-ms", KEY_STUCK, "MS", 0,
+     "under systemd: what loads and moves weights has shown no progress for so long: the watchdog is not fed any more (0: always "
+     "fed; 300000)", 1},
     {"transfer-ms", KEY_TRANSFER, "MS", 0, "a transfer without progress ends after this (60000)", 1},
     {0, 0, 0, 0, "Engine:", 2},
     {"engine-socket", KEY_ENGINE_SOCKET, "PATH", 0, "where the engine attaches (default /run/eep/agent-NAME.sock)", 2},
@@ -136,6 +140,7 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_SLOTS: s->slots = number(state, "--slots", arg, 65536); return 0;
     case KEY_MEMORY: s->memory = arg; return 0;
     case KEY_TRANSPORT: s->transport = arg; return 0;
+    case KEY_STUCK: s->stuck_ms = (uint32_t)options_number(state, "--stuck-ms", arg, 0, 86400000); return 0;
     case KEY_TRANSFER:
         s->transfer_timeout_ms = (uint32_t)options_number(state, "--transfer-ms", arg, 100, 86400000);
         return 0;
@@ -198,6 +203,7 @@ struct process {
     struct tls *tls;
     struct service_metrics counts;
     struct metrics_http *metrics;
+    bool stuck;          /* said in the log */
     bool ready;          /* systemd has been told */
     uint64_t opened_ns;
     unsigned restart_ms;
@@ -329,7 +335,7 @@ static void options_default(struct options *ret_options)
         .level = LOG_LEVEL_INFO,
         .stop_after_ms = 30000,
         .service = {.cluster = "eep", .coordinator = "unix:/run/eep/coordinator.sock", .listen = "127.0.0.1:0",
-                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000, .step_limit_ms = 120000},
+                    .data_listen = "127.0.0.1:0", .memory = "host", .transfer_timeout_ms = 60000, .stuck_ms = 300000, .step_limit_ms = 120000},
     };
 }
 
@@ -342,6 +348,8 @@ static void reload(struct process *p)
     char *restart = NULL;
     options_default(&o);
     int rc = options_reload(p->program, p->sources, &o, &sources, &restart, &err);
+    if (rc == 0)
+        rc = tls_take_credentials(&o.tls, &o.credentials, &err);
     daemon_reloaded(p->log, p->tls, &o.tls, o.level, rc, restart, &err);
     free(restart);
     options_free(sources);
@@ -374,10 +382,11 @@ static void on_status(evutil_socket_t fd, short what, void *user)
 {
     (void)fd, (void)what;
     struct process *p = user;
-    char text[256] = "starting again";
+    char text[256] = "starting again", why[256];
+    bool stuck = p->service && service_stuck(p->service, why, sizeof why);
     if (p->service)
         service_status_text(p->service, text, sizeof text);
-    daemon_notify_alive(text);
+    daemon_notify_alive(p->log, &p->stuck, stuck ? why : NULL, text);
 }
 
 static void on_day(evutil_socket_t fd, short what, void *user)
@@ -500,7 +509,9 @@ int main(int argc, char **argv)
         snprintf(o.memory, sizeof o.memory, "cuda:%s", o.service.id);
         o.service.memory = o.memory;
     }
-    int rc = tls_open(&o.tls, &p.tls, &err);
+    int rc = tls_take_credentials(&o.tls, &o.credentials, &err);
+    if (rc == 0)
+        rc = tls_open(&o.tls, &p.tls, &err);
     o.service.tls = p.tls;
     if (rc == 0 && check)
         rc = service_check(&o.service, &err);

@@ -411,6 +411,7 @@ static int open_worker(struct service *s, struct err *err)
         .checkpoint = s->config.checkpoint,
         .slots = s->config.slots,
         .transfer_timeout_ms = s->config.transfer_timeout_ms,
+        .stuck_ms = s->config.stuck_ms,
         .on_weights = adopt_on_weights,
         .user = s->adopt,
     };
@@ -612,6 +613,11 @@ void service_status_text(const struct service *s, char *text, size_t size)
              (unsigned long long)status.applied_epoch,
              status.engine && status.resuming ? "awaited after a re-adoption" : status.engine ? "attached" : "none",
              status.welcomed ? "coordinator connected" : "no coordinator");
+}
+
+bool service_stuck(const struct service *s, char *text, size_t size)
+{
+    return worker_stuck(s->worker, text, size);
 }
 
 bool service_is_welcome(const struct service *s)

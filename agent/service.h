@@ -25,7 +25,7 @@ struct service_config {
     const char *checkpoint;           /* folder, or NULL: joins only, or has an engine that seals */
     const char *memory, *transport;   /* backends by name; transport NULL: what suits the memory */
     struct keep *keep;                /* what outlives the process; borrowed, NULL = nothing */
-    uint32_t slots, node, transfer_timeout_ms;
+    uint32_t slots, node, transfer_timeout_ms, stuck_ms;
     uint32_t step_limit_ms; /* an engine's step that takes longer has hung; 0 = none has */
     struct tls *tls;    /* of the coordinator's address and `listen`; borrowed; NULL = not encrypted */
     bool insecure;      /* without tls: addresses other than the loopback are allowed */
@@ -49,6 +49,8 @@ const char *service_data_address(const struct service *service);
 /* Counters, and the present of `service`; NULL: between two incarnations. */
 void service_metrics_write(const struct service *service, const struct service_metrics *metrics, struct metrics_text *t);
 bool service_is_welcome(const struct service *service); /* the coordinator has taken us; takes NULL */
+/* The worker is stuck (worker.h). */
+bool service_stuck(const struct service *service, char *text, size_t size);
 void service_status_text(const struct service *service, char *text, size_t size); /* one sentence for people */
 
 #endif

@@ -50,6 +50,7 @@ void worker_progress(struct worker *w, const struct job *job, uint64_t bytes, ui
 {
     struct worker_result result = {
         .id = job->work.id, .kind = job->work.kind, .bytes = bytes, .value = total, .progress = true};
+    worker_sign(w, 0);
     pthread_mutex_lock(&w->lock);
     struct result_node *unread = w->results;
     while (unread && !(unread->result.progress && unread->result.id == job->work.id))
@@ -140,8 +141,33 @@ void worker_cancel(struct worker *w, uint64_t op)
     pthread_mutex_unlock(&w->lock);
 }
 
+void worker_sign(struct worker *w, uint64_t call_ns)
+{
+    uint64_t now_ns = clock_now_ns(), from_ns = call_ns > now_ns ? call_ns : now_ns;
+    atomic_store(&w->sign_ns, now_ns);
+    atomic_store(&w->due_ns, w->config.stuck_ms ? from_ns + (uint64_t)w->config.stuck_ms * 1000000u : 0);
+}
+
+bool worker_stuck(struct worker *w, char *text, size_t size)
+{
+    uint64_t now_ns = clock_now_ns(), due_ns = atomic_load(&w->due_ns), sign_ns = atomic_load(&w->sign_ns);
+    if (!due_ns || now_ns <= due_ns)
+        return false;
+    static const char *const kinds[] = {
+        [JOB_REGION_ALLOC] = "REGION_ALLOC", [JOB_ADOPT] = "ADOPT", [JOB_SEAL] = "SEAL", [JOB_SEAL_DISCARD] = "SEAL_DISCARD"};
+    pthread_mutex_lock(&w->lock);
+    const struct job *job = w->current;
+    const char *what = !job ? "the look at memory and transport" : job->kind == JOB_WORK ? work_kind_name(job->work.kind) : kinds[job->kind];
+    unsigned long long op = job ? job->work.op : 0;
+    pthread_mutex_unlock(&w->lock);
+    snprintf(text, size, "the worker's thread has shown no progress for %llu s in %s of operation %llu",
+             (unsigned long long)(now_ns - sign_ns) / 1000000000u, what, op);
+    return true;
+}
+
 bool worker_cancelled(struct worker *w)
 {
+    worker_sign(w, 0);
     pthread_mutex_lock(&w->lock);
     bool cancelled = w->current && w->current->cancelled;
     pthread_mutex_unlock(&w->lock);
@@ -169,6 +195,7 @@ static bool job_take(struct worker *w, struct job **ret_job)
             w->last = &w->first;
         job->next = NULL;
         w->current = job;
+        worker_sign(w, 0);
     }
     pthread_mutex_unlock(&w->lock);
     *ret_job = job;
@@ -216,7 +243,9 @@ static void *worker_main(void *arg)
     struct worker *w = arg;
     for (struct job *job; job_take(w, &job);) {
         if (!job) {
+            worker_sign(w, 0);
             worker_health(w);
+            atomic_store(&w->due_ns, 0);
             continue;
         }
         struct worker_result result = {
@@ -228,8 +257,10 @@ static void *worker_main(void *arg)
         uint64_t began_ns = clock_now_ns();
         worker_job_run(w, job, &result);
         result.ns = clock_now_ns() - began_ns;
+        worker_sign(w, 0);
         job_end(w, job, &result);
         worker_health(w);
+        atomic_store(&w->due_ns, 0);
     }
     return NULL;
 }

@@ -18,6 +18,7 @@ struct worker_config {
     struct transport *transport;    /* likewise */
     const char *checkpoint;         /* folder, or NULL; borrowed for the life of the worker */
     uint32_t slots;                 /* 0: as the map says */
+    uint32_t stuck_ms;              /* worker_stuck after so long without a sign of progress; 0: never */
     uint32_t transfer_timeout_ms;   /* no progress for so long ends a transfer; 60000 */
     /* The weights that this rank holds have become these (NULL: none); worker thread, before anybody is told.  Or NULL. */
     void (*on_weights)(void *user, const struct weights *weights);
@@ -50,6 +51,10 @@ bool worker_next_result(struct worker *w, struct worker_result *ret_result);
 void worker_result_done(struct worker_result *result);
 /* Cancels everything, joins, releases memory and transport. */
 void worker_stop(struct worker *w);
+
+/* Whether its thread is stuck: it shows no progress (bytes, a slot, the end of a call that has a deadline) for stuck_ms.
+ * Fills in a sentence.  Any thread. */
+bool worker_stuck(struct worker *w, char *text, size_t size);
 
 /* For the engine socket (loop thread): the manifest and the regions' descriptors of the weights that are allocated now,
  * or NULL.  Valid until the next WORK_RELEASE is submitted.  Read manifest and regions only: `model` is the worker's. */

@@ -7,6 +7,7 @@
 #define EEP_AGENT_WORKER_INTERNAL_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "agent/weights.h"
 #include "agent/worker.h"
@@ -53,6 +54,7 @@ struct worker {
     bool stopping;
     bool fatal; /* told; the worker's */
     struct job *current;
+    _Atomic uint64_t sign_ns, due_ns; /* when the thread has shown itself last, until when it has to again; 0: it rests */
     struct weights *weights;
 
     struct transport_group *group;
@@ -63,7 +65,9 @@ struct worker {
 
 /* Does one job; fills in code, text and figures of *ret_result (id and kind are set). */
 void worker_job_run(struct worker *w, struct job *job, struct worker_result *ret_result);
-/* True when the present job is to be given up. */
+/* The thread goes on; call_ns: a call that it begins now ends by then at the latest, 0 = none. */
+void worker_sign(struct worker *w, uint64_t call_ns);
+/* True when the present job is to be given up.  A sign, too. */
 bool worker_cancelled(struct worker *w);
 /* Queues a progress result, or raises the one that nobody has read yet.  total: bytes that there will be, 0 = not known. */
 void worker_progress(struct worker *w, const struct job *job, uint64_t bytes, uint64_t total);

@@ -29,13 +29,14 @@ struct slot_in {
 static void transfer_renew(struct transfer_state *t)
 {
     t->call.deadline_ns = clock_now_ns() + (uint64_t)t->w->config.transfer_timeout_ms * 1000000u;
+    worker_sign(t->w, t->call.deadline_ns);
 }
 
 static void transfer_progress(void *user, uint64_t bytes)
 {
     struct transfer_state *t = user;
-    transfer_renew(t);
     worker_progress(t->w, t->job, t->before + bytes, 0);
+    transfer_renew(t);
 }
 
 static void transfer_init(struct transfer_state *t, struct worker *w, const struct job *job)

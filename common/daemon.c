@@ -65,10 +65,16 @@ void daemon_notify_reloading(void)
     daemon_notify(text);
 }
 
-void daemon_notify_alive(const char *status)
+void daemon_notify_alive(struct log *log, bool *stuck, const char *why, const char *status)
 {
     char text[512];
-    snprintf(text, sizeof text, "WATCHDOG=1\nSTATUS=%s", status);
+    if (why && !*stuck)
+        log_event(log, LOG_LEVEL_ERROR, "stuck", "why=%s what=%s", why,
+                  "the watchdog is not fed any more, so that systemd starts this process again");
+    else if (!why && *stuck)
+        log_event(log, LOG_LEVEL_WARN, "unstuck", "what=%s", "it goes on, the watchdog is fed again");
+    *stuck = why != NULL;
+    snprintf(text, sizeof text, "%sSTATUS=%s", why ? "" : "WATCHDOG=1\n", why ? why : status);
     daemon_notify(text);
 }
 

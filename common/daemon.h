@@ -21,8 +21,9 @@ void daemon_notify(const char *state);
 
 /* A reload has begun; READY=1 ends it. */
 void daemon_notify_reloading(void);
-/* The loop turns: the watchdog is fed, and told in a sentence how things stand. */
-void daemon_notify_alive(const char *status);
+/* The loop turns: the watchdog is fed, and told in a sentence how things stand.  why: a thread is stuck, so that the
+ * watchdog is told only and will end us; the first time, and when it is over, this is logged.  NULL: all is well. */
+void daemon_notify_alive(struct log *log, bool *stuck, const char *why, const char *status);
 /* How often to say so: every 2 s, or three times within the watchdog's limit. */
 unsigned daemon_alive_ms(void);
 

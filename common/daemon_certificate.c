@@ -23,6 +23,9 @@ void daemon_reloaded(struct log *log, struct tls *tls, const struct tls_files *f
         log_level_set(log, level);
     if (rc < 0)
         log_event(log, LOG_LEVEL_ERROR, "reload-failed", "why=%s", err->text);
+    else if (tls && tls_has_credentials(files))
+        log_event(log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s what=%s", *restart ? restart : "none",
+                  "the certificate is the unit's credential: a new one waits for a restart");
     else
         log_event(log, LOG_LEVEL_INFO, "reloaded", "wait_for_restart=%s", *restart ? restart : "none");
     daemon_log_certificate(log, tls);

@@ -37,6 +37,7 @@ static void conn_free(struct rpc_conn *conn)
     if (conn->listener)
         conn->listener->n_conns--;
     rpc_conn_uncount(conn);
+    budget_leave(&conn->held);
     if (conn->readable)
         event_free(conn->readable);
     if (conn->in)
@@ -92,6 +93,49 @@ void rpc_conn_close(struct rpc_conn *conn)
     conn->state = RPC_DEAD;
     conn_silence(conn);
     conn_move(conn, from, &conn->rpc->dead);
+}
+
+/* ---- the budget of all connections ---- */
+
+static void on_held(struct evbuffer *buffer, const struct evbuffer_cb_info *info, void *arg)
+{
+    (void)buffer;
+    struct rpc_conn *conn = arg;
+    budget_add(&conn->held, info->n_added, info->n_deleted);
+}
+
+/* The others need its memory: what it holds goes now, but for the frame that is being looked at. */
+static void conn_cut(void *user, size_t bytes)
+{
+    struct rpc_conn *conn = user;
+    struct evbuffer *output = bufferevent_get_output(conn->bev);
+    rpc_conn_fail(conn, ERR_LIMIT, "%s is cut off: it holds %zu bytes, the most of all connections, which may hold %zu",
+                  conn->name, bytes, conn->rpc->budget->limit);
+    evbuffer_unfreeze(output, 1);
+    evbuffer_drain(output, SIZE_MAX);
+    if (conn != conn->rpc->reads)
+        evbuffer_drain(conn->in, SIZE_MAX);
+}
+
+/* Counts what its buffers hold from now on. */
+static int conn_count(struct rpc_conn *conn)
+{
+    struct evbuffer *buffers[] = {bufferevent_get_input(conn->bev), bufferevent_get_output(conn->bev)};
+    for (size_t i = 0; conn->held.budget && i < sizeof buffers / sizeof buffers[0]; i++) {
+        if (!evbuffer_add_cb(buffers[i], on_held, conn))
+            return ERR_NOMEM;
+    }
+    return 0;
+}
+
+void rpc_conn_hold(struct rpc_conn *conn, size_t more, size_t less)
+{
+    budget_add(&conn->held, more, less);
+}
+
+void rpc_budget_set(struct rpc *rpc, struct budget *budget)
+{
+    rpc->budget = budget;
 }
 
 /* Tells users of connections that have failed, then frees what is dead.  Runs from the loop with nothing of ours up
@@ -239,7 +283,9 @@ static void conn_input(struct rpc_conn *conn)
             rpc_conn_fail(conn, ERR_NOMEM, "no memory for a frame of %zu bytes of %s", want, conn->name);
             break;
         }
+        conn->rpc->reads = conn;
         size_t done = conn_frames(conn, data, want, &need);
+        conn->rpc->reads = NULL;
         evbuffer_drain(conn->in, done);
         if (done == 0)
             break;
@@ -270,6 +316,7 @@ static void on_readable(evutil_socket_t fd, short what, void *arg)
             rpc_conn_fail(conn, ERR_NOMEM, "no memory for %zd bytes of %s", n, conn->name);
         else if (!fresh)
             conn_input(conn);
+        budget_keep(rpc->budget);
     }
 }
 
@@ -283,6 +330,7 @@ static void on_tls_read(struct bufferevent *bev, void *arg)
         rpc_conn_fail(conn, ERR_NOMEM, "no memory for what %s sends", conn->name);
     else
         conn_input(conn);
+    budget_keep(conn->rpc->budget);
 }
 
 /* The connection is there: listen to it. */
@@ -396,7 +444,7 @@ static int conn_secure(struct rpc_conn *conn, int fd)
     bufferevent_openssl_set_allow_dirty_shutdown(bev, 1); /* frames know their ends */
     bufferevent_setcb(bev, on_tls_read, on_write, on_event, conn);
     bufferevent_setwatermark(bev, EV_READ, 0, FRAME_LIMIT_HANDSHAKE + FRAME_HEADER_BYTES);
-    return bufferevent_enable(bev, EV_READ | EV_WRITE) < 0 ? ERR_NOMEM : 0;
+    return conn_count(conn) < 0 || bufferevent_enable(bev, EV_READ | EV_WRITE) < 0 ? ERR_NOMEM : 0;
 }
 
 /* TLS's handshake is done: ours begins. */
@@ -431,6 +479,7 @@ static bool conn_linger(struct rpc_conn *conn)
             evutil_closesocket(fd);
         return false;
     }
+    budget_leave(&conn->held);
     bufferevent_free(conn->bev);
     evutil_make_socket_closeonexec(fd);
     shutdown(fd, SHUT_WR);
@@ -547,14 +596,17 @@ struct rpc_conn *rpc_conn_new(struct rpc *rpc, const struct rpc_options *options
     snprintf(conn->tls_peer, sizeof conn->tls_peer, "%s", options->tls_peer ? options->tls_peer : "coordinator");
     conn->timer = evtimer_new(rpc->base, on_timer, conn);
     conn->in = evbuffer_new();
+    budget_join(rpc->budget, &conn->held, conn_cut, conn);
     bool connected = state != RPC_CONNECTING, secure = connected && conn->tls;
-    int rc = 0;
-    if (secure)
+    int rc = conn->in && (!conn->held.budget || evbuffer_add_cb(conn->in, on_held, conn)) ? 0 : ERR_NOMEM;
+    if (rc == 0 && secure) {
         rc = conn_secure(conn, fd);
-    else
+    } else if (rc == 0) {
         conn->bev = bufferevent_socket_new(rpc->base, fd, BEV_OPT_CLOSE_ON_FREE);
+        rc = conn->bev ? conn_count(conn) : ERR_NOMEM;
+    }
     /* A connector has to wait for writability first: that is how it learns that it is connected. */
-    if (!conn->timer || !conn->bev || !conn->in || rc < 0 ||
+    if (!conn->timer || rc < 0 ||
         (connected && !secure && (bufferevent_disable(conn->bev, EV_WRITE) < 0 || conn_listen(conn) < 0))) {
         if (conn->bev && connected)
             bufferevent_setfd(conn->bev, -1); /* it stays the caller's */
@@ -657,6 +709,16 @@ static int conn_reserve(struct rpc_conn *conn, const struct frame_header *header
     return 0;
 }
 
+static int conn_commit(struct rpc_conn *conn, struct evbuffer_iovec *vec)
+{
+    evbuffer_commit_space(bufferevent_get_output(conn->bev), vec, 1);
+    budget_keep(conn->rpc->budget);
+    if (conn->state >= RPC_FAILING)
+        return ERR_LIMIT; /* it was the one with the most */
+    conn_dirty(conn);
+    return 0;
+}
+
 int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, uint64_t call,
                  const ProtobufCMessage *msg)
 {
@@ -668,9 +730,7 @@ int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, u
         return rc;
     if (msg)
         protobuf_c_message_pack(msg, (uint8_t *)vec.iov_base + FRAME_HEADER_BYTES);
-    evbuffer_commit_space(bufferevent_get_output(conn->bev), &vec, 1);
-    conn_dirty(conn);
-    return 0;
+    return conn_commit(conn, &vec);
 }
 
 int rpc_conn_send(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, uint64_t call,
@@ -691,9 +751,7 @@ int rpc_conn_send_bytes(struct rpc_conn *conn, enum frame_kind kind, uint16_t me
         return rc;
     if (len > 0)
         memcpy((uint8_t *)vec.iov_base + FRAME_HEADER_BYTES, data, len);
-    evbuffer_commit_space(bufferevent_get_output(conn->bev), &vec, 1);
-    conn_dirty(conn);
-    return 0;
+    return conn_commit(conn, &vec);
 }
 
 int rpc_conn_send_error(struct rpc_conn *conn, uint16_t method, uint64_t call, int code, const char *text)

@@ -44,6 +44,11 @@ struct rpc_listener;
 struct rpc_conn;
 
 struct rpc *rpc_new(struct event_base *base); /* NULL when out of memory; base is borrowed */
+/* Memory for what is received and not handed on yet, and for what is not sent yet, of all connections together: beyond
+ * it the connection with the most is cut off (ERR_LIMIT).  Borrowed for the life of rpc; before any connection.  One
+ * frame more may be there for a moment. */
+struct budget;
+void rpc_budget_set(struct rpc *rpc, struct budget *budget);
 void rpc_free(struct rpc *rpc);               /* closes every listener and connection, without callbacks; takes NULL */
 
 struct rpc_handlers {
@@ -102,6 +107,8 @@ void rpc_conn_set_user(struct rpc_conn *conn, void *user); /* replaces options.u
 uint64_t rpc_conn_id(const struct rpc_conn *conn);         /* unique in this struct rpc, from 1; never reused */
 const struct rpc_identity *rpc_conn_peer(const struct rpc_conn *conn); /* what the other end said; role 0 = acceptor */
 const char *rpc_conn_name(const struct rpc_conn *conn);                /* "agent gpu3 127.0.0.1:4242", for logs */
+/* What its user keeps for it counts in the budget, too. */
+void rpc_conn_hold(struct rpc_conn *conn, size_t more, size_t less);
 size_t rpc_conn_unsent(const struct rpc_conn *conn);                   /* bytes in the output buffer */
 
 /* Queues one frame; msg NULL = no payload.  0, or ERR_UNREACHABLE when the connection is closing, ERR_LIMIT when the

@@ -8,6 +8,7 @@
 
 #include "common.pb-c.h"
 #include "common/address.h"
+#include "common/budget.h"
 #include "common/rpc.h"
 
 #define RPC_READ_BYTES (64u << 10)
@@ -43,6 +44,7 @@ struct rpc_conn {
     char tls_peer[RPC_NAME_MAX + 16];
     struct rpc_source *source; /* while it is not through its handshake; NULL = not counted */
     struct evbuffer *in;       /* what was read and is no whole frame yet, or waits while it is paused */
+    struct budget_holder held; /* bytes in `in` and in the buffers of bev */
     struct event *timer;       /* of the handshake, or of lingering */
     int why_code;
     char why[ERR_TEXT_MAX];
@@ -61,6 +63,8 @@ struct rpc {
     struct rpc_conn *conns, *failing, *dead;
     struct rpc_listener *listeners;
     struct rpc_source *sources;
+    struct budget *budget;        /* of connections that are made from now on; NULL = none */
+    const struct rpc_conn *reads; /* frames in its `in` are being handed on */
 };
 
 struct rpc_socket {

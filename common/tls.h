@@ -21,6 +21,15 @@ struct tls_files {
     const char *cert, *key, *ca; /* PEM: certificate (and chain), its key, the CA's certificates */
 };
 
+/* Credentials of the systemd unit: the files tls-cert, tls-key and tls-ca of $CREDENTIALS_DIRECTORY, unless an option names
+ * one.  Without tls-cert there, or with "none" in it (the unit's own default), nothing changes; with it the others must be
+ * there, too.  The paths are in *ret_paths. */
+struct tls_credentials {
+    char path[3][256];
+};
+int tls_take_credentials(struct tls_files *files, struct tls_credentials *ret_paths, struct err *err) MUST_CHECK;
+bool tls_has_credentials(const struct tls_files *files); /* they came from there: a running process sees no new ones */
+
 /* All or none of the files must be given; none: *ret_tls is NULL, and connections are not encrypted. */
 int tls_open(const struct tls_files *files, struct tls **ret_tls, struct err *err) MUST_CHECK;
 /* For connections from now on; those that are open keep what they have.  On failure nothing changes. */

@@ -37,6 +37,8 @@ struct call *call_new(struct session *session, const struct frame *frame, enum c
         return NULL;
     }
     session->n_calls++;
+    call->bytes = sizeof *call + frame->header.length; /* names that it waits for, ... */
+    rpc_conn_hold(session->conn, call->bytes, 0);
     call->session = session;
     call->request = ++s->next_request;
     call->id = frame->header.call;
@@ -59,6 +61,7 @@ void call_free(struct call *call)
     HASH_DEL(call->session->server->calls, call);
     DL_DELETE(call->session->calls, call);
     call->session->n_calls--;
+    rpc_conn_hold(call->session->conn, 0, call->bytes);
     free(call->key);
     free(call);
 }

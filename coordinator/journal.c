@@ -16,6 +16,7 @@
 #include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 #include <utlist.h>
 
@@ -26,6 +27,7 @@
 
 #define BATCH_MAX 64
 #define PATH_BYTES 4096
+#define IDLE_S 2 /* who reads the history waits at most so long for the writer */
 
 /* A write that is queued, and later its completion. */
 struct entry {
@@ -50,6 +52,7 @@ struct journal {
     pthread_t writer;
     struct entry *waiting, *done;
     uint64_t took_ns; /* the loop's */
+    uint64_t writing_since_ns;
 };
 
 static void entry_free(struct entry *entry)
@@ -186,7 +189,11 @@ int journal_open(const char *dir, const char *cluster, struct journal **ret_jour
     pthread_mutex_init(&j->db, NULL);
     pthread_mutex_init(&j->queue, NULL);
     pthread_cond_init(&j->more, NULL);
-    pthread_cond_init(&j->idle, NULL);
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&j->idle, &attributes);
+    pthread_condattr_destroy(&attributes);
     j->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = j->event_fd < 0 ? err_set(err, ERR_NOMEM, "eventfd: %s", strerror(errno)) : 0;
     if (rc == 0)
@@ -252,10 +259,17 @@ int journal_history(struct journal *j, unsigned max, bool (*each)(void *user, co
                     void *user, struct err *err)
 {
     MDB_txn *txn;
+    struct timespec until;
+    int late = 0;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += IDLE_S;
     pthread_mutex_lock(&j->queue);
-    while (j->started && (j->waiting || j->writing))
-        pthread_cond_wait(&j->idle, &j->queue);
+    while (j->started && (j->waiting || j->writing) && late == 0)
+        late = pthread_cond_timedwait(&j->idle, &j->queue, &until);
     pthread_mutex_unlock(&j->queue);
+    if (late)
+        return err_set(err, ERR_TIMEOUT, "the journal has been writing for %d s, its disk is slow or stuck: ask again later",
+                       IDLE_S);
     pthread_mutex_lock(&j->db);
     int rc = read_begin(j, &txn, err);
     if (rc == 0) {
@@ -309,6 +323,7 @@ static void writer_batch(struct journal *j)
         batch[n++] = (struct journal_batch){.durable = entry->durable, .parts = entry->parts};
     }
     j->writing = true;
+    j->writing_since_ns = clock_now_ns();
     pthread_mutex_unlock(&j->queue);
     pthread_mutex_lock(&j->db);
     int code = journal_txn(j, NULL, batch, n, NULL);
@@ -376,6 +391,14 @@ bool journal_completed(struct journal *j, uint64_t *ret_seq, int *ret_code, stru
     j->took_ns = entry->ended_ns - entry->submitted_ns;
     entry_free(entry);
     return true;
+}
+
+uint64_t journal_writing_ns(struct journal *j, uint64_t now_ns)
+{
+    pthread_mutex_lock(&j->queue);
+    uint64_t ns = j->writing && now_ns > j->writing_since_ns ? now_ns - j->writing_since_ns : 0;
+    pthread_mutex_unlock(&j->queue);
+    return ns;
 }
 
 uint64_t journal_took_ns(const struct journal *j)

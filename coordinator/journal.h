@@ -35,7 +35,7 @@ int journal_load(struct journal *j, struct durable *ret_durable, bool *ret_found
 int journal_write(struct journal *j, const struct durable *durable, unsigned parts, struct err *err) MUST_CHECK;
 
 /* Newest first, at most max.  The record is borrowed during the callback; false from it stops.  Waits for the
- * writes that are queued, and so sees them. */
+ * writes that are queued, and so sees them; ERR_TIMEOUT after 2 s. */
 int journal_history(struct journal *j, unsigned max, bool (*each)(void *user, const struct op_record *record),
                     void *user, struct err *err) MUST_CHECK;
 
@@ -43,6 +43,8 @@ int journal_history(struct journal *j, unsigned max, bool (*each)(void *user, co
 int journal_submit(struct journal *j, uint64_t seq, struct durable *durable, unsigned parts, struct err *err) MUST_CHECK;
 /* Readable when journal_completed has something. */
 int journal_fd(const struct journal *j);
+/* How long the writer has been at the transaction that it writes now; 0: it writes none. */
+uint64_t journal_writing_ns(struct journal *j, uint64_t now_ns);
 /* The next write that ended, in the order of submission.  *ret_code 0: durable; else ERR_* with its sentence in err. */
 bool journal_completed(struct journal *j, uint64_t *ret_seq, int *ret_code, struct err *err);
 /* How long the write that journal_completed told last took, from its submission to the end of its sync. */

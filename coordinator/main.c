@@ -22,10 +22,11 @@ struct options {
     int listen_fd[LISTEN_MAX]; /* systemd's sockets, -1 = to be made */
     bool insecure;
     struct tls_files tls;
+    struct tls_credentials credentials;
     const char *tcpstore[LISTEN_MAX];
     size_t n_tcpstore;
     bool tcpstore_insecure;
-    uint32_t tcpstore_grace_ms, store_mib;
+    uint32_t stuck_ms, tcpstore_grace_ms, store_mib, connections_mib;
     enum store_durability durability;
     const char *state, *cluster, *port_file, *metrics;
     enum log_level level;
@@ -34,9 +35,9 @@ struct options {
 };
 
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
-       KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_DURABILITY, KEY_COMMIT_BALANCE,
-       KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_EVEN_SPLIT, KEY_FOREGROUND, KEY_SCALE_BACK, KEY_ON_PREPARE,
-       KEY_ON_DRAIN, KEY_TLS_CERT, KEY_TLS_KEY,
+       KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_CONNECTIONS_MIB, KEY_STUCK, KEY_DURABILITY,
+       KEY_COMMIT_BALANCE, KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_EVEN_SPLIT, KEY_FOREGROUND,
+       KEY_SCALE_BACK, KEY_ON_PREPARE, KEY_ON_DRAIN, KEY_TLS_CERT, KEY_TLS_KEY,
        KEY_TLS_CA, KEY_FORMAT, KEY_METRICS, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
@@ -119,6 +120,10 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_STORE_MIB:
         o->store_mib = (uint32_t)options_number(state, "--store-mib", arg, 1, 1 << 20);
         return 0;
+    case KEY_STUCK: o->stuck_ms = (uint32_t)options_number(state, "--stuck-ms", arg, 0, 86400000); return 0;
+    case KEY_CONNECTIONS_MIB:
+        o->connections_mib = (uint32_t)options_number(state, "--connections-mib", arg, 16, 1 << 20);
+        return 0;
     case KEY_DURABILITY:
         if (store_durability_parse(arg, &o->durability) < 0)
             return options_error(state, "unknown durability '%s': use fsync, os or none", arg);
@@ -184,6 +189,12 @@ static const struct argp_option fixed[] = {
      "what an acknowledged write of a durable key survives: fsync (a power failure; default), os (the end of the "
      "coordinator) or none", 0},
     {"store-mib", KEY_STORE_MIB, "MIB", 0, "memory for the key-value store (256)", 0},
+    {"stuck-ms", KEY_STUCK, "MS", 0,
+     "under systemd: a write of the journal or the store takes so long: the watchdog is not fed any more (0: always fed; 60000)",
+     0},
+    {"connections-mib", KEY_CONNECTIONS_MIB, "MIB", 0,
+     "memory for what all connections together receive and have not sent: beyond it the connection with the most is cut "
+     "off (512)", 0},
     {"tcpstore-listen", KEY_TCPSTORE, "ADDR", OPTIONS_REPEATABLE,
      "serve the protocol of PyTorch's TCPStore on host:port[/namespace] (repeatable); keys of a namespace go when its last "
      "connection has closed (default namespace: the port)", 0},
@@ -233,7 +244,7 @@ static void options_table(struct argp_option ret_table[N_FIXED + N_NUMBERS + 2])
 
 static void options_default(struct options *ret_options)
 {
-    *ret_options = (struct options){.state = "/var/lib/eep", .cluster = "eep", .level = LOG_LEVEL_INFO};
+    *ret_options = (struct options){.state = "/var/lib/eep", .cluster = "eep", .level = LOG_LEVEL_INFO, .stuck_ms = 60000};
     coordinator_config_default(&ret_options->core);
 }
 
@@ -266,7 +277,7 @@ static int options_complete(struct options *o, struct err *err)
     if (o->core.lease_ms < 2 * o->core.heartbeat_ms)
         return err_set(err, ERR_INVALID, "--lease-ms %u must be at least twice --heartbeat-ms %u, or agents are lost "
                        "between two heartbeats", o->core.lease_ms, o->core.heartbeat_ms);
-    return 0;
+    return tls_take_credentials(&o->tls, &o->credentials, err);
 }
 
 static const char about[] =
@@ -297,6 +308,7 @@ struct process {
     struct tls *tls;
     struct server *server;
     struct metrics_http *metrics;
+    bool stuck; /* said */
 };
 
 static void on_stop(evutil_socket_t signal_number, short what, void *user)
@@ -342,9 +354,10 @@ static void on_day(evutil_socket_t fd, short what, void *user)
 static void on_status(evutil_socket_t fd, short what, void *user)
 {
     (void)fd, (void)what;
-    char text[256];
-    server_status_text(((struct process *)user)->server, text, sizeof text);
-    daemon_notify_alive(text);
+    struct process *p = user;
+    char text[256], why[256];
+    server_status_text(p->server, text, sizeof text);
+    daemon_notify_alive(p->log, &p->stuck, server_stuck(p->server, why, sizeof why) ? why : NULL, text);
 }
 
 static void metrics_write(void *user, struct metrics_text *t)
@@ -391,8 +404,8 @@ static struct server_config server_config_of(struct process *p, const struct opt
     return (struct server_config){
         .base = p->base, .log = p->log, .cluster = o->cluster, .state = o->state, .listen = o->listen,
         .n_listen = o->n_listen, .listen_fds = o->listen_fd, .tls = p->tls, .insecure = o->insecure, .core = o->core, .on_fatal = on_fatal, .user = p,
-        .store_bytes = (size_t)o->store_mib << 20, .durability = o->durability, .tcpstore = o->tcpstore,
-        .n_tcpstore = o->n_tcpstore, .tcpstore_insecure = o->tcpstore_insecure,
+        .store_bytes = (size_t)o->store_mib << 20, .connections_bytes = (size_t)o->connections_mib << 20, .durability = o->durability, .tcpstore = o->tcpstore,
+        .n_tcpstore = o->n_tcpstore, .stuck_ms = o->stuck_ms, .tcpstore_insecure = o->tcpstore_insecure,
         .tcpstore_grace_ms = o->tcpstore_grace_ms,
     };
 }

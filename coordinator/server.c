@@ -17,6 +17,7 @@
 #include "common/daemon.h"
 #include "common/topology_wire.h"
 #include "common/version.h"
+#include "coordinator/store_edge.h"
 #include "coordinator/tcpstore.h"
 
 /* Operators and readers: unsent bytes after which no more calls are taken, after which streams cut them off, and how long
@@ -27,6 +28,7 @@
 #define CONNS_MAX 16384
 #define REFUSED_LOG_NS (1000 * UINT64_C(1000000))
 #define STORE_BYTES_DEFAULT ((size_t)256 << 20)
+#define CONNECTIONS_BYTES_DEFAULT ((size_t)512 << 20)
 
 struct session *server_session(struct server *s, uint64_t id)
 {
@@ -96,7 +98,7 @@ static void perform(struct server *s, struct coordinator_action *a)
         log_event(s->log, (enum log_level)a->level, "note", "epoch=%llu op=%llu what=%s",
                   (unsigned long long)a->epoch, (unsigned long long)a->op, a->text);
         if (a->op == 0 && a->level >= (int)LOG_LEVEL_WARN)
-            server_waiting_begin(s);
+            server_waiting_warned(s);
         break;
     }
 }
@@ -234,9 +236,13 @@ static void on_close(void *user, struct rpc_conn *conn, int code, const char *re
 {
     struct session *session = user;
     struct server *s = session->server;
-    log_event(s->log, session->role == RPC_ROLE_AGENT ? LOG_LEVEL_INFO : LOG_LEVEL_DEBUG, "disconnected",
-              "conn=%llu peer=%s code=%s why=%s", (unsigned long long)session->id, rpc_conn_name(conn),
-              err_code_name(code), reason);
+    if (code == ERR_LIMIT)
+        log_event(s->log, LOG_LEVEL_WARN, "cut-off", "conn=%llu peer=%s why=%s", (unsigned long long)session->id,
+                  rpc_conn_name(conn), reason);
+    else
+        log_event(s->log, session->role == RPC_ROLE_AGENT ? LOG_LEVEL_INFO : LOG_LEVEL_DEBUG, "disconnected",
+                  "conn=%llu peer=%s code=%s why=%s", (unsigned long long)session->id, rpc_conn_name(conn),
+                  err_code_name(code), reason);
     HASH_DEL(s->sessions, session); /* the core finds it no more, whatever it does about the loss */
     control_closed(session);
     if (session->role == RPC_ROLE_AGENT)
@@ -341,6 +347,7 @@ static int open_events(struct server *s, struct err *err)
     if (!s->tick || !s->changed || !s->journal_event || !s->rpc || event_add(s->journal_event, NULL) != 0 ||
         server_waiting_open(s) < 0)
         return err_set(err, ERR_NOMEM, "out of memory");
+    rpc_budget_set(s->rpc, &s->held);
     return 0;
 }
 
@@ -358,6 +365,7 @@ int server_open(const struct server_config *config, struct server **ret_server, 
     server_metrics_init(&s->metrics);
     if (!s->config.store_bytes)
         s->config.store_bytes = STORE_BYTES_DEFAULT;
+    s->held.limit = config->connections_bytes ? config->connections_bytes : CONNECTIONS_BYTES_DEFAULT;
     struct rpc_identity self = {0};
     snprintf(self.cluster, sizeof self.cluster, "%s", config->cluster);
     snprintf(self.software, sizeof self.software, "eep-coordinator %s", EEP_SOFTWARE);
@@ -414,6 +422,19 @@ const char *server_address(const struct server *s, size_t i)
 const char *server_tcpstore_address(const struct server *s, size_t i)
 {
     return tcpstore_address(s->edge->tcpstore, i);
+}
+
+bool server_stuck(struct server *s, char *text, size_t size)
+{
+    uint64_t now_ns = clock_now_ns(), limit_ns = (uint64_t)s->config.stuck_ms * 1000000;
+    uint64_t journal_ns = journal_writing_ns(s->journal, now_ns);
+    uint64_t store_ns = s->edge->disk ? store_disk_writing_ns(s->edge->disk, now_ns) : 0;
+    if (!limit_ns || (journal_ns <= limit_ns && store_ns <= limit_ns))
+        return false;
+    snprintf(text, size, "a write of the %s takes %llu s: the disk of the state folder is stuck",
+             journal_ns > limit_ns ? "journal" : "store",
+             (unsigned long long)(journal_ns > limit_ns ? journal_ns : store_ns) / 1000000000);
+    return true;
 }
 
 void server_status_text(const struct server *s, char *text, size_t size)

@@ -24,11 +24,13 @@ struct server_config {
     struct tls *tls;                /* of TCP addresses; borrowed; NULL = not encrypted */
     bool insecure;                  /* without tls: TCP addresses other than the loopback are allowed */
     size_t store_bytes;             /* budget of the key-value store; 0 = 256 MiB */
+    size_t connections_bytes;       /* budget of what all connections receive and have not sent; 0 = 512 MiB */
     enum store_durability durability; /* of its durable keys */
     const char *const *tcpstore;    /* "host:port[/namespace]": TCPStore's protocol there */
     size_t n_tcpstore;
     bool tcpstore_insecure;         /* those may be other than the loopback */
     uint32_t tcpstore_grace_ms;     /* a namespace without connections is emptied after this; 0 = 1000 */
+    uint32_t stuck_ms;              /* of server_stuck; 0: never */
     struct coordinator_config core;
     /* The journal could not be written: nothing more may be said to anybody.  Never returns to the server. */
     void (*on_fatal)(void *user, const struct err *err);
@@ -45,6 +47,8 @@ const char *server_address(const struct server *server, size_t i); /* with its r
 const char *server_tcpstore_address(const struct server *server, size_t i);
 /* One sentence for people. */
 void server_status_text(const struct server *server, char *text, size_t size);
+/* A write of the journal or of the store takes longer than stuck_ms; fills in a sentence. */
+bool server_stuck(struct server *server, char *text, size_t size);
 /* docs/metrics.md lists what it writes. */
 struct metrics_text;
 void server_metrics_write(const struct server *server, struct metrics_text *t);

@@ -4,6 +4,7 @@
 
 #include <uthash.h>
 
+#include "common/budget.h"
 #include "common/control_methods.h"
 #include "common/rpc.h"
 #include "coordinator/barriers.h"
@@ -43,6 +44,7 @@ struct call {
     uint64_t id;      /* the client's number for it */
     enum control_method method;
     enum call_kind kind;
+    size_t bytes;     /* counted in the connection's budget */
     uint64_t op;      /* WATCH_OP */
     uint64_t seen;    /* WATCH_VIEW: version that was sent last */
     char *key;        /* KV_GET; prefix of KV_WATCH */
@@ -58,6 +60,7 @@ struct server {
     struct event_base *base;
     struct log *log;
     struct rpc *rpc;
+    struct budget held;            /* of all connections, TCPStore's too */
     struct rpc_listener *listener;
     struct journal *journal;
     struct event *journal_event;
@@ -82,6 +85,7 @@ struct server {
     struct {
         struct event *timer;
         uint32_t interval_ms;
+        uint64_t since_ns; /* which wait it is */
     } waiting; /* server_waiting.c */
 };
 
@@ -90,6 +94,8 @@ struct server {
 int server_waiting_open(struct server *s);
 /* A phase, or a state that does not serve everything, has begun. */
 void server_waiting_begin(struct server *s);
+/* Something may have begun; a wait that lasts is not postponed by it. */
+void server_waiting_warned(struct server *s);
 void server_waiting_close(struct server *s);
 
 /* ---- server.c ---- */

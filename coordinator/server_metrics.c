@@ -169,6 +169,11 @@ static void write_connections(const struct server *s, struct metrics_text *t)
     metrics_family(t, "eep_connections", METRICS_GAUGE, "Connections past their handshake, by role.");
     for (unsigned role = RPC_ROLE_AGENT; role <= RPC_ROLE_READER; role++)
         metrics_value(t, roles[role], "role", rpc_role_name((enum rpc_role)role), NULL);
+    one(t, "eep_connections_held_bytes", METRICS_GAUGE,
+        "Memory of what connections receive and have not sent, and of their open calls.", (double)s->held.used);
+    one(t, "eep_connections_budget_bytes", METRICS_GAUGE, "Memory that this may take.", (double)s->held.limit);
+    one(t, "eep_connections_cut_total", METRICS_COUNTER,
+        "Connections that were cut off because they held most of it when it was used up.", (double)s->held.cuts);
     one(t, "eep_connections_refused_total", METRICS_COUNTER, "Connections that ended before their handshake.",
         (double)s->metrics.refused);
 }

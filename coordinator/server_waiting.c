@@ -46,9 +46,24 @@ int server_waiting_open(struct server *s)
     return s->waiting.timer ? 0 : ERR_NOMEM;
 }
 
+/* Since when it has been waiting for what it waits for now. */
+static uint64_t wait_since_ns(const struct server *s)
+{
+    struct coordinator_status status;
+    coordinator_status(s->core, clock_now_ns(), &status);
+    return status.op_running ? status.op.phase_since_ns : status.degraded_since_ns;
+}
+
 void server_waiting_begin(struct server *s)
 {
+    s->waiting.since_ns = wait_since_ns(s);
     timer_set(s, FIRST_MS);
+}
+
+void server_waiting_warned(struct server *s)
+{
+    if (!event_pending(s->waiting.timer, EV_TIMEOUT, NULL) || s->waiting.since_ns != wait_since_ns(s))
+        server_waiting_begin(s);
 }
 
 void server_waiting_close(struct server *s)

@@ -15,6 +15,7 @@
 #include <unistd.h>
 #include <utlist.h>
 
+#include "common/clock.h"
 #include "common/digest.h"
 #include "coordinator/mdb_file.h"
 
@@ -48,6 +49,7 @@ struct store_disk {
     bool settles;                      /* commits have to settle (STORE_FSYNC) */
     size_t waiting_bytes;
     uint64_t done; /* number of the last batch on disk */
+    uint64_t busy_since_ns; /* the writer is at a transaction or a flush; 0: it waits */
     struct err failed;
 };
 
@@ -200,6 +202,7 @@ static void *writer_main(void *arg)
     struct store_disk *d = arg;
     pthread_mutex_lock(&d->queue);
     for (;;) {
+        d->busy_since_ns = (d->waiting || d->settling) && !d->failed.code ? clock_now_ns() : 0;
         if (d->waiting && !d->failed.code)
             writer_commit(d);
         else if (d->settling && !d->failed.code)
@@ -228,6 +231,14 @@ int store_disk_submit(struct store_disk *d, struct store_batch *batch, struct er
     pthread_cond_signal(&d->more);
     pthread_mutex_unlock(&d->queue);
     return 0;
+}
+
+uint64_t store_disk_writing_ns(struct store_disk *d, uint64_t now_ns)
+{
+    pthread_mutex_lock(&d->queue);
+    uint64_t ns = d->busy_since_ns && now_ns > d->busy_since_ns ? now_ns - d->busy_since_ns : 0;
+    pthread_mutex_unlock(&d->queue);
+    return ns;
 }
 
 size_t store_disk_waiting_bytes(const struct store_disk *d)

@@ -30,6 +30,8 @@ void store_disk_close(struct store_disk *disk); /* finishes the queue; takes NUL
 
 /* Hands a batch to the writer, which takes it over.  The writer puts all that wait into one transaction. */
 int store_disk_submit(struct store_disk *disk, struct store_batch *batch, struct err *err) MUST_CHECK;
+/* How long the writer has been at the transaction or flush that it is at now; 0: it waits for work. */
+uint64_t store_disk_writing_ns(struct store_disk *disk, uint64_t now_ns);
 size_t store_disk_waiting_bytes(const struct store_disk *disk);
 int store_disk_fd(const struct store_disk *disk); /* readable when something has ended */
 /* The number of the last batch on disk in *ret_batch, and of the first revision not yet on it: UINT64_MAX = all are.

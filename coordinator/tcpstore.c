@@ -31,6 +31,7 @@ static void conn_in_free(struct tcpconn *conn)
 {
     struct tcpstore *t = conn->space->t;
     t->in_bytes -= conn->cap;
+    budget_add(&conn->held, 0, conn->cap);
     if (conn->cap == READ_BYTES && !t->spare)
         t->spare = conn->in; /* for the next one to read: nearly every command comes and goes in one piece */
     else
@@ -43,6 +44,7 @@ static void conn_free(struct tcpconn *conn)
 {
     struct tcpspace *space = conn->space;
     conn_in_free(conn);
+    budget_leave(&conn->held);
     tcpstore_wait_end(conn);
     HASH_DEL(space->t->conns, conn);
     if (conn->valid && --space->conns == 0)
@@ -62,6 +64,32 @@ static void conn_cut(struct tcpconn *conn, const struct err *err)
     log_event(conn->space->t->edge->server->log, LOG_LEVEL_WARN, "tcpstore-cut-off", "peer=%s namespace=%s why=%s",
               conn->peer, conn->space->name, err->text);
     conn_free(conn);
+}
+
+/* The others need its memory.  What is being carried out may still use it, so that its end comes from the loop. */
+static void conn_over(void *user, size_t bytes)
+{
+    struct tcpconn *conn = user;
+    struct tcpstore *t = conn->space->t;
+    struct err err;
+    err_set(&err, ERR_LIMIT, "it holds %zu bytes, the most of all connections, which may hold %zu", bytes,
+            t->edge->server->held.limit);
+    log_event(t->edge->server->log, LOG_LEVEL_WARN, "tcpstore-cut-off", "peer=%s namespace=%s why=%s", conn->peer,
+              conn->space->name, err.text);
+    conn->cut = true;
+    evbuffer_drain(conn->out, SIZE_MAX);
+    if (conn != t->serving) {
+        conn->have = 0;
+        conn_in_free(conn);
+    }
+    event_active(conn->readable, EV_READ, 0);
+}
+
+static void on_out(struct evbuffer *buffer, const struct evbuffer_cb_info *info, void *user)
+{
+    (void)buffer;
+    struct tcpconn *conn = user;
+    budget_add(&conn->held, info->n_added, info->n_deleted);
 }
 
 /* Sends what it can.  false: the connection is broken (and not freed). */
@@ -88,9 +116,14 @@ static bool conn_flush(struct tcpconn *conn)
 
 void tcpconn_send(struct tcpconn *conn, const void *data, size_t len)
 {
+    if (conn->cut)
+        return;
     bool first = evbuffer_get_length(conn->out) == 0;
     if (len && evbuffer_add(conn->out, data, len) < 0)
         abort(); /* half an answer cannot be sent */
+    budget_keep(&conn->space->t->edge->server->held);
+    if (conn->cut)
+        return;
     if (first && !conn->corked)
         event_active(conn->writable, EV_WRITE, 0);
 }
@@ -114,8 +147,10 @@ static bool conn_room(struct tcpconn *conn, size_t need)
     if (!in)
         return false;
     t->in_bytes += want - conn->cap;
+    budget_add(&conn->held, want, conn->cap);
     conn->in = in;
     conn->cap = want;
+    budget_keep(&t->edge->server->held);
     return true;
 }
 
@@ -125,7 +160,7 @@ static int conn_commands(struct tcpconn *conn, size_t *ret_need, struct err *err
 {
     size_t done = 0;
     int rc = 1;
-    while (evbuffer_get_length(conn->out) <= UNSENT_PAUSE &&
+    while (!conn->cut && evbuffer_get_length(conn->out) <= UNSENT_PAUSE &&
            (rc = tcpstore_scan(&conn->scan, conn->in + done, conn->have - done, ret_need, err)) == 1) {
         size_t len = conn->scan.at;
         conn->scan = (struct tcpstore_scan){0};
@@ -154,7 +189,7 @@ static bool conn_serve(struct tcpconn *conn, size_t *ret_need)
         rc = conn_commands(conn, ret_need, &err);
         conn->corked = false;
         whole = conn_flush(conn);
-    } while (rc == 1 && whole && !conn->paused);
+    } while (rc == 1 && whole && !conn->paused && !conn->cut);
     if (!valid && conn->valid) {
         event_remove_timer(conn->readable); /* the deadline of VALIDATE */
     }
@@ -167,11 +202,16 @@ static bool conn_serve(struct tcpconn *conn, size_t *ret_need)
     return rc >= 0 && whole;
 }
 
-static void on_readable(evutil_socket_t fd, short what, void *user)
+static void conn_read(struct tcpconn *conn, int fd, short what)
 {
-    struct tcpconn *conn = user;
     size_t need = 0;
     struct err err;
+    if (conn->cut) {
+        struct store_edge *edge = conn->space->t->edge;
+        conn_free(conn);
+        edge_changed(edge);
+        return;
+    }
     if (what & EV_TIMEOUT) {
         err_set(&err, ERR_TIMEOUT, "it said no VALIDATE within %d ms", VALIDATE_MS);
         conn_cut(conn, &err);
@@ -184,6 +224,8 @@ static void on_readable(evutil_socket_t fd, short what, void *user)
             conn_cut(conn, &err);
             return;
         }
+        if (conn->cut)
+            return;
         size_t room = conn->cap - conn->have;
         ssize_t n = recv(fd, conn->in + conn->have, room, 0);
         if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
@@ -203,10 +245,17 @@ static void on_readable(evutil_socket_t fd, short what, void *user)
     }
 }
 
-static void on_writable(evutil_socket_t fd, short what, void *user)
+static void on_readable(evutil_socket_t fd, short what, void *user)
 {
-    (void)fd;
     struct tcpconn *conn = user;
+    struct tcpstore *t = conn->space->t;
+    t->serving = conn;
+    conn_read(conn, fd, what);
+    t->serving = NULL;
+}
+
+static void conn_written(struct tcpconn *conn, short what)
+{
     bool was_paused = conn->paused;
     struct err err;
     size_t need;
@@ -220,6 +269,17 @@ static void on_writable(evutil_socket_t fd, short what, void *user)
         event_add(conn->readable, NULL);
         (void)conn_serve(conn, &need); /* commands that were left lying */
     }
+}
+
+static void on_writable(evutil_socket_t fd, short what, void *user)
+{
+    (void)fd;
+    struct tcpconn *conn = user;
+    struct tcpstore *t = conn->space->t;
+    t->serving = conn;
+    if (!conn->cut)
+        conn_written(conn, what);
+    t->serving = NULL;
 }
 
 static void peer_text(const struct sockaddr *sa, char *text, size_t size)
@@ -257,9 +317,10 @@ static void on_accept(struct evconnlistener *ev, evutil_socket_t fd, struct sock
     conn->readable = event_new(base, fd, EV_READ | EV_PERSIST, on_readable, conn);
     conn->writable = event_new(base, fd, EV_WRITE, on_writable, conn);
     conn->out = evbuffer_new();
+    budget_join(&t->edge->server->held, &conn->held, conn_over, conn);
     const struct timeval validate = {.tv_sec = VALIDATE_MS / 1000};
     address_tune(fd);
-    if (!conn->readable || !conn->writable || !conn->out || event_add(conn->readable, &validate) < 0)
+    if (!conn->readable || !conn->writable || !conn->out || !evbuffer_add_cb(conn->out, on_out, conn) || event_add(conn->readable, &validate) < 0)
         conn_free(conn);
 }
 

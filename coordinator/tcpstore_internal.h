@@ -41,6 +41,8 @@ struct tcpconn {
     bool valid;   /* has said VALIDATE */
     bool waiting; /* for keys */
     bool corked;  /* answers are collected */
+    bool cut;     /* the others needed its memory: its end is scheduled */
+    struct budget_holder held; /* bytes of `in` and `out` */
     bool paused;  /* it does not read its answers: nothing more is read from it */
     char *barrier; /* key of the barrier that it waits at */
     char peer[ADDRESS_TEXT_MAX];
@@ -55,6 +57,7 @@ struct tcpstore {
     struct event *pause; /* accepting again after descriptors had run out */
     struct tcpconn *conns;
     uint64_t last_id;
+    const struct tcpconn *serving; /* its commands are being carried out, from its `in` */
     size_t in_bytes; /* of all conns' `in` */
     uint8_t *spare;  /* an `in` of the usual size that nobody uses now; or NULL */
 };

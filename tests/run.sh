@@ -42,6 +42,7 @@ for t in "$@"; do
             run simulation "$BUILD/tests/eep-sim" --seeds "$SIM_SEEDS"
             run messages tests/docs/messages.sh
             run units tests/systemd/units.sh "$BUILD"
+            run alerts tests/systemd/alerts.sh
             run two_nodes tests/systemd/two_nodes.sh "$BUILD"
             # shows what the simulation finds, not what a sanitizer does
             [ -n "${SANITIZE:-}" ] || run planted-mistakes tests/sim/bugs.sh "$BUILD/tests/eep-sim"

@@ -4,7 +4,6 @@
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <ftw.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +15,7 @@
 
 #include "agent/checkpoint.h"
 #include "common/clock.h"
+#include "tests/harness/folder.h"
 
 #define QWEN "--model", "qwen3-30b-a3b", "--layers", "2", "--experts", "3", "--vocabulary", "100", "--shard-mib", "32"
 #define DEEPSEEK                                                                                                       \
@@ -23,28 +23,14 @@
 
 static char folder[64], output[4096]; /* a temporary folder; what the last run said */
 
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-    (void)st, (void)type, (void)ftw;
-    return remove(path);
-}
-
-static void folder_remove(const char *name)
-{
-    char path[128];
-    snprintf(path, sizeof path, "%s/%s", folder, name);
-    nftw(path, remove_one, 8, FTW_DEPTH | FTW_PHYS);
-}
-
 static void setup(void)
 {
-    strcpy(folder, "/tmp/eep-made-XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(folder));
+    folder_make("made", folder);
 }
 
 static void teardown(void)
 {
-    folder_remove("");
+    folder_remove(folder);
 }
 
 static bool is_there(const char *name)
@@ -225,7 +211,9 @@ START_TEST(qwen_is_made_and_loaded)
     load(&b, "b", "host");
     ck_assert_uint_eq(digests_equal(&a, &b), 7);
     loaded_done(&b);
-    folder_remove("b");
+    char second[128];
+    snprintf(second, sizeof second, "%s/b", folder);
+    folder_remove(second);
     ck_assert_int_eq(MAKE("b", QWEN, "--seed", "1"), 0);
     load(&b, "b", "host");
     ck_assert_uint_eq(digests_equal(&a, &b), 0);

@@ -54,7 +54,9 @@ static void promtool_check(const struct cluster *c)
 {
     char path[256], command[512];
     if (system("command -v promtool >/dev/null 2>&1") != 0) {
-        puts("promtool check metrics: not tested: it is not installed (Debian package prometheus)");
+        const char *ci = getenv("CI");
+        ck_assert_msg(!ci || strcmp(ci, "true") != 0, "promtool is not installed (make deps-test)");
+        puts("promtool check metrics: not tested: it is not installed (make deps-test)");
         return;
     }
     snprintf(path, sizeof path, "%s/metrics.txt", c->dir);
@@ -234,8 +236,6 @@ START_TEST(what_is_counted)
 
     only_served("docs/metrics.md");
     only_served("systemd/eep.rules.yml");
-    if (system("command -v promtool >/dev/null 2>&1") == 0)
-        ck_assert_int_eq(system("promtool check rules systemd/eep.rules.yml"), 0);
 
     /* an engine that dies with the last copy of some experts, and comes back; then the coordinator */
     cluster_signal(&c.engine[2], SIGKILL);

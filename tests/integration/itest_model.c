@@ -2,7 +2,6 @@
  * `eepctl model inspect` walks every tensor of every shard.  What it must say follows from the published shapes, worked
  * out here by hand. */
 #include <check.h>
-#include <ftw.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,23 +9,18 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 
-static char folder[64], said[262144];
+#include "tests/harness/folder.h"
 
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-    (void)st, (void)type, (void)ftw;
-    return remove(path);
-}
+static char folder[64], said[262144];
 
 static void setup(void)
 {
-    strcpy(folder, "/tmp/eep-model-XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(folder));
+    folder_make("model", folder);
 }
 
 static void teardown(void)
 {
-    nftw(folder, remove_one, 8, FTW_DEPTH | FTW_PHYS);
+    folder_remove(folder);
 }
 
 __attribute__((format(printf, 1, 2))) static int run(const char *fmt, ...)

@@ -19,6 +19,7 @@
 #include "tests/harness/caller.h"
 #include "tests/harness/daemon.h"
 #include "tests/harness/linear.h"
+#include "tests/harness/tcpclient.h"
 
 static struct daemon_process d;
 static char socket_address[128];
@@ -653,6 +654,88 @@ START_TEST(slow_reader)
 }
 END_TEST
 
+/* Many that read nothing, over either protocol, and many that send half a command, each within its own limits: together
+ * they are kept within the budget, those with the most are cut off, and others are served. */
+START_TEST(many_slow_readers)
+{
+    enum { READERS = 60, GETS = 20, VALUE = 1000000 };
+    const size_t budget = (size_t)16 << 20;
+    int fds[3 * READERS], n = 0;
+    const char *extra[] = {"--connections-mib", "16", "--tcpstore-listen", "127.0.0.1:0"};
+    memcpy(d.extra, extra, sizeof extra);
+    start();
+    strcpy(socket_address, d.address);
+    struct rpc_client *c = client_open(5000);
+    uint8_t *value = calloc(1, VALUE);
+    ck_assert_int_eq(kv_set(c, "big", value, VALUE), 0);
+    struct tcpclient tcp;
+    ck_assert(tcpclient_open(&tcp, d.tcpstore));
+    tcpclient_begin(&tcp, TCPSTORE_SET);
+    tcpclient_text(&tcp, "x");
+    tcpclient_bytes(&tcp, value, VALUE);
+    tcpclient_flush(&tcp);
+    size_t before = resident_bytes(d.pid), most = 0, len, half_len;
+    Pb__KvGetRequest get = PB__KV_GET_REQUEST__INIT;
+    get.key = (char *)"big";
+    uint8_t *frame = caller_frame(FRAME_CALL, CONTROL_KV_GET, 1, &get.base, &len);
+    Pb__KvSetRequest set = PB__KV_SET_REQUEST__INIT;
+    set.key = (char *)"half";
+    set.value.data = value;
+    set.value.len = VALUE;
+    uint8_t *half = caller_frame(FRAME_CALL, CONTROL_KV_SET, 1, &set.base, &half_len);
+    for (int i = 0; i < READERS; i++) {
+        fds[n] = caller_connect(d.address);
+        ck_assert_int_ge(fds[n], 0);
+        for (int k = 0; k < GETS; k++)
+            (void)!send(fds[n], frame, len, MSG_NOSIGNAL);
+        n++;
+        fds[n] = caller_connect(d.address);
+        ck_assert_int_ge(fds[n], 0);
+        size_t at = 0;
+        for (int idle = 0; at < half_len - 1 && idle < 200;) {
+            ssize_t got = send(fds[n], half + at, half_len - 1 - at, MSG_NOSIGNAL | MSG_DONTWAIT);
+            at += got > 0 ? (size_t)got : 0;
+            idle = got > 0 ? 0 : idle + 1;
+            usleep(got > 0 ? 0 : 1000);
+        }
+        n++;
+        size_t now = resident_bytes(d.pid);
+        most = now > most ? now : most;
+        if (i % 10 == 0)
+            ck_assert(serves());
+    }
+    for (int i = 0; i < READERS; i++) {
+        struct tcpclient deaf;
+        ck_assert(tcpclient_open(&deaf, d.tcpstore));
+        for (int k = 0; k < GETS; k++) {
+            tcpclient_begin(&deaf, TCPSTORE_GET);
+            tcpclient_text(&deaf, "x");
+            tcpclient_flush(&deaf);
+        }
+        fds[n++] = deaf.fd;
+        free(deaf.out);
+        size_t now = resident_bytes(d.pid);
+        most = now > most ? now : most;
+    }
+    usleep(200000);
+    ck_assert(serves());
+    size_t now = resident_bytes(d.pid);
+    most = now > most ? now : most;
+    /* without the budget: 60 times 1 MB of halves, and 60 times 2 MB of answers */
+    ck_assert_msg(getenv("ASAN_OPTIONS") || most < before + 2 * budget, "%zu bytes before, %zu at most", before, most);
+    ck_assert_msg(strstr(log_text(), "event=cut-off") && strstr(log_text(), "the most of all connections"), "%s",
+                  log_text());
+    ck_assert_msg(strstr(log_text(), "event=tcpstore-cut-off") != NULL, "%s", log_text());
+    for (int i = 0; i < n; i++)
+        close(fds[i]);
+    tcpclient_close(&tcp);
+    rpc_client_free(c);
+    free(value);
+    free(frame);
+    free(half);
+}
+END_TEST
+
 /* ---- a network that swallows everything ---- */
 
 static bool loopback(bool up)
@@ -755,6 +838,7 @@ int main(void)
     tcase_add_test(tc, ugly_network);
     tcase_add_test(tc, reset_before_the_acknowledgement);
     tcase_add_test(tc, slow_reader);
+    tcase_add_test(tc, many_slow_readers);
     tcase_add_test(tc, blackhole);
     tcase_add_test(tc, out_of_descriptors);
     suite_add_tcase(suite, tc);

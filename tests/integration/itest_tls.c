@@ -8,11 +8,16 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "common/control_methods.h"
+#include "common/rpc.h"
+#include "common/tls.h"
+#include "control.pb-c.h"
 #include "tests/harness/daemon.h"
 #include "tests/integration/itest_run.h"
 
 static char dir[64]; /* dir/ca: our certificates; dir/other: those of another CA */
 static struct daemon_process d;
+static const char *more_args[2]; /* of coordinators that are started from now on */
 
 static void ca(const char *folder, const char *args)
 {
@@ -54,6 +59,7 @@ static void start(const char *folder, const char *name)
     const char *extra[] = {"--tls-cert", cert, "--tls-key", key, "--tls-ca", authority, "--log-level", "info"};
     d.own_level = true;
     memcpy(d.extra, extra, sizeof extra);
+    memcpy(d.extra + sizeof extra / sizeof extra[0], more_args, sizeof more_args);
     ck_assert(daemon_process_start(&d));
 }
 
@@ -177,6 +183,40 @@ START_TEST(rotation)
 }
 END_TEST
 
+/* Without an option the unit's credentials count; half of them is a mistake, the unit's "none" is not. */
+START_TEST(credentials_of_the_unit)
+{
+    static const char check[] = "eep-coordinator --state /nonexistent --listen 127.0.0.1:0 --check-config";
+    char folder[80], command[1024];
+    snprintf(folder, sizeof folder, "%s/credentials", dir);
+    snprintf(command, sizeof command,
+             "mkdir %s && cp %s/ca/coordinator.crt %s/tls-cert && cp %s/ca/coordinator.key %s/tls-key && "
+             "cp %s/ca/ca.crt %s/tls-ca",
+             folder, dir, folder, dir, folder, dir, folder);
+    ck_assert_int_eq(system(command), 0);
+    setenv("CREDENTIALS_DIRECTORY", folder, 1);
+    daemon_process_init(&d);
+    d.extra[0] = "--log-level";
+    d.extra[1] = "info";
+    d.own_level = true;
+    ck_assert(daemon_process_start(&d));
+    unsetenv("CREDENTIALS_DIRECTORY");
+    REFUSED(ctl("ca", "operator", "status"), 0, "no view yet");
+    kill(d.pid, SIGHUP);
+    ck_assert(logged("a new one waits for a restart"));
+    setenv("CREDENTIALS_DIRECTORY", folder, 1);
+    REFUSED(check, 0, "");
+    snprintf(command, sizeof command, "printf none >%s/tls-key", folder);
+    ck_assert_int_eq(system(command), 0);
+    REFUSED(check, 2, "a credential tls-cert, but no tls-key: put all of its three files");
+    REFUSED("eep-agent --id a --check-config", 2, "but no tls-key");
+    snprintf(command, sizeof command, "printf none >%s/tls-cert", folder);
+    ck_assert_int_eq(system(command), 0);
+    REFUSED(check, 0, "");
+    unsetenv("CREDENTIALS_DIRECTORY");
+}
+END_TEST
+
 static long memory_kb(pid_t pid)
 {
     char path[64], line[256];
@@ -189,6 +229,54 @@ static long memory_kb(pid_t pid)
     fclose(f);
     return kb;
 }
+
+/* Operators who ask much and read nothing: together they get no more memory than connections-mib, and others are served. */
+START_TEST(deaf_operators)
+{
+    enum { READERS = 40, GETS = 8, VALUE = 1000000 };
+    static char paths[3][128];
+    const struct rpc_identity self = {.role = RPC_ROLE_OPERATOR};
+    struct rpc_client *clients[READERS];
+    ProtobufCMessage *reply;
+    struct tls *tls;
+    struct err err;
+    more_args[0] = "--connections-mib";
+    more_args[1] = "16";
+    start("ca", "coordinator");
+    more_args[0] = NULL;
+    snprintf(paths[0], sizeof paths[0], "%s/ca/operator.crt", dir);
+    snprintf(paths[1], sizeof paths[1], "%s/ca/operator.key", dir);
+    snprintf(paths[2], sizeof paths[2], "%s/ca/ca.crt", dir);
+    const struct tls_files files = {.cert = paths[0], .key = paths[1], .ca = paths[2]};
+    ck_assert_msg(tls_open(&files, &tls, &err) == 0, "%s", err.text);
+    for (int i = 0; i < READERS; i++)
+        ck_assert_msg(rpc_client_connect_tls(d.address, &self, &pb__control__descriptor, tls, 5000, &clients[i], &err) == 0,
+                      "%s", err.text);
+    Pb__KvSetRequest set = PB__KV_SET_REQUEST__INIT;
+    set.key = (char *)"big";
+    set.value.data = calloc(1, VALUE);
+    set.value.len = VALUE;
+    ck_assert_int_eq(rpc_client_call(clients[0], CONTROL_KV_SET, &set.base, 10000, &reply, &err), 0);
+    rpc_unpack_free(reply);
+    free(set.value.data);
+    long before_kb = memory_kb(d.pid);
+    Pb__KvGetRequest get = PB__KV_GET_REQUEST__INIT;
+    get.key = (char *)"big";
+    for (int i = 0; i < READERS; i++) {
+        uint64_t call;
+        for (int k = 0; k < GETS; k++)
+            (void)!rpc_client_start(clients[i], CONTROL_KV_GET, &get.base, &call, &err); /* it may be cut off already */
+    }
+    ck_assert(logged("event=cut-off"));
+    ck_assert(logged("the most of all connections"));
+    REFUSED(ctl("ca", "operator", "status"), 0, "no view yet");
+    long grown_kb = memory_kb(d.pid) - before_kb;
+    ck_assert_msg(getenv("ASAN_OPTIONS") != NULL || grown_kb < 40000, "grown by %ld KiB", grown_kb);
+    for (int i = 0; i < READERS; i++)
+        rpc_client_free(clients[i]);
+    tls_free(tls);
+}
+END_TEST
 
 static int stranger(void)
 {
@@ -256,6 +344,8 @@ int main(void)
     tcase_add_test(t, no_downgrade);
     tcase_add_test(t, an_agent_speaks_for_itself_only);
     tcase_add_test(t, rotation);
+    tcase_add_test(t, credentials_of_the_unit);
+    tcase_add_test(t, deaf_operators);
     tcase_add_test(t, ten_thousand_strangers);
     suite_add_tcase(s, t);
     SRunner *runner = srunner_create(s);

@@ -45,7 +45,14 @@ cat >"$tree/etc/eep/coordinator.conf" <<'END'
 slots = 16
 min-ranks = 1
 lead-ms = 100
+listen = 127.0.0.1:7420
 END
+# Credentials: root's files alone.  gpu0 comes by TCP, gpu1 by the unix socket; bare has no certificate.
+systemd/eep-ca init "$d/ca"
+for role in coordinator operator agent/gpu0 agent/gpu1; do systemd/eep-ca issue "$d/ca" eep $role; done
+mkdir -p "$tree/etc/eep/tls"
+install -m 600 "$d"/ca/ca.crt "$d"/ca/{coordinator,operator,agent-gpu0,agent-gpu1}.{crt,key} "$tree/etc/eep/tls"
+printf '[agent]\ncoordinator = 127.0.0.1:7420\n' >"$tree/etc/eep/agent-gpu0.conf"
 cat >"$tree/etc/eep/agent.conf" <<'END'
 [agent]
 checkpoint = /models/qwen
@@ -84,6 +91,14 @@ inside timeout 30 systemctl enable -q --now eep-agent@gpu0 eep-agent@gpu1 ||
     fail "the agents do not start: $(inside systemctl status --no-pager eep-agent@gpu0 2>&1)"
 inside eepctl agents | grep -c 'gpu[01] *spare' | grep -qx 2 || fail "an agent was READY before the coordinator had it: $(inside eepctl agents)"
 pass "agents: READY once they are registered"
+by_tls() { inside eepctl -c 127.0.0.1:7420 --tls-cert /etc/eep/tls/operator.crt --tls-key /etc/eep/tls/operator.key \
+    --tls-ca /etc/eep/tls/ca.crt "$@"; }
+by_tls agents | grep -q gpu0 || fail "TLS: $(by_tls agents 2>&1)"
+inside eepctl -c 127.0.0.1:7420 status >/dev/null 2>&1 && fail "TLS: a plain client was taken"
+said eep-agent@gpu0 "^coordinator-connected .*127.0.0.1:7420" || fail "gpu0 did not come by TLS"
+inside timeout 30 systemctl start eep-agent@bare || fail "an agent without a certificate does not start"
+inside systemctl stop eep-agent@bare
+pass "credentials: certificates that only root can read; a unit without them starts, too"
 inside systemctl start engine@gpu0 engine@gpu1
 
 # ---- scaling, under load ----
@@ -135,6 +150,16 @@ pass "status: $(status_of eep-coordinator)"
 inside systemctl restart eep-coordinator.service
 inside test -S /run/eep/coordinator.sock || fail "the socket has gone with the coordinator"
 pass "systemctl restart of the coordinator"
+systemd/eep-ca issue "$d/ca" eep coordinator 20
+cat "$d/ca/coordinator.crt" | inside tee /etc/eep/tls/coordinator.crt >/dev/null
+cat "$d/ca/coordinator.key" | inside tee /etc/eep/tls/coordinator.key >/dev/null
+inside systemctl reload eep-coordinator
+until_true 10 said eep-coordinator "a new one waits for a restart" || fail "a reload does not say that credentials stay"
+said eep-coordinator "^certificate-expires" && fail "a reload has taken the new credential: say so in docs/tls.md"
+inside systemctl restart eep-coordinator
+until_true 10 said eep-coordinator "^certificate-expires" || fail "the new certificate has not come with a restart"
+until_true 20 by_tls status || fail "TLS with the new certificate: $(by_tls status 2>&1)"
+pass "a new certificate comes with a restart"
 
 # ---- a stop drains ----
 until_true 20 view_says "2 ranks, epoch $epoch," || fail "$(inside eepctl status)"

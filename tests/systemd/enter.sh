@@ -21,6 +21,7 @@ ln -s pts/ptmx dev/ptmx
 for node in null zero full random urandom tty; do : >"dev/$node"; mount --bind "/dev/$node" "dev/$node"; done
 pivot_root . old
 umount -l /old
+mount --make-rshared / # as systemd does where it is not told that it is in a container: credentials are mounted by a child of its
 ip link set lo up 2>/dev/null || true
 hostname eep-test
 exec env -i container=unshare PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --log-target=console \

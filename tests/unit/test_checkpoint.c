@@ -2,7 +2,6 @@
  * more than it must; folders that are damaged or strange get one sentence each. */
 #include <check.h>
 #include <fcntl.h>
-#include <ftw.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +11,7 @@
 
 #include "agent/checkpoint.h"
 #include "common/digest.h"
+#include "tests/harness/folder.h"
 
 static const char *data_dir(void)
 {
@@ -73,21 +73,14 @@ static const uint8_t *raw_tensor(const struct raw *raw, const char *name, size_t
 
 static char folder[64];
 
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-    (void)st, (void)type, (void)ftw;
-    return remove(path);
-}
-
 static void setup(void)
 {
-    strcpy(folder, "/tmp/eep-checkpoint-XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(folder));
+    folder_make("checkpoint", folder);
 }
 
 static void teardown(void)
 {
-    nftw(folder, remove_one, 8, FTW_DEPTH | FTW_PHYS);
+    folder_remove(folder);
 }
 
 static void text_write(const char *name, const char *text)

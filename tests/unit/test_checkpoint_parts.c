@@ -2,7 +2,6 @@
  * tensors beside the weights, names of any kind, layers for multi-token prediction, config.json of both kinds.
  * Every checkpoint is small, and its bytes say where they come from. */
 #include <check.h>
-#include <ftw.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +9,7 @@
 #include <unistd.h>
 
 #include "agent/checkpoint.h"
+#include "tests/harness/folder.h"
 
 /* ---- a folder of named tensors ---- */
 
@@ -17,22 +17,15 @@ static char folder[64];
 static char header[65536];
 static uint64_t header_len, data_len;
 
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-    (void)st, (void)type, (void)ftw;
-    return remove(path);
-}
-
 static void setup(void)
 {
-    strcpy(folder, "/tmp/eep-parts-XXXXXX");
-    ck_assert_ptr_nonnull(mkdtemp(folder));
+    folder_make("parts", folder);
     header_len = data_len = 0;
 }
 
 static void teardown(void)
 {
-    nftw(folder, remove_one, 8, FTW_DEPTH | FTW_PHYS);
+    folder_remove(folder);
 }
 
 static FILE *file_open(const char *name)

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "common/address.h"
+#include "common/budget.h"
 #include "common/control_methods.h"
 #include "common/rpc.h"
 #include "control.pb-c.h"
@@ -106,11 +107,14 @@ static void on_close(void *user, struct rpc_conn *conn, int code, const char *re
 static const struct rpc_handlers handlers = {
     .on_hello = on_hello, .on_ready = on_ready, .on_frame = on_frame, .on_close = on_close};
 
+static struct budget *shared_budget; /* of worlds that are opened from now on */
+
 static void world_open(struct world *w, const char *server, const char *client)
 {
     memset(w, 0, sizeof *w);
     w->base = event_base_new();
     w->rpc = rpc_new(w->base);
+    rpc_budget_set(w->rpc, shared_budget);
     w->server.script = server;
     w->client.script = client;
     struct rpc_options options = {.handlers = &handlers, .user = &w->server, .self = &server_id};
@@ -351,11 +355,9 @@ START_TEST(big_frames)
 }
 END_TEST
 
-/* A raw client that shakes hands and then reads nothing. */
-START_TEST(slow_readers_are_cut_off)
+/* A raw client that shakes hands and then reads nothing: its socket. */
+static int deaf_reader(struct world *w, int nth)
 {
-    struct world w;
-    world_open(&w, "", "");
     int fd;
     ck_assert_int_eq(address_connect(unix_address, 1000, &fd, NULL), 0);
     Pb__Hello hello = PB__HELLO__INIT;
@@ -366,7 +368,15 @@ START_TEST(slow_readers_are_cut_off)
     struct frame_header header = {(uint32_t)pb__hello__pack(&hello, data + FRAME_HEADER_BYTES), FRAME_HANDSHAKE, 0, 0};
     frame_header_put(data, &header);
     ck_assert_int_gt(write(fd, data, FRAME_HEADER_BYTES + header.length), 0);
-    run_until(&w, &w.server.readies, 1);
+    run_until(w, &w->server.readies, nth);
+    return fd;
+}
+
+START_TEST(slow_readers_are_cut_off)
+{
+    struct world w;
+    world_open(&w, "", "");
+    int fd = deaf_reader(&w, 1);
     size_t chunk = 8u << 20;
     char *zeros = calloc(1, chunk);
     int rc = 0;
@@ -380,6 +390,47 @@ START_TEST(slow_readers_are_cut_off)
     free(zeros);
     close(fd);
     world_close(&w);
+}
+END_TEST
+
+/* None of them is beyond its own limit; together they are, and the one with the most goes. */
+START_TEST(the_one_with_the_most_is_cut_off)
+{
+    const size_t chunk = 4u << 20;
+    char *zeros = calloc(1, chunk);
+    struct budget budget = {.limit = 20u << 20};
+    struct world w;
+    shared_budget = &budget;
+    world_open(&w, "", "");
+    int fds[3];
+    struct rpc_conn *conns[3];
+    for (int i = 0; i < 3; i++) {
+        fds[i] = deaf_reader(&w, i + 1);
+        conns[i] = w.server.conn;
+    }
+    static const int to[] = {0, 1, 1, 2}; /* 16 MiB and their headers */
+    for (size_t i = 0; i < sizeof to / sizeof to[0]; i++)
+        ck_assert_int_eq(rpc_conn_send_bytes(conns[to[i]], FRAME_MESSAGE, 0, 0, zeros, chunk), 0);
+    ck_assert_uint_gt(budget.used, 4 * chunk);
+    rpc_conn_hold(conns[1], 100, 0);
+    ck_assert_int_eq(rpc_conn_send_bytes(conns[0], FRAME_MESSAGE, 0, 0, zeros, chunk), 0);
+    /* beyond 20 MiB: not the sender goes, but who holds a little more */
+    ck_assert_uint_eq(budget.cuts, 1);
+    ck_assert_uint_lt(budget.used, 4 * chunk); /* at once */
+    ck_assert_int_eq(rpc_conn_send_bytes(conns[0], FRAME_MESSAGE, 0, 0, zeros, chunk), 0);
+    ck_assert_int_eq(rpc_conn_send_bytes(conns[0], FRAME_MESSAGE, 0, 0, zeros, chunk), ERR_LIMIT); /* now the sender */
+    ck_assert_uint_eq(budget.cuts, 2);
+    run_until(&w, &w.server.closes, 2);
+    ck_assert_int_eq(w.server.code, ERR_LIMIT);
+    ck_assert_ptr_nonnull(strstr(w.server.why, "the most of all connections"));
+    ck_assert_int_eq(rpc_conn_send_bytes(conns[2], FRAME_MESSAGE, 0, 0, "still", 5), 0);
+    for (int i = 0; i < 3; i++)
+        close(fds[i]);
+    free(zeros);
+    world_close(&w);
+    shared_budget = NULL;
+    ck_assert_uint_eq(budget.used, 0);
+    ck_assert_ptr_null(budget.holders);
 }
 END_TEST
 
@@ -729,6 +780,7 @@ int main(void)
     tcase_add_test(tc, silence_is_cut_off);
     tcase_add_test(tc, big_frames);
     tcase_add_test(tc, slow_readers_are_cut_off);
+    tcase_add_test(tc, the_one_with_the_most_is_cut_off);
     tcase_add_test(tc, another_protocol_version);
     tcase_add_test(tc, stale_live_and_foreign_files);
     tcase_add_test(tc, address_texts);

@@ -536,6 +536,78 @@ START_TEST(a_lost_device_is_told_once_and_after_the_failure)
 }
 END_TEST
 
+/* A transport whose group takes its time: in steps, each of which it tells, or in one. */
+struct slow {
+    struct transport base;
+    unsigned steps, step_ms;
+};
+
+static int slow_create(struct transport *self, const struct blob *id, const struct member *parties, uint32_t n,
+                       uint32_t self_party, const struct transport_call *call, struct transport_group **ret_group,
+                       struct err *err)
+{
+    (void)id, (void)parties, (void)n, (void)self_party, (void)err;
+    const struct slow *slow = (const struct slow *)self;
+    for (unsigned i = 0; i < slow->steps; i++) {
+        poll(NULL, 0, (int)slow->step_ms);
+        call->progress(call->user, i + 1);
+    }
+    *ret_group = (struct transport_group *)self;
+    return 0;
+}
+
+static void slow_destroy(struct transport_group *group)
+{
+    (void)group;
+}
+
+static void slow_close(struct transport *self)
+{
+    (void)self;
+}
+
+/* The sentence when the worker was stuck at some time during this work, or "". */
+static const char *stuck_during(unsigned steps, unsigned step_ms)
+{
+    static char why[256];
+    struct slow slow = {{.name = "slow", .group_create = slow_create, .destroy = slow_destroy, .close = slow_close}, steps, step_ms};
+    struct worker_config config = {.transport = &slow.base, .stuck_ms = 200, .transfer_timeout_ms = 100};
+    struct worker *w;
+    struct worker_result r;
+    struct err err = {0};
+    char text[256];
+    strcpy(why, "");
+    ck_assert_int_eq(worker_start(&config, &w, &err), 0);
+    struct work work = work_new(WORK_GROUP, 0);
+    work_parties(&work, 2);
+    work.blob = blob_new("x", 1);
+    worker_submit(w, &work);
+    do {
+        struct pollfd p = {.fd = worker_fd(w), .events = POLLIN};
+        poll(&p, 1, 10);
+        if (worker_stuck(w, text, sizeof text))
+            strcpy(why, text);
+        r = (struct worker_result){.progress = true};
+        (void)worker_next_result(w, &r);
+    } while (r.progress);
+    ck_assert_int_eq(r.code, 0);
+    worker_result_done(&r);
+    poll(NULL, 0, 400); /* with nothing to do it is not stuck, however long */
+    ck_assert_msg(!worker_stuck(w, text, sizeof text), "%s", text);
+    worker_stop(w);
+    return why;
+}
+
+/* For systemd's watchdog: slow is not stuck, and a call may use its own deadline. */
+START_TEST(who_shows_no_progress_is_stuck)
+{
+    ck_assert_str_eq(stuck_during(20, 60), ""); /* 1.2 s in all */
+    ck_assert_str_eq(stuck_during(1, 250), ""); /* longer than stuck_ms, but not than that after its deadline */
+    const char *why = stuck_during(1, 1300);
+    ck_assert_msg(strstr(why, "no progress for 1 s in GROUP of operation 1") != NULL, "%s", why);
+}
+END_TEST
+
 START_TEST(stopping_ends_everything)
 {
     /* In the middle of a group that never comes, with work queued and results unread. */
@@ -656,6 +728,7 @@ int main(void)
     tcase_add_test(t, what_cannot_be_done_says_so);
     tcase_add_test(t, a_cancel_stops_the_present_and_the_queued);
     tcase_add_test(t, a_lost_device_is_told_once_and_after_the_failure);
+    tcase_add_test(t, who_shows_no_progress_is_stuck);
     tcase_add_test(t, stopping_ends_everything);
     tcase_add_test(t, an_engine_seals_its_own_layout);
     tcase_add_test(t, an_engine_that_dies_before_sealing_leaves_nothing);
