@@ -273,22 +273,24 @@ class Decode:
 
     On a GPU with `captured`, the pass is a CUDA graph with its collectives in it.  It is made by the thread that builds the
     group, during PREPARE, while steps go on in the group before; all ranks of the new group do so.  Maps may change under
-    it.  The graph must be dropped before its group is closed."""
+    it.  The graph must be dropped before its group is closed.
+
+    Captured or not, the passes are rehearsed before that: what a first pass waits for is waited for beside the steps."""
 
     def __init__(self, runner: "Runner", group, captured: bool, stream=None):
         self.runner, self.group, self.stream = runner, group, stream
         self.input = torch.zeros(runner.rows, 3, dtype=torch.int64).to(runner.device)  # complete for every stream
         self.logits: torch.Tensor | None = None
         self._graph = None
-        if not captured:
-            return
         with torch.inference_mode():
             if not stream:  # the host has no graphs; the rehearsal is the same
-                self._pass(rehearsal=True)
+                self._rehearse()
                 return
             with torch.cuda.stream(stream):
-                self._pass(rehearsal=True)  # libraries are loaded, workspaces made
+                self._rehearse()
                 stream.synchronize()
+                if not captured:
+                    return
                 graph = torch.cuda.CUDAGraph()
                 graph.capture_begin(capture_error_mode="thread_local")  # what other threads do is theirs
                 try:
@@ -297,6 +299,13 @@ class Decode:
                     graph.capture_end()
                 stream.synchronize()
                 self._graph = graph
+
+    def _rehearse(self) -> None:
+        """Both kinds of pass, of padding alone: communicators connect, kernels are loaded, workspaces made."""
+        r = self.runner
+        self._pass(rehearsal=True)
+        nothing = torch.zeros(1, r.chunk, dtype=torch.int64).to(r.device)
+        r.head(r.forward(nothing, Pass(r.cache, self.group, slice(0, 1), nothing, nothing.bool(), True))[0, -1:])
 
     def _pass(self, rehearsal: bool = False) -> torch.Tensor:
         r = self.runner
