@@ -1,7 +1,7 @@
 """Matrix products of a realistic size beside transfers: how long they take, without and with bytes on their way.
 
     beside.py load GPU FILE             products on that GPU until SIGTERM; a line "end-of-step-ns duration-us" each
-    beside.py report FILE... -- LOG...  FILE i against the transfers in LOG i (an agent's): medians and p99
+    beside.py report FILE... -- LOG...  FILE i against the transfers in LOG i: of an agent, or A,B of all on that GPU
 
 A step is STEP_PRODUCTS products of [TOKENS, HIDDEN] x [HIDDEN, INNER] in bf16 and back, as a decoder's forward pass has them,
 waited for as an engine waits at its boundary.  Needs PyTorch with CUDA for `load`, nothing for `report`."""
@@ -41,7 +41,7 @@ def load(gpu, path):
 def transfers(path):
     """[begin, end] in ns of what moved bytes in this agent, and the bytes."""
     found = []
-    for line in open(path, errors="replace"):
+    for line in (line for one in path.split(",") for line in open(one, errors="replace")):
         if "event=work " not in line or not re.search(r"work=(WEIGHTS|FILL) ", line):
             continue
         at = re.match(r"time=(\S+)\.(\d+)Z", line)
@@ -56,20 +56,25 @@ def quantile(values, q):
     return sorted(values)[min(len(values) - 1, int(q * len(values)))] / 1000 if values else float("nan")
 
 
+def row(name, us, moving):
+    print(f"{name:28} {len(us):7} {quantile(us, .5):10.2f} {quantile(us, .99):8.2f} {sum(m[2] for m in moving) / 1e9:8.1f} "
+          f"{sum(m[1] - m[0] for m in moving) / 1e9:7.2f}")
+
+
 def report(files, logs):
-    print(f"{'':12} {'steps':>7} {'median ms':>10} {'p99 ms':>8}   {'beside':>7} {'median ms':>10} {'p99 ms':>8} {'GB':>7} {'s':>6}")
+    print(f"{'':28} {'steps':>7} {'median ms':>10} {'p99 ms':>8} {'GB':>8} {'s':>7}")
     for gpu, (path, log) in enumerate(zip(files, logs)):
         moving = transfers(log)
-        alone, beside = [], []
-        for line in open(path):
-            end, us = line.split()
-            end, us = int(end), float(us)
-            begin = end - us * 1000
-            near = any(begin < b and a < end for a, b, _ in moving)
-            (beside if near else alone).append(us)
-        print(f"rank {gpu:<7} {len(alone):7} {quantile(alone, .5):10.2f} {quantile(alone, .99):8.2f}   {len(beside):7} "
-              f"{quantile(beside, .5):10.2f} {quantile(beside, .99):8.2f} {sum(m[2] for m in moving) / 1e9:7.1f} "
-              f"{sum(m[1] - m[0] for m in moving) / 1e9:6.2f}")
+        kinds = {"sending": [], "receiving": [], "receiving, below 5 GB/s": []}
+        for m in moving:
+            rate = m[2] / (m[1] - m[0])
+            kinds["sending" if m[2] == 0 else "receiving" if rate >= 5 else "receiving, below 5 GB/s"].append(m)
+        steps = [(int(end) - float(us) * 1000, int(end), float(us)) for end, us in map(str.split, open(path))]
+        near = {k: [us for begin, end, us in steps if any(begin < b and a < end for a, b, _ in of)] for k, of in kinds.items()}
+        row(f"rank {gpu}: alone", [us for begin, end, us in steps if not any(begin < b and a < end for a, b, _ in moving)], [])
+        for kind, us in near.items():
+            if us:
+                row(f"rank {gpu}: {kind}", us, kinds[kind])
 
 
 if __name__ == "__main__":

@@ -339,7 +339,8 @@ def main() -> int:
             made = result.pop("tokens")
             if name == "quiet":
                 tokens = made
-            failed |= bool(result["lost"] or result["changed"])
+            # A request that is begun anew elsewhere may round otherwise in bf16: of what eep is compared with, that is told.
+            failed |= bool(result["lost"] or (result["changed"] and result["side"].startswith("eep")))
             results.append(result)
             (o.out / "compare.json").write_text(json.dumps({"memory": o.memory, "gpus": getattr(o, "gpus", 0), "sides": results}, indent=1))
             print(table(results[-1:], o.memory), flush=True)

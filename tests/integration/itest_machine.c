@@ -95,6 +95,7 @@ START_TEST(a_coordinator_on_a_read_only_disk_does_not_start)
     itest_start(&c, (struct cluster_options){.agents = 2, .loaders = 2, .step_ms = 5});
     CTL(&c, 0, "scale", "--to", "2");
     itest_feed(&c, "4");
+    cluster_sleep_ms(500); /* the feeder knows the view: it issues on without a coordinator */
     cluster_signal(&c.coordinator, SIGKILL);
     snprintf(path, sizeof path, "%s/state", c.dir);
     ck_assert_int_eq(mount(path, path, NULL, MS_BIND, NULL), 0);
