@@ -440,7 +440,9 @@ void commit_hello_decided(struct coordinator *c, uint32_t peer, const struct msg
     if (promised && !(open && promised == k->epoch)) {
         bool repaired = c->durable.open.kind == OP_REPAIR && c->op.phase != PHASE_NONE && !c->op.decided &&
                         operation_party(c, peer) >= 0;
-        bool given_up = c->durable.ended.kind == OP_REPAIR && c->durable.ended.epoch == promised;
+        /* Nor is one to a repair that was given up, whose end may not be durable: its epoch may go on after a crash. */
+        bool given_up = (c->durable.ended.kind == OP_REPAIR && c->durable.ended.epoch == promised) ||
+                        (c->torn && members_rank(c, peer) >= 0);
         /* Whatever it has promised: the view has gone on without it. */
         bool left_out = concerned && r->kind == FLIP_RESET && hello->engine != PROMISE_JOINER &&
                         hello->applied_epoch < r->epoch && members_rank(c, peer) < 0;
