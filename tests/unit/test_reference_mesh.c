@@ -344,12 +344,15 @@ END_TEST
 
 static uint32_t odd_step, limit_ms = 20000;
 static bool absent[RANKS_MOST], leaves[RANKS_MOST];
+static pthread_barrier_t *all_built; /* nobody leaves before; NULL = nobody leaves */
 
 static void *exchange_main(void *user)
 {
     struct rank *r = user;
     struct mesh_bytes out[RANKS_MOST] = {{0}}, in[RANKS_MOST] = {{0}};
     r->rc = rank_mesh(r, (struct mesh_key){.epoch = 9});
+    if (all_built)
+        pthread_barrier_wait(all_built);
     if (r->rc == 0 && leaves[r->rank]) {
         mesh_free(r->mesh);
         r->mesh = NULL;
@@ -419,6 +422,9 @@ START_TEST(revoke_ends_it)
     struct cluster c;
     pthread_t revoker;
     cluster_open(&c, dirs[1], 3, 3, EEP_DISPATCH_SOURCE_ROUTED, 0);
+    pthread_barrier_t built;
+    pthread_barrier_init(&built, NULL, c.n);
+    all_built = &built;
     (_i ? leaves : absent)[2] = true;
     uint64_t began = clock_now_ms();
     pthread_create(&revoker, NULL, revoke_main, NULL);
@@ -428,6 +434,7 @@ START_TEST(revoke_ends_it)
     ck_assert_int_eq(c.rank[1].rc, ERR_ABORTED);
     ck_assert_uint_ge(clock_now_ms() - began, 290);
     ck_assert_uint_lt(clock_now_ms() - began, 10000);
+    pthread_barrier_destroy(&built);
     cluster_close(&c);
 }
 END_TEST
