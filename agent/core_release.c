@@ -126,6 +126,8 @@ void agent_release_dismiss(struct agent_core *core, const struct msg_op_end *m)
     acore_log(core, AGENT_LOG_INFO, "DISMISS epoch %llu op %llu: lets go", U(m->epoch), U(m->op));
     if (core->engine.attached && (core->view || core->flip.epoch)) /* it may be inside a step for ever */
         agent_engine_cut(core, "the view has gone on without this rank");
+    else if (core->view || core->flip.epoch)
+        agent_engine_void(core); /* for an engine that attaches later: the flip stands in the page */
     if (core->seen_epoch < m->epoch)
         core->seen_epoch = m->epoch;
     if (core->applied_epoch < m->epoch)

@@ -624,6 +624,28 @@ START_TEST(reload_outside_of_a_promised_repair_is_refused)
 }
 END_TEST
 
+/* Its engine died before the switch, and the view has gone on without it: the next engine begins no step of that view. */
+START_TEST(dismissed_without_an_engine_voids_its_view)
+{
+    struct story *s = story_new();
+    story_link(s);
+    story_attach(s);
+    story_op_begin(s, 1, OP_SCALE_UP, ROLE_NEW, 3, 2, 2);
+    story_stage(s, 1, STAGE_ALLOCATE, 1);
+    story_work_done(s, 0, NULL);
+    story_stage(s, 1, STAGE_KV, 1);
+    story_stage(s, 1, STAGE_ENGINE_PREPARE, 1);
+    story_prepared(s, 1, 1);
+    story_prepare(s, 1, 1, FLIP_VIEW, 250);
+    story_detach(s);
+    story_go(s, 1, FLIP_VIEW, 20, 1, story_view(1, 2, 0, 1));
+    story_forget(s);
+    story_op(s, MSG_DISMISS, 2, 2);
+    ck_assert_uint_eq(s->page.revoked, 1);
+    story_free(s);
+}
+END_TEST
+
 /* Something between the engines is broken.  The coordinator hears of it, with every connection, until there is a repair. */
 START_TEST(step_that_fails_by_itself_is_reported)
 {
@@ -930,6 +952,7 @@ int main(void)
     tcase_add_test(faults, in_doubt_an_engine_that_is_not_held_goes_on);
     tcase_add_test(reset, reset_waits_until_the_engine_has_left_its_step);
     tcase_add_test(reset, reload_waits_for_the_device);
+    tcase_add_test(reset, dismissed_without_an_engine_voids_its_view);
     tcase_add_test(reset, reload_outside_of_a_promised_repair_is_refused);
     tcase_add_test(reset, step_that_fails_by_itself_is_reported);
     tcase_add_test(reset, reset_that_is_given_up_leaves_the_view_torn);
