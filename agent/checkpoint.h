@@ -52,6 +52,11 @@ uint64_t checkpoint_load_bytes(const struct checkpoint *c, const struct expert_m
 int checkpoint_reload(struct checkpoint *c, struct weights *w, const struct expert_map *map, uint32_t rank,
                       bool (*progress)(void *user, uint64_t bytes), void *user, struct err *err) MUST_CHECK;
 uint64_t checkpoint_reload_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank);
+/* Bytes [offset, offset + len) of one expert as a slot holds them, part after part; nothing is compared.  ERR_INVALID for
+ * a range or an expert that is not there. */
+int checkpoint_expert_read(const struct checkpoint *c, uint32_t layer, uint32_t expert, uint64_t offset, void *ret_data,
+                           size_t len, struct err *err) MUST_CHECK;
+uint64_t checkpoint_expert_bytes(const struct checkpoint *c, uint32_t layer);
 /* How many threads read, at most 8; 0 (at first): as many as there are processors, from 4 to 8. */
 void checkpoint_readers_set(struct checkpoint *c, unsigned n);
 /* Bytes of tensors that loads have read from the files so far. */

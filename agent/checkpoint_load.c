@@ -252,13 +252,42 @@ uint64_t checkpoint_load_bytes(const struct checkpoint *c, const struct expert_m
     return sum;
 }
 
+uint64_t checkpoint_expert_bytes(const struct checkpoint *c, uint32_t layer)
+{
+    uint64_t sum = 0;
+    for (uint32_t k = 0; k < c->n_tails; k++)
+        sum += checkpoint_piece(c, layer, 0, k).bytes;
+    return sum;
+}
+
+int checkpoint_expert_read(const struct checkpoint *c, uint32_t layer, uint32_t expert, uint64_t offset, void *ret_data,
+                           size_t len, struct err *err)
+{
+    uint64_t at = 0, end = offset + len;
+    uint8_t *to = ret_data;
+    int rc = 0;
+    if (layer >= c->layers || expert >= c->experts || end < offset || end > checkpoint_expert_bytes(c, layer))
+        return err_set(err, ERR_INVALID, "%s: bytes %llu + %zu of expert %u of MoE layer %u are not there", c->dir,
+                       (unsigned long long)offset, len, expert, layer);
+    for (uint32_t i = 0; i < c->n_parts; i++)
+        for (uint32_t k = 0; k < c->parts[i].n && rc == 0; k++) {
+            const struct piece piece = checkpoint_piece(c, layer, expert, c->parts[i].tails[k]);
+            uint64_t from = offset > at ? offset : at, until = end < at + piece.bytes ? end : at + piece.bytes;
+            if (from < until)
+                rc = safetensors_read(piece.tensor, piece.from + (from - at), to + (from - offset),
+                                      (size_t)(until - from), err);
+            at += piece.bytes;
+        }
+    return rc;
+}
+
 uint64_t checkpoint_reload_bytes(const struct checkpoint *c, const struct expert_map *map, uint32_t rank)
 {
     uint64_t sum = 0;
     for (uint32_t layer = 0; layer < map->layers && layer < c->layers; layer++)
         for (uint32_t slot = 0; slot < map->slots; slot++)
-            for (uint32_t k = 0; k < c->n_tails && map->held[expert_map_at(map, layer, rank, slot)] >= 0; k++)
-                sum += checkpoint_piece(c, layer, 0, k).bytes;
+            if (map->held[expert_map_at(map, layer, rank, slot)] >= 0)
+                sum += checkpoint_expert_bytes(c, layer);
     return sum;
 }
 

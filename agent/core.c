@@ -250,6 +250,17 @@ uint64_t agent_core_deadline(const struct agent_core *core)
     return first;
 }
 
+int32_t agent_core_slot(const struct agent_core *core, uint64_t manifest, uint32_t layer, uint32_t expert)
+{
+    const struct expert_map *map = core->map;
+    if (!core->weights || !core->model || core->model->manifest_digest != manifest || !map || layer >= map->layers)
+        return -1;
+    for (uint32_t slot = 0; slot < map->slots; slot++)
+        if (map->held[expert_map_at(map, layer, core->map_rank, slot)] == (int32_t)expert)
+            return (int32_t)slot;
+    return -1;
+}
+
 void agent_core_status(const struct agent_core *core, struct agent_status *ret_status)
 {
     *ret_status = (struct agent_status){

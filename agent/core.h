@@ -43,7 +43,8 @@ enum work_kind {
     WORK_GROUP_DESTROY,
     WORK_RELEASE,      /* free the regions (leaver, aborted joiner, evicted) */
     WORK_VERIFY,       /* map, rank: every held slot and dense region against the digests */
-    WORK_RELOAD,       /* model, map, self: read the experts of `held` at party self into regions that are there; verify */
+    WORK_RELOAD,       /* model, map, self, sources, load: read the experts of `held` at party self, from where they
+                          are, into regions that are there; verify */
 };
 
 struct work {
@@ -54,6 +55,9 @@ struct work {
     uint64_t bandwidth;      /* FILL: bytes per second into a rank; 0 = no limit */
     uint32_t dense_from;     /* WEIGHTS: parties < dense_from hold the dense weights already (senders) */
     struct member *parties;  /* [n], owned */
+    struct member *sources;  /* RELOAD: [n_sources], owned; the first n_holders have weights, the others a checkpoint */
+    uint32_t n_sources, n_holders;
+    bool load;               /* RELOAD: from this agent's own checkpoint, too */
     struct model *model;     /* references, or NULL */
     struct plan *plan;
     struct expert_map *map;
@@ -191,6 +195,9 @@ struct agent_status {
     const struct view *view;   /* applied, borrowed; NULL for a spare */
 };
 void agent_core_status(const struct agent_core *core, struct agent_status *ret_status);
+
+/* What another agent may read here: the slot of this rank that holds the expert, or -1.  manifest: of its weights. */
+int32_t agent_core_slot(const struct agent_core *core, uint64_t manifest, uint32_t layer, uint32_t expert);
 
 /* Mistakes that the simulator plants, one at a time, to prove that it finds them.  0 in production: no file
  * outside tests/ sets it. */

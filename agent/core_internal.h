@@ -35,8 +35,10 @@ struct core_stage {
     uint64_t step;           /* GRACE: T */
     uint64_t deadline_ns;    /* DRAIN */
     bool strict;             /* DRAIN: it is an error to be late */
-    bool load;               /* ALLOCATE: cold start */
-    struct expert_map *map;  /* ALLOCATE: what to load */
+    bool load;               /* ALLOCATE: cold start; RELOAD: the own checkpoint is good for it */
+    struct expert_map *map;  /* ALLOCATE, RELOAD: what to load */
+    struct member *sources;  /* RELOAD: [n_sources] */
+    uint32_t n_sources, n_holders;
     struct msg answer;       /* FINISHED: MSG_STAGE_DONE */
     struct core_stage *next; /* older ones */
 };

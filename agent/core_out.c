@@ -19,6 +19,7 @@ void *acore_alloc(size_t n, size_t size)
 void work_done(struct work *work)
 {
     free(work->parties);
+    free(work->sources);
     model_unref(work->model);
     plan_unref(work->plan);
     expert_map_unref(work->map);

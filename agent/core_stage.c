@@ -37,6 +37,7 @@ static bool stage_moves_at_once(enum op_stage stage)
 static void stage_free(struct core_stage *s)
 {
     expert_map_unref(s->map);
+    free(s->sources);
     msg_done(&s->answer);
     free(s);
 }
@@ -342,6 +343,12 @@ static void stage_reload_run(struct agent_core *core, struct core_stage *s)
     stage_void(core, s->map);
     struct work *w = agent_work_submit(core, WORK_RELOAD, s, 0);
     w->map = expert_map_ref(s->map);
+    w->load = s->load;
+    w->sources = s->sources; /* the worker's now */
+    w->n_sources = s->n_sources;
+    w->n_holders = s->n_holders;
+    s->sources = NULL;
+    s->n_sources = s->n_holders = 0;
 }
 
 static bool grace_over(const struct agent_core *core, const struct core_stage *s)
@@ -409,15 +416,21 @@ static const char *stage_reload_objection(const struct agent_core *core, const s
 }
 
 /* The engine begins no step before the repair's GO; what it has launched before has to be off the device. */
-static void stage_reload(struct agent_core *core, struct core_stage *s, struct expert_map *load)
+static void stage_reload(struct agent_core *core, struct core_stage *s, const struct msg_stage *m)
 {
-    const char *objection = stage_reload_objection(core, load);
-    if (objection || !core->config.can_load) {
+    const char *objection = stage_reload_objection(core, m->map);
+    s->load = m->load && core->config.can_load;
+    if (objection || (!s->load && !m->n_sources)) {
         stage_end(core, s, objection ? ERR_INVALID : ERR_NOTFOUND,
-                  objection ? objection : "no checkpoint is configured here (--checkpoint)");
+                  objection ? objection : "no checkpoint is configured here (--checkpoint), and no other agent is named that has one");
         return;
     }
-    s->map = expert_map_ref(load);
+    s->map = expert_map_ref(m->map);
+    s->sources = acore_alloc(m->n_sources, sizeof(*s->sources));
+    if (m->n_sources)
+        memcpy(s->sources, m->sources, m->n_sources * sizeof(*s->sources));
+    s->n_sources = m->n_sources;
+    s->n_holders = m->n_holders;
     s->step = core->page.launched + 1;
     s->state = STAGE_DEFERRED;
     stage_grace(core, s);
@@ -483,7 +496,7 @@ static void stage_start(struct agent_core *core, const struct msg_stage *m)
         s->step = m->step;
         stage_grace(core, s);
         return;
-    case STAGE_RELOAD: stage_reload(core, s, m->map); return;
+    case STAGE_RELOAD: stage_reload(core, s, m); return;
     case STAGE_LET_GO:
     case STAGE_MAX: return; /* refused before */
     }

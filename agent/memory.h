@@ -47,6 +47,8 @@ struct memory_backend {
     /* Host bytes into the region.  `data` is free again on return, but a device may take the bytes a little later: they
      * are in the memory for everybody once a later digest or copy has returned. */
     int (*write)(struct memory_backend *self, struct memory_region *region, size_t offset, const void *data, size_t len, struct err *err);
+    /* Bytes of the region into host memory, with everything that was written before. */
+    int (*read)(struct memory_backend *self, const struct memory_region *region, size_t offset, void *ret_data, size_t len, struct err *err);
     /* Writing without a copy of one's own, several pieces at a time: stage_take lends host memory for a piece of at most
      * MEMORY_STAGE_BYTES, other threads may fill it meanwhile (read a file into it), and stage_write, in any order, does
      * with it what write() does.  stage_take blocks while every buffer is on its way to the device; ERR_LIMIT when all of

@@ -327,21 +327,44 @@ static int cuda_copy(struct memory_backend *self, struct memory_region *dst, siz
     return rc < 0 ? rc : cuda_settle(m, "copy memory", err);
 }
 
+/* The next piece of [at + done, at + len), at most a stage, back into a pinned buffer. */
+static int stage_fetch(struct memory_cuda *m, CUdeviceptr at, size_t done, size_t len, struct stage **ret_stage,
+                       size_t *ret_part, struct err *err)
+{
+    const struct cuda_driver *cu = &m->device->driver;
+    *ret_part = len - done < MEMORY_STAGE_BYTES ? len - done : MEMORY_STAGE_BYTES;
+    int rc = stage_next(m, WRITE_STAGES, ret_stage, err);
+    if (rc == 0)
+        rc = cuda_check(cu, cu->cuMemcpyDtoHAsync((*ret_stage)->data, at + done, *ret_part, m->stream), err,
+                        "copy %zu bytes from GPU %d", *ret_part, m->device->gpu.index);
+    return rc < 0 ? rc : cuda_settle(m, "read memory", err);
+}
+
+static int cuda_read(struct memory_backend *self, const struct memory_region *region, size_t offset, void *ret_data,
+                     size_t len, struct err *err)
+{
+    struct memory_cuda *m = (struct memory_cuda *)self;
+    int rc = cuda_range_check(region, offset, len, err);
+    if (rc == 0)
+        rc = cuda_device_use(m->device, err);
+    for (size_t done = 0, part; done < len && rc == 0; done += part) {
+        struct stage *stage;
+        rc = stage_fetch(m, region_at(region, offset), done, len, &stage, &part, err);
+        if (rc == 0)
+            memcpy((uint8_t *)ret_data + done, stage->data, part);
+    }
+    return rc;
+}
+
 /* Without the kernel: back through the pinned buffers, in pieces. */
 static int cuda_digest_on_cpu(struct memory_cuda *m, CUdeviceptr at, size_t len, uint64_t first_word,
                               uint64_t *ret_digest, struct err *err)
 {
-    const struct cuda_driver *cu = &m->device->driver;
     uint64_t digest = 0;
     for (size_t done = 0; done < len;) {
         struct stage *stage;
-        size_t part = len - done < MEMORY_STAGE_BYTES ? len - done : MEMORY_STAGE_BYTES;
-        int rc = stage_next(m, WRITE_STAGES, &stage, err);
-        if (rc == 0)
-            rc = cuda_check(cu, cu->cuMemcpyDtoHAsync(stage->data, at + done, part, m->stream), err,
-                            "copy %zu bytes from GPU %d", part, m->device->gpu.index);
-        if (rc == 0)
-            rc = cuda_settle(m, "read memory", err);
+        size_t part;
+        int rc = stage_fetch(m, at, done, len, &stage, &part, err);
         if (rc < 0)
             return rc;
         digest += digest_bytes(stage->data, part, first_word + done / 8);
@@ -535,6 +558,7 @@ struct memory_backend *memory_cuda_open(const char *device, struct err *err)
         .adopt = cuda_adopt,
         .release = cuda_release,
         .write = cuda_write,
+        .read = cuda_read,
         .stage_take = cuda_stage_take,
         .stage_write = cuda_stage_write,
         .stages_free = cuda_stages_free,

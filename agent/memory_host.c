@@ -147,6 +147,16 @@ static int host_write(struct memory_backend *self, struct memory_region *region,
     return rc;
 }
 
+static int host_read(struct memory_backend *self, const struct memory_region *region, size_t offset, void *ret_data,
+                     size_t len, struct err *err)
+{
+    (void)self;
+    int rc = host_check(region, offset, len, err);
+    if (rc == 0 && len > 0)
+        memcpy(ret_data, (const uint8_t *)region->base + offset, len);
+    return rc;
+}
+
 /* The region itself is host memory, so a stage is a place in it. */
 static int host_stage_take(struct memory_backend *self, struct memory_region *region, size_t offset, size_t len,
                            struct memory_stage *ret_stage, struct err *err)
@@ -232,6 +242,7 @@ struct memory_backend *memory_host_open(const char *device, struct err *err)
         .adopt = host_adopt,
         .release = host_release,
         .write = host_write,
+        .read = host_read,
         .stage_take = host_stage_take,
         .stage_write = host_stage_write,
         .stages_free = host_stages_free,

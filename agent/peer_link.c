@@ -22,12 +22,23 @@ struct peer_link {
     struct peer_link *next;
 };
 
+/* A call of another agent that is not answered yet. */
+struct peer_read {
+    uint64_t id, call;
+    struct rpc_conn *conn; /* NULL: gone */
+    struct peer_read *next;
+};
+#define READS_MAX RANKS_MAX /* open at a time: a reader has one */
+
 struct peer_links {
     struct peer_links_config config;
     struct rpc_identity self;
     struct rpc_listener *listener;
     struct view *view;
     struct peer_link *peers;
+    struct peer_read *reads;
+    unsigned n_reads;
+    uint64_t last_read;
 };
 
 /* ---- towards a peer ---- */
@@ -147,15 +158,93 @@ static void in_ready(void *user, struct rpc_conn *conn)
     log_event(links->config.log, LOG_LEVEL_DEBUG, "peer-accepted", "peer=%s", rpc_conn_name(conn));
 }
 
+static void read_begin(struct peer_links *links, struct rpc_conn *conn, uint64_t call, const struct expert_read *read)
+{
+    struct peer_read *r = calloc(1, sizeof *r);
+    if (!r) {
+        (void)rpc_conn_send_error(conn, 0, call, ERR_NOMEM, "out of memory"); /* failures come as on_close */
+        return;
+    }
+    r->id = ++links->last_read;
+    r->call = call;
+    r->conn = conn;
+    LL_PREPEND(links->reads, r);
+    links->n_reads++;
+    links->config.on_read(links->config.user, r->id, read);
+}
+
+static void in_call(struct peer_links *links, struct rpc_conn *conn, const struct frame *frame)
+{
+    const struct frame_header *h = &frame->header;
+    ProtobufCMessage *message;
+    struct err err;
+    int rc;
+    if (h->method >= pb__peer__descriptor.n_methods)
+        rc = err_set(&err, ERR_UNSUPPORTED, "this agent knows no call %u", h->method);
+    else if (links->n_reads == READS_MAX)
+        rc = err_set(&err, ERR_LIMIT, "this agent answers at most %d reads at a time", READS_MAX);
+    else
+        rc = rpc_unpack(pb__peer__descriptor.methods[h->method].input, frame->payload, h->length, 0, &message, &err);
+    if (rc < 0) {
+        (void)rpc_conn_send_error(conn, h->method, h->call, rc, err.text);
+        return;
+    }
+    const Pb__ReadExpertRequest *m = (const Pb__ReadExpertRequest *)message;
+    const struct expert_read read = {
+        .manifest = m->manifest, .slots = m->slots, .layer = m->layer, .expert = m->expert,
+        .offset = m->offset, .length = m->length, .memory_only = m->memory_only,
+    };
+    rpc_unpack_free(message);
+    if (read.length == 0 || read.length > EXPERT_READ_MAX)
+        (void)rpc_conn_send_error(conn, h->method, h->call, ERR_INVALID, "a read is of 1 byte to 4 MiB");
+    else
+        read_begin(links, conn, h->call, &read);
+}
+
+void peer_links_answer(struct peer_links *links, uint64_t id, int code, const char *text, const struct blob *data)
+{
+    struct peer_read *r = links->reads;
+    while (r && r->id != id)
+        r = r->next;
+    if (!r)
+        return;
+    LL_DELETE(links->reads, r);
+    links->n_reads--;
+    Pb__ReadExpertReply reply = PB__READ_EXPERT_REPLY__INIT;
+    if (r->conn && code == 0) {
+        reply.data.data = (uint8_t *)(uintptr_t)data->data; /* packing only reads */
+        reply.data.len = data->len;
+        (void)rpc_conn_send(r->conn, FRAME_REPLY, 0, r->call, &reply.base);
+    } else if (r->conn) {
+        (void)rpc_conn_send_error(r->conn, 0, r->call, code, text);
+    }
+    free(r);
+}
+
+static void reads_forget(struct peer_links *links, const struct rpc_conn *conn)
+{
+    struct peer_read *r;
+    LL_FOREACH(links->reads, r)
+    {
+        if (r->conn == conn)
+            r->conn = NULL;
+    }
+}
+
 static void in_frame(void *user, struct rpc_conn *conn, const struct frame *frame)
 {
     struct peer_links *links = user;
     ProtobufCMessage *message;
     struct err err;
+    if (frame->header.kind == FRAME_CALL) {
+        in_call(links, conn, frame);
+        return;
+    }
     if (frame->header.kind != FRAME_MESSAGE ||
         rpc_unpack(&pb__peer_message__descriptor, frame->payload, frame->header.length, 0, &message, &err) < 0) {
         log_event(links->config.log, LOG_LEVEL_WARN, "peer-dropped", "peer=%s why=%s", rpc_conn_name(conn),
                   "it sent what is no message between agents");
+        reads_forget(links, conn);
         rpc_conn_close(conn);
         return;
     }
@@ -175,6 +264,7 @@ static void in_close(void *user, struct rpc_conn *conn, int code, const char *re
 {
     (void)code;
     struct peer_links *links = user;
+    reads_forget(links, conn);
     log_event(links->config.log, LOG_LEVEL_DEBUG, "peer-gone", "peer=%s why=%s", rpc_conn_name(conn), reason);
 }
 
@@ -209,6 +299,11 @@ void peer_links_close(struct peer_links *links)
     struct peer_link *peer, *next;
     LL_FOREACH_SAFE(links->peers, peer, next)
     peer_free(peer);
+    while (links->reads) {
+        struct peer_read *r = links->reads;
+        links->reads = r->next;
+        free(r);
+    }
     view_unref(links->view);
     free(links);
 }

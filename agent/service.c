@@ -33,6 +33,7 @@ struct service {
     struct agent_config agent;
     struct agent_core *core;
     struct rpc *rpc;
+    struct rpc_identity peer; /* what it says of itself to other agents */
     struct coordinator_link *coordinator;
     struct peer_links *peers;
     struct worker *worker;
@@ -214,6 +215,16 @@ static void on_wave(void *user, uint64_t epoch, uint64_t step)
     service_event(user, &event);
 }
 
+static void on_read(void *user, uint64_t id, const struct expert_read *read)
+{
+    struct service *s = user;
+    int32_t slot = agent_core_slot(s->core, read->manifest, read->layer, read->expert);
+    if (slot < 0 && read->memory_only)
+        peer_links_answer(s->peers, id, ERR_NOTFOUND, "it does not hold that expert", NULL);
+    else
+        worker_expert_read(s->worker, id, read, slot);
+}
+
 /* What the worker did: how much, how fast; aborted work is the operation's story, told there. */
 static void log_work(struct service *s, const struct worker_result *r)
 {
@@ -269,6 +280,8 @@ static void on_worker(evutil_socket_t fd, short what, void *user)
     while (worker_next_result(s->worker, &result)) {
         if (result.fatal)
             service_fatal(s, result.text);
+        else if (result.expert)
+            peer_links_answer(s->peers, result.id, result.code, result.text, result.blob);
         else
             work_ended(s, &result);
         worker_result_done(&result);
@@ -414,6 +427,8 @@ static int open_worker(struct service *s, struct err *err)
         .stuck_ms = s->config.stuck_ms,
         .on_weights = adopt_on_weights,
         .user = s->adopt,
+        .peer = &s->peer,
+        .tls = s->config.tls,
     };
     if (config.checkpoint) {
         struct checkpoint *checkpoint;
@@ -446,12 +461,12 @@ static int open_worker(struct service *s, struct err *err)
 
 static int open_links(struct service *s, const struct rpc_identity *self, struct err *err)
 {
-    struct rpc_identity peer = *self;
     char actual[ADDRESS_TEXT_MAX];
-    peer.role = RPC_ROLE_PEER;
+    s->peer = *self;
+    s->peer.role = RPC_ROLE_PEER;
     struct peer_links_config peers = {
-        .base = s->config.base, .rpc = s->rpc, .log = s->log, .tls = s->config.tls, .listen = s->config.listen, .self = &peer,
-        .on_wave = on_wave, .user = s,
+        .base = s->config.base, .rpc = s->rpc, .log = s->log, .tls = s->config.tls, .listen = s->config.listen, .self = &s->peer,
+        .on_wave = on_wave, .on_read = on_read, .user = s,
     };
     int rc = adopt_listen(s->adopt, "peer", s->config.listen, 0600, &peers.listen_fd, actual, err);
     if (rc < 0 || (rc = peer_links_open(&peers, &s->peers, err)) < 0 || (rc = advertise(&s->config, peer_links_address(s->peers), s->agent.address, err)) < 0)

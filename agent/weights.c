@@ -118,6 +118,51 @@ size_t weights_slot(struct weights *w, uint32_t layer, uint32_t slot, struct ext
     return n;
 }
 
+uint64_t weights_slot_bytes(struct weights *w, uint32_t layer)
+{
+    struct extent parts[SLOT_EXTENTS_MAX];
+    size_t n = weights_slot(w, layer, 0, parts, SLOT_EXTENTS_MAX);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += parts[i].len;
+    return sum;
+}
+
+/* One of `out` and `in` is NULL. */
+static int slot_bytes_move(struct weights *w, uint32_t layer, uint32_t slot, uint64_t offset, uint8_t *out,
+                           const uint8_t *in, size_t len, struct err *err)
+{
+    struct extent parts[SLOT_EXTENTS_MAX];
+    size_t n = weights_slot(w, layer, slot, parts, SLOT_EXTENTS_MAX);
+    uint64_t at = 0, end = offset + len;
+    int rc = 0;
+    if (n == 0 || end < offset || end > weights_slot_bytes(w, layer))
+        return err_set(err, ERR_INVALID, "bytes %llu + %zu of slot %u of MoE layer %u are not there",
+                       (unsigned long long)offset, len, slot, layer);
+    for (size_t i = 0; i < n && rc == 0; i++) {
+        uint64_t from = offset > at ? offset : at, until = end < at + parts[i].len ? end : at + parts[i].len;
+        size_t there = parts[i].offset + (size_t)(from - at), here = (size_t)(from - offset);
+        if (from < until && out)
+            rc = w->memory->read(w->memory, parts[i].region, there, out + here, (size_t)(until - from), err);
+        else if (from < until)
+            rc = w->memory->write(w->memory, parts[i].region, there, in + here, (size_t)(until - from), err);
+        at += parts[i].len;
+    }
+    return rc;
+}
+
+int weights_slot_read(struct weights *w, uint32_t layer, uint32_t slot, uint64_t offset, void *ret_data, size_t len,
+                      struct err *err)
+{
+    return slot_bytes_move(w, layer, slot, offset, ret_data, NULL, len, err);
+}
+
+int weights_slot_write(struct weights *w, uint32_t layer, uint32_t slot, uint64_t offset, const void *data, size_t len,
+                       struct err *err)
+{
+    return slot_bytes_move(w, layer, slot, offset, NULL, data, len, err);
+}
+
 size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max)
 {
     size_t n = 0;

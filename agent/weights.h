@@ -29,6 +29,12 @@ size_t weights_slot(struct weights *w, uint32_t layer, uint32_t slot, struct ext
 size_t weights_dense(struct weights *w, struct extent *ret_extents, size_t max);
 #define SLOT_EXTENTS_MAX 16
 
+/* Bytes [offset, offset + len) of a slot, part after part: out of the memory, and into it.  ERR_INVALID for a range or a
+ * slot that is not there. */
+int weights_slot_read(struct weights *w, uint32_t layer, uint32_t slot, uint64_t offset, void *ret_data, size_t len, struct err *err) MUST_CHECK;
+int weights_slot_write(struct weights *w, uint32_t layer, uint32_t slot, uint64_t offset, const void *data, size_t len, struct err *err) MUST_CHECK;
+uint64_t weights_slot_bytes(struct weights *w, uint32_t layer); /* 0: no such layer */
+
 /* Many of them in one pass over the memory: a GPU is waited for once. */
 struct weights_place {
     uint32_t layer, slot;

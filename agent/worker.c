@@ -128,6 +128,15 @@ void worker_submit(struct worker *w, const struct work *work)
     job_queue(w, job);
 }
 
+void worker_expert_read(struct worker *w, uint64_t id, const struct expert_read *read, int32_t slot)
+{
+    struct job *job = job_new(JOB_EXPERT_READ);
+    job->work.id = id;
+    job->read = *read;
+    job->slot = slot;
+    job_queue(w, job);
+}
+
 void worker_cancel(struct worker *w, uint64_t op)
 {
     pthread_mutex_lock(&w->lock);
@@ -154,7 +163,8 @@ bool worker_stuck(struct worker *w, char *text, size_t size)
     if (!due_ns || now_ns <= due_ns)
         return false;
     static const char *const kinds[] = {
-        [JOB_REGION_ALLOC] = "REGION_ALLOC", [JOB_ADOPT] = "ADOPT", [JOB_SEAL] = "SEAL", [JOB_SEAL_DISCARD] = "SEAL_DISCARD"};
+        [JOB_REGION_ALLOC] = "REGION_ALLOC", [JOB_ADOPT] = "ADOPT", [JOB_SEAL] = "SEAL", [JOB_SEAL_DISCARD] = "SEAL_DISCARD",
+        [JOB_EXPERT_READ] = "EXPERT_READ"};
     pthread_mutex_lock(&w->lock);
     const struct job *job = w->current;
     const char *what = !job ? "the look at memory and transport" : job->kind == JOB_WORK ? work_kind_name(job->work.kind) : kinds[job->kind];
@@ -253,6 +263,7 @@ static void *worker_main(void *arg)
             .kind = job->kind == JOB_SEAL ? WORK_LOAD : job->work.kind,
             .op = job->work.op,
             .round = job->work.round,
+            .expert = job->kind == JOB_EXPERT_READ,
         };
         uint64_t began_ns = clock_now_ns();
         worker_job_run(w, job, &result);
@@ -397,6 +408,7 @@ void worker_stop(struct worker *w)
     }
     weights_free(w->weights);
     worker_sealing_free(w);
+    worker_lent_close(w);
     if (w->config.memory)
         w->config.memory->close(w->config.memory);
     close(w->result_fd);

@@ -6,6 +6,7 @@
 #define EEP_AGENT_WORKER_H
 
 #include "agent/core.h"
+#include "agent/expert_read.h"
 #include "agent/manifest.h"
 #include "agent/memory.h"
 #include "agent/transport.h"
@@ -17,6 +18,8 @@ struct worker_config {
     struct memory_backend *memory;  /* the worker's, once it has started */
     struct transport *transport;    /* likewise */
     const char *checkpoint;         /* folder, or NULL; borrowed for the life of the worker */
+    const struct rpc_identity *peer;/* what it says of itself to agents that it reads from; complete before any work */
+    const struct tls *tls;          /* for these connections; NULL: not encrypted */
     uint32_t slots;                 /* 0: as the map says */
     uint32_t stuck_ms;              /* worker_stuck after so long without a sign of progress; 0: never */
     uint32_t transfer_timeout_ms;   /* no progress for so long ends a transfer; 60000 */
@@ -36,6 +39,7 @@ struct worker_result {
     struct blob *blob;   /* GROUP_ID; owned by the receiver */
     struct model *model; /* LOAD: manifest and digests */
     bool progress;       /* not an end: bytes so far */
+    bool expert;         /* no work's result: that of worker_expert_read `id`, with blob */
     bool fatal;          /* no work's result: this process cannot go on with its GPU or transport, `text` says why.  End
                           * it with status 75, so that it is started again and takes its weights over.  Comes once */
     uint64_t op, ns;     /* the operation it was for; how long it took, without waiting in the queue */
@@ -46,6 +50,8 @@ int worker_start(const struct worker_config *config, struct worker **ret_worker,
 /* Takes ownership of what `work` references. */
 void worker_submit(struct worker *w, const struct work *work);
 void worker_cancel(struct worker *w, uint64_t op);
+/* For another agent: reads from this slot of the weights, or with -1 from the checkpoint.  The result has `expert`. */
+void worker_expert_read(struct worker *w, uint64_t id, const struct expert_read *read, int32_t slot);
 int worker_fd(const struct worker *w); /* readable when results wait */
 bool worker_next_result(struct worker *w, struct worker_result *ret_result);
 void worker_result_done(struct worker_result *result);

@@ -12,7 +12,7 @@
 #include "agent/weights.h"
 #include "agent/worker.h"
 
-enum job_kind { JOB_WORK, JOB_REGION_ALLOC, JOB_ADOPT, JOB_SEAL, JOB_SEAL_DISCARD };
+enum job_kind { JOB_WORK, JOB_REGION_ALLOC, JOB_ADOPT, JOB_SEAL, JOB_SEAL_DISCARD, JOB_EXPERT_READ };
 
 struct job {
     struct job *next;
@@ -20,6 +20,8 @@ struct job {
     bool cancelled;
     struct work work;      /* WORK; SEAL: id, map and self */
     struct blob *manifest; /* SEAL: encoded */
+    struct expert_read read; /* EXPERT_READ, and of which slot; -1: of the checkpoint */
+    int32_t slot;
     /* REGION_ALLOC, ADOPT (work: model, map, self): on the caller's stack, who waits */
     const struct region *region;
     struct memory_region *ret_region;
@@ -61,6 +63,11 @@ struct worker {
     uint32_t group_n, group_self;
     struct sealing *sealing;
     size_t n_sealing;
+
+    /* What experts are read from for others, as long as they ask. */
+    struct checkpoint *lent;
+    uint64_t lent_manifest; /* with so many slots */
+    uint32_t lent_slots;
 };
 
 /* Does one job; fills in code, text and figures of *ret_result (id and kind are set). */
@@ -91,6 +98,11 @@ int worker_dense_verify(struct worker *w, int (*found)(void *user, int rc, struc
                         struct err *err) MUST_CHECK;
 int worker_job_verify(struct worker *w, const struct job *job, struct worker_result *ret_result,
                       struct err *err) MUST_CHECK;
+
+/* worker_reload.c */
+int worker_job_reload(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err) MUST_CHECK;
+int worker_job_expert_read(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err) MUST_CHECK;
+void worker_lent_close(struct worker *w);
 
 /* worker_transfer.c */
 int worker_job_group(struct worker *w, const struct job *job, struct err *err) MUST_CHECK;

@@ -1,5 +1,5 @@
 /* What the worker does, one function a kind of work: memory, loading.  Groups and transfers are in worker_transfer.c,
- * verifying in worker_verify.c, sealing in worker_seal.c.  Worker thread. */
+ * verifying in worker_verify.c, sealing in worker_seal.c, lost experts in worker_reload.c.  Worker thread. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -124,28 +124,6 @@ close_checkpoint:
     return rc;
 }
 
-/* Into slots that nobody reads, of weights that are in use otherwise. */
-static int job_reload(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err)
-{
-    const struct expert_map *map = job->work.map;
-    if (!w->config.checkpoint)
-        return err_set(err, ERR_NOTFOUND, "this agent has no checkpoint path (start it with --checkpoint)");
-    if (!map || !w->weights)
-        return err_set(err, ERR_INVALID, map ? "this agent holds no weights" : "there is no map that says which experts to load");
-    int rc = worker_model_update(w, job->work.model, err);
-    struct checkpoint *c;
-    if (rc == 0)
-        rc = checkpoint_open(w->config.checkpoint, &c, err);
-    if (rc < 0)
-        return rc;
-    struct load_state state = {
-        .w = w, .job = job, .total = checkpoint_reload_bytes(c, map, job->work.self)};
-    rc = checkpoint_reload(c, w->weights, map, job->work.self, load_progress, &state, err);
-    ret_result->bytes = state.bytes;
-    checkpoint_close(c);
-    return rc;
-}
-
 int worker_cancelled_check(struct worker *w, struct err *err)
 {
     return worker_cancelled(w) ? err_set(err, ERR_ABORTED, "cancelled") : 0;
@@ -178,7 +156,7 @@ static int job_work(struct worker *w, const struct job *job, struct worker_resul
     case WORK_VERIFY:
         return worker_job_verify(w, job, ret_result, err);
     case WORK_RELOAD:
-        return job_reload(w, job, ret_result, err);
+        return worker_job_reload(w, job, ret_result, err);
     }
     return err_set(err, ERR_INVALID, "the worker knows no work of kind %d", (int)job->work.kind);
 }
@@ -187,6 +165,8 @@ void worker_job_run(struct worker *w, struct job *job, struct worker_result *ret
 {
     struct err err = {0};
     int rc = 0;
+    if (job->kind != JOB_EXPERT_READ)
+        worker_lent_close(w);
     /* Cleaning up is never cancelled. */
     bool clean_up = job->work.kind == WORK_GROUP_DESTROY || job->work.kind == WORK_RELEASE;
     switch (job->kind) {
@@ -207,6 +187,9 @@ void worker_job_run(struct worker *w, struct job *job, struct worker_result *ret
     case JOB_SEAL_DISCARD:
         worker_sealing_free(w);
         return;
+    case JOB_EXPERT_READ:
+        rc = worker_job_expert_read(w, job, ret_result, &err);
+        break;
     }
     ret_result->code = rc;
     if (rc < 0)

@@ -27,6 +27,7 @@ void msg_done(struct msg *msg)
         plan_unref(msg->stage.plan);
         view_unref(msg->stage.view);
         blob_unref(msg->stage.blob);
+        free(msg->stage.sources);
         break;
     case MSG_GO:
         view_unref(msg->go.view);
@@ -90,6 +91,7 @@ void msg_copy(struct msg *ret_copy, const struct msg *msg)
         plan_ref(ret_copy->stage.plan);
         view_ref(ret_copy->stage.view);
         blob_ref(ret_copy->stage.blob);
+        ret_copy->stage.sources = members_duplicate(msg->stage.sources, msg->stage.n_sources);
         break;
     case MSG_GO:
         view_ref(ret_copy->go.view);

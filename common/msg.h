@@ -84,7 +84,7 @@ enum op_stage {
     STAGE_GRACE,        /* wait until the engine has completed step `step` - 1 */
     STAGE_FILL,         /* the moves of one round */
     STAGE_LET_GO,       /* answered after DISMISS: a leaver has released everything = SHUTDOWN_COMPLETE */
-    STAGE_RELOAD,       /* repair, all promised: read the experts of `map` from the checkpoint, verify them */
+    STAGE_RELOAD,       /* repair, all promised: read the experts of `map` again, from where they are, verify them */
     STAGE_MAX
 };
 
@@ -202,13 +202,16 @@ struct msg_stage {
     uint64_t step;       /* GRACE: T */
     uint32_t deadline_ms;/* from receipt */
     bool strict;         /* DRAIN: an engine that is not drained by then is an error */
-    bool load;           /* ALLOCATE: cold start */
-    struct expert_map *map; /* ALLOCATE in a cold start: over parties, what to load (held) */
+    bool load;           /* ALLOCATE: cold start; RELOAD: this agent's own checkpoint is good for it */
+    struct expert_map *map; /* ALLOCATE in a cold start, RELOAD: over parties, what to load (held) */
     struct plan *plan;   /* MAPPING */
     uint64_t plan_digest;/* MAPPING: expert_map_digest(plan->target) */
     struct view *view;   /* ENGINE_PREPARE: proposed, epoch 0 */
     struct blob *blob;   /* GROUP */
     uint64_t bandwidth;  /* FILL: bytes per second that a rank may receive; 0 = no limit */
+    /* RELOAD: agents to read experts from, owned; the first n_holders have weights, the others a checkpoint */
+    struct member *sources;
+    uint32_t n_sources, n_holders;
 };
 struct msg_notify {
     uint64_t op;

@@ -55,6 +55,10 @@ static Pb__StageStart *stage_to_pb(const struct msg_stage *m, bool *ok)
     pb->plan_digest = m->plan_digest;
     pb->has_bandwidth = m->bandwidth != 0;
     pb->bandwidth = m->bandwidth;
+    pb->has_n_holders = m->n_holders != 0;
+    pb->n_holders = m->n_holders;
+    if (members_to_pb(m->sources, m->n_sources, &pb->sources, &pb->n_sources) < 0)
+        *ok = false;
     if ((m->map && !(pb->map = expert_map_to_pb(m->map))) || (m->plan && !(pb->plan = plan_to_pb(m->plan))) ||
         (m->view && !(pb->view = view_to_pb(m->view))) || !msg_blob_to_bytes(m->blob, &pb->has_blob, &pb->blob))
         *ok = false;
@@ -256,6 +260,8 @@ static int stage_check(const Pb__StageStart *pb, struct err *err)
         lacks = "plan";
     if (pb->stage == PB__STAGE__ENGINE_PREPARE && !pb->view)
         lacks = "view";
+    if (pb->stage == PB__STAGE__RELOAD && !pb->map)
+        lacks = "map";
     if (lacks)
         return err_set(err, ERR_PROTOCOL, "stage %s without its %s", op_stage_name((enum op_stage)pb->stage), lacks);
     return 0;
@@ -276,6 +282,12 @@ static int stage_from_pb(const Pb__StageStart *pb, struct msg_stage *m, struct e
     m->strict = pb->has_strict && pb->strict;
     m->plan_digest = pb->plan_digest;
     m->bandwidth = pb->has_bandwidth ? pb->bandwidth : 0;
+    m->n_holders = pb->has_n_holders ? pb->n_holders : 0;
+    if (m->n_holders > pb->n_sources)
+        return err_set(err, ERR_PROTOCOL, "%u holders of %zu sources", m->n_holders, pb->n_sources);
+    rc = members_from_pb(pb->sources, pb->n_sources, &m->sources, err);
+    if (rc == 0)
+        m->n_sources = (uint32_t)pb->n_sources;
     if (rc == 0 && pb->map)
         rc = expert_map_from_pb(pb->map, &m->map, err);
     if (rc == 0 && pb->plan)

@@ -156,10 +156,11 @@ struct rpc_client;
 /* ERR_UNREACHABLE, ERR_TIMEOUT, or what the acceptor refused it with. */
 int rpc_client_connect(const char *address, const struct rpc_identity *self, const ProtobufCServiceDescriptor *service,
                        int timeout_ms, struct rpc_client **ret_client, struct err *err) MUST_CHECK;
-/* The same with TLS when the address is one of TCP; tls is needed only during the call. */
+/* The same with TLS when the address is one of TCP; tls is needed only during the call.  acceptor: who its certificate must
+ * say it is, "coordinator" or "agent/ID". */
 int rpc_client_connect_tls(const char *address, const struct rpc_identity *self,
-                           const ProtobufCServiceDescriptor *service, const struct tls *tls, int timeout_ms,
-                           struct rpc_client **ret_client, struct err *err) MUST_CHECK;
+                           const ProtobufCServiceDescriptor *service, const struct tls *tls, const char *acceptor,
+                           int timeout_ms, struct rpc_client **ret_client, struct err *err) MUST_CHECK;
 void rpc_client_free(struct rpc_client *client); /* takes NULL */
 const struct rpc_identity *rpc_client_peer(const struct rpc_client *client);
 /* Readable when rpc_client_next may have something.  Poll it only after rpc_client_next with timeout 0 has said

@@ -199,7 +199,8 @@ static int client_read(struct rpc_client *c, uint32_t limit, uint64_t until, str
 
 /* ---- connecting ---- */
 
-static int client_handshake(struct rpc_client *c, const struct rpc_identity *self, uint64_t until, struct err *err)
+static int client_handshake(struct rpc_client *c, const struct rpc_identity *self, const char *acceptor, uint64_t until,
+                            struct err *err)
 {
     Pb__Hello hello;
     rpc_hello_fill(&hello, self);
@@ -210,7 +211,7 @@ static int client_handshake(struct rpc_client *c, const struct rpc_identity *sel
     if (rc == 0)
         rc = rpc_hello_answer(&frame, self, &c->peer, err);
     if (rc == 0)
-        rc = rpc_tls_check(c->ssl, c->peer.cluster, "coordinator", err);
+        rc = rpc_tls_check(c->ssl, c->peer.cluster, acceptor, err);
     return rc;
 }
 
@@ -230,12 +231,12 @@ static bool address_is_unix(const char *text)
 int rpc_client_connect(const char *address, const struct rpc_identity *self, const ProtobufCServiceDescriptor *service,
                        int timeout_ms, struct rpc_client **ret_client, struct err *err)
 {
-    return rpc_client_connect_tls(address, self, service, NULL, timeout_ms, ret_client, err);
+    return rpc_client_connect_tls(address, self, service, NULL, "coordinator", timeout_ms, ret_client, err);
 }
 
 int rpc_client_connect_tls(const char *address, const struct rpc_identity *self,
-                           const ProtobufCServiceDescriptor *service, const struct tls *tls, int timeout_ms,
-                           struct rpc_client **ret_client, struct err *err)
+                           const ProtobufCServiceDescriptor *service, const struct tls *tls, const char *acceptor,
+                           int timeout_ms, struct rpc_client **ret_client, struct err *err)
 {
     uint64_t until = until_of(timeout_ms);
     struct rpc_client *c = calloc(1, sizeof *c);
@@ -247,7 +248,7 @@ int rpc_client_connect_tls(const char *address, const struct rpc_identity *self,
     if (rc == 0 && tls && !address_is_unix(address))
         rc = client_secure(c, tls, err);
     if (rc == 0) {
-        rc = client_handshake(c, self, until, err);
+        rc = client_handshake(c, self, acceptor, until, err);
         if (rc < 0)
             err_wrap(err, "%s", address);
     }

@@ -4,6 +4,7 @@
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +15,9 @@
 struct tls {
     SSL_CTX *context;
 };
+
+/* Between a reload and a session that another thread begins. */
+static pthread_mutex_t context_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static const char *last_reason(void)
 {
@@ -89,8 +93,10 @@ int tls_reload(struct tls *tls, const struct tls_files *files, struct err *err)
     int rc = context_new(files, &context, err);
     if (rc < 0)
         return rc;
+    pthread_mutex_lock(&context_lock);
     SSL_CTX_free(tls->context); /* connections hold references */
     tls->context = context;
+    pthread_mutex_unlock(&context_lock);
     return 0;
 }
 
@@ -104,7 +110,9 @@ void tls_free(struct tls *tls)
 
 SSL *tls_session(const struct tls *tls, bool acceptor)
 {
+    pthread_mutex_lock(&context_lock);
     SSL *ssl = SSL_new(tls->context);
+    pthread_mutex_unlock(&context_lock);
     if (ssl && acceptor)
         SSL_set_accept_state(ssl);
     else if (ssl)

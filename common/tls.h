@@ -5,7 +5,8 @@
  *
  *     eep://CLUSTER/coordinator     eep://CLUSTER/agent/ID     eep://CLUSTER/operator     eep://CLUSTER/reader
  *
- * Host names do not matter.  No sessions are resumed, so that every connection proves its certificate.  One thread. */
+ * Host names do not matter.  No sessions are resumed, so that every connection proves its certificate.  One thread, but
+ * any may begin a session. */
 #ifndef EEP_COMMON_TLS_H
 #define EEP_COMMON_TLS_H
 

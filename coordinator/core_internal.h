@@ -21,6 +21,7 @@ struct peer {
     uint32_t dispatch, slots, layers, logical;
     uint64_t applied_epoch, map_version; /* as of its HELLO */
     uint64_t reload_ns;         /* it reads no experts again before this: it has failed to; 0 = it may */
+    uint64_t lend_ns;           /* no other agent reads experts from it before this: one has failed to; 0 = it may */
 };
 
 enum commit_state { COMMIT_IDLE, COMMIT_PREPARING, COMMIT_DECIDING, COMMIT_GOING };
@@ -94,7 +95,9 @@ struct operation {
     uint64_t bytes_done, bytes_planned;
     struct expert_map *load_map;/* cold start */
     struct expert_map *reload;  /* repair: what is read again, by the parties; NULL = every expert has a copy */
-    uint64_t reloads;           /* how many experts that is */
+    uint64_t reloads, copied;   /* how many experts that is; so many of them lie in the memory of sources */
+    uint32_t *source;           /* [n_sources] peer index of who they are read from; the first n_holders hold weights */
+    uint32_t n_sources, n_holders;
     bool reloaded;              /* and it has been */
     bool waits_for_agents;      /* PENDING until enough spares are there */
     bool unattended;            /* nobody asked for it: a scale back, or the drain of an agent that stops */
@@ -292,6 +295,7 @@ void reload_say(struct coordinator *c);
 void reload_opened(struct coordinator *c);
 bool reload_promised(struct coordinator *c);
 bool reload_concerns(const struct coordinator *c, uint32_t party);
+void reload_ask(const struct coordinator *c, uint32_t party, struct msg_stage *s);
 void reload_done(struct coordinator *c);
 void reload_failed(struct coordinator *c, uint32_t peer, int code, const char *text);
 void reload_late(struct coordinator *c);

@@ -200,7 +200,7 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     p->dispatch = hello->dispatch;
     p->slots = hello->slots;
     p->can_load = hello->can_load;
-    p->reload_ns = 0; /* it may have another checkpoint now */
+    p->reload_ns = p->lend_ns = 0; /* it may have another checkpoint now */
     p->layers = hello->layers;
     p->logical = hello->logical;
     p->applied_epoch = hello->applied_epoch;

@@ -92,6 +92,7 @@ void operation_clear(struct coordinator *c)
     view_unref(op->proposed);
     expert_map_unref(op->load_map);
     expert_map_unref(op->reload);
+    free(op->source);
     struct arrivals stage = op->stage, drained = op->drained;
     memset(op, 0, sizeof(*op));
     op->stage = stage;

@@ -1,8 +1,9 @@
-/* Experts that lost their last copy are read again from the checkpoint, by the ranks that are left.  Part of the
- * coordinator's core; pure.
+/* Experts that lost their last copy are read again by the ranks that are left: out of the memory of agents that have
+ * them and do not serve (no engine, or leaving), from the rank's own checkpoint, or from the checkpoint of any agent.
+ * Part of the coordinator's core; pure.
  *
- * It is a step of a repair: between the promises, with which every engine has left its step, and the decision.  So nobody
- * reads the slots that are written, and the view that is decided is whole.
+ * It is a step of a repair: between the promises, with which every engine has left its step, and the decision.  So
+ * nobody reads the slots that are written, and the view that is decided is whole.
  *
  *   repair   OPEN PROMISE RELOAD DECIDE GO FINISH
  *
@@ -16,14 +17,85 @@
 #include "coordinator/reload.h"
 
 #define MS              1000000ULL
-#define RELOAD_RETRY_NS (30000 * MS) /* an agent whose file could not be read is asked again after this */
+#define RELOAD_RETRY_NS (30000 * MS) /* an agent from which nothing could be read is asked again after this */
 
 /* This agent can read experts of the model that serves. */
 static bool reload_can(const struct coordinator *c, uint32_t peer)
 {
     const struct peer *p = &c->peers[peer];
     const struct model *m = c->durable.model;
-    return p->conn && p->can_load && m && p->layers == m->layers && p->logical == m->logical && c->now_ns >= p->reload_ns;
+    return p->conn && p->can_load && m && p->layers == m->layers && p->logical == m->logical &&
+           c->now_ns >= p->reload_ns;
+}
+
+/* Others can read from this agent. */
+static bool source_can(const struct coordinator *c, uint32_t peer)
+{
+    const struct peer *p = &c->peers[peer];
+    return p->conn && !p->gone && !p->evicted && !p->silent && c->now_ns >= p->lend_ns;
+}
+
+/* It has weights, and is none of the ranks that go on: it lacks an engine, or has left and not let go yet. */
+static bool source_holds(const struct coordinator *c, uint32_t peer, const uint32_t *peers, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++)
+        if (peers[i] == peer)
+            return false;
+    return source_can(c, peer) && (members_rank(c, peer) >= 0 || c->peers[peer].holds);
+}
+
+static bool source_known(const struct operation *op, uint32_t peer)
+{
+    for (uint32_t i = 0; i < op->n_sources; i++)
+        if (op->source[i] == peer)
+            return true;
+    return false;
+}
+
+static void source_add(struct coordinator *c, uint32_t peer)
+{
+    struct operation *op = &c->op;
+    if (op->n_sources < RANKS_MAX && !source_known(op, peer))
+        op->source[op->n_sources++] = peer;
+}
+
+/* Who holds weights comes first, then checkpoints: of spare agents before those of ranks, which read for themselves. */
+static void sources_find(struct coordinator *c, const uint32_t *peers, uint32_t n)
+{
+    struct operation *op = &c->op;
+    free(op->source);
+    op->source = calloc(RANKS_MAX, sizeof(*op->source));
+    op->n_sources = op->n_holders = 0;
+    if (!op->source)
+        abort();
+    for (uint32_t i = 0; i < c->n_peers; i++)
+        if (source_holds(c, i, peers, n))
+            source_add(c, i);
+    op->n_holders = op->n_sources;
+    for (int ranks = 0; ranks < 2; ranks++)
+        for (uint32_t i = 0; i < c->n_peers; i++)
+            if (source_can(c, i) && reload_can(c, i) && (members_rank(c, i) >= 0) == ranks)
+                source_add(c, i);
+}
+
+/* [layers][logical] what the holders among the ranks of the view have; what others hold is not known here. */
+static uint8_t *sources_hold(const struct coordinator *c)
+{
+    const struct view *d = c->durable.view;
+    const struct expert_map *map = d && d->epoch == c->view->epoch ? d->map : c->view->map;
+    uint8_t *has = calloc((size_t)map->layers * map->logical + 1, 1);
+    if (!has)
+        abort();
+    for (uint32_t i = 0; i < c->op.n_holders; i++) {
+        int rank = members_rank(c, c->op.source[i]);
+        for (uint32_t layer = 0; rank >= 0 && layer < map->layers; layer++)
+            for (uint32_t slot = 0; slot < map->slots; slot++) {
+                int32_t e = map->held[expert_map_at(map, layer, (uint32_t)rank, slot)];
+                if (e >= 0)
+                    has[(size_t)layer * map->logical + (uint32_t)e] = 1;
+            }
+    }
+    return has;
 }
 
 /* A rank whose agent is there with its weights, and which lacks nothing but an engine, is worth waiting for. */
@@ -75,6 +147,13 @@ static void reload_void_view(struct coordinator *c, const uint32_t *peers, uint3
     c->durable.view = view;
 }
 
+static const char *reload_from(const struct operation *op)
+{
+    return op->copied == 0             ? "from the checkpoint"
+           : op->copied == op->reloads ? "out of the memory of agents that do not serve"
+                                       : "out of memory and from the checkpoint";
+}
+
 /* What the service waits for, in c->degraded. */
 void reload_say(struct coordinator *c)
 {
@@ -83,47 +162,76 @@ void reload_say(struct coordinator *c)
         return;
     if (c->op.phase == PHASE_RELOAD)
         core_names(c, &c->op.stage, names, sizeof(names));
-    snprintf(c->degraded, sizeof(c->degraded), "%llu experts (of all layers) that lost their last copy are read again "
-             "from the checkpoint%s%s", (unsigned long long)c->op.reloads, c->op.phase == PHASE_RELOAD ? ", by " : "",
+    snprintf(c->degraded, sizeof(c->degraded),
+             "%llu experts (of all layers) that lost their last copy are read again "
+             "%s%s%.80s",
+             (unsigned long long)c->op.reloads, reload_from(&c->op), c->op.phase == PHASE_RELOAD ? ", by " : "",
              c->op.phase == PHASE_RELOAD ? names : "");
+}
+
+/* How many of them are read out of memory. */
+static uint64_t reload_copied(const struct expert_map *load, const uint8_t *copied)
+{
+    uint64_t n = 0;
+    for (uint32_t layer = 0; layer < load->layers; layer++)
+        for (uint32_t at = 0; at < load->ranks * load->slots; at++) {
+            int32_t e = load->held[(size_t)layer * load->ranks * load->slots + at];
+            n += e >= 0 && copied[(size_t)layer * load->logical + (uint32_t)e];
+        }
+    return n;
+}
+
+/* Who reads what, by those who can be read from now.  False: not all of it can be placed; c->degraded says so. */
+static bool reload_place(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left,
+                         uint64_t lost, struct expert_map **ret_load)
+{
+    uint8_t can[RANKS_MAX];
+    uint64_t placed, unplaced;
+    bool any = false;
+    sources_find(c, peers, n);
+    for (uint32_t i = 0; i < n; i++)
+        any |= can[i] = reload_can(c, peers[i]);
+    uint8_t *copied = sources_hold(c);
+    const struct reload_means means = {
+        .can_load = can, .others_load = c->op.n_sources > c->op.n_holders, .copied = copied};
+    if (reload_plan(left, &means, ret_load, &placed, &unplaced) < 0)
+        abort();
+    c->op.reloads = placed;
+    c->op.copied = reload_copied(*ret_load, copied);
+    free(copied);
+    if (!unplaced)
+        return true;
+    snprintf(c->degraded, sizeof(c->degraded),
+             any || means.others_load ? "%llu experts (of all layers) have no copy on the %u ranks that are left, and "
+                                        "there is no room for %llu of them"
+                                      : "%llu experts (of all layers) have no copy on the %u ranks that are left, and "
+                                        "no agent has the checkpoint for %llu of them",
+             (unsigned long long)lost, n, (unsigned long long)unplaced);
+    expert_map_unref(*ret_load);
+    return false;
 }
 
 /* The ranks that are left lack experts: begins a repair that brings them back.  False, with c->degraded saying what is
  * waited for, when that cannot be, or not yet. */
-bool reload_begin(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left, uint64_t lost)
+bool reload_begin(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left,
+                  uint64_t lost)
 {
-    uint8_t can[RANKS_MAX];
-    uint32_t able = 0;
     struct expert_map *load;
-    uint64_t placed, unplaced;
     if (!c->unwhole_ns)
         c->unwhole_ns = c->now_ns;
-    if (!reload_is_due(c) || !c->durable.view || c->durable.view->epoch != c->view->epoch)
+    if (!reload_is_due(c) || !c->durable.view || c->durable.view->epoch != c->view->epoch ||
+        !reload_place(c, peers, n, left, lost, &load))
         return false;
-    for (uint32_t i = 0; i < n; i++)
-        able += can[i] = reload_can(c, peers[i]);
-    if (reload_plan(left, can, &load, &placed, &unplaced) < 0)
-        abort();
-    if (unplaced) {
-        snprintf(c->degraded, sizeof(c->degraded),
-                 able ? "%llu experts (of all layers) have no copy on the %u ranks that are left, and there is no room for %llu "
-                        "of them on the %u with a checkpoint"
-                      : "%llu experts (of all layers) have no copy on the %u ranks that are left, none of which has a checkpoint",
-                 (unsigned long long)lost, n, (unsigned long long)unplaced, able);
-        expert_map_unref(load);
-        return false;
-    }
     if (setup_repair(c, peers, n) < 0) {
         expert_map_unref(load);
         return false;
     }
     c->op.reload = load;
-    c->op.reloads = placed;
-    c->op.bytes_planned = placed * c->durable.model->expert_bytes;
+    c->op.bytes_planned = c->op.reloads * c->durable.model->expert_bytes;
     if (c->bug != COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN)
         reload_void_view(c, peers, n);
-    core_log(c, CORE_WARN, "repair: the view goes on with %u of %u ranks, and reads %llu experts again from the checkpoint", n,
-             c->view->n, (unsigned long long)placed);
+    core_log(c, CORE_WARN, "repair: the view goes on with %u of %u ranks, and reads %llu experts again %s", n,
+             c->view->n, (unsigned long long)c->op.reloads, reload_from(&c->op));
     reload_say(c);
     operation_open_repair(c, n);
     return true;
@@ -150,6 +258,23 @@ bool reload_promised(struct coordinator *c)
     return true;
 }
 
+/* What a party is asked to read, and from whom it may. */
+void reload_ask(const struct coordinator *c, uint32_t party, struct msg_stage *s)
+{
+    const struct operation *op = &c->op;
+    s->map = expert_map_ref(op->reload);
+    s->load = reload_can(c, op->peer[party]);
+    s->sources = calloc(op->n_sources + 1, sizeof(*s->sources));
+    if (!s->sources)
+        abort();
+    for (uint32_t i = 0; i < op->n_sources; i++) {
+        if (op->source[i] == op->peer[party])
+            continue;
+        s->n_holders += i < op->n_holders;
+        s->sources[s->n_sources++] = c->peers[op->source[i]].member;
+    }
+}
+
 bool reload_concerns(const struct coordinator *c, uint32_t party)
 {
     const struct expert_map *load = c->op.reload;
@@ -173,12 +298,22 @@ static void reload_give_up(struct coordinator *c, const char *why)
     operation_end(c, OUTCOME_FAILED, why);
 }
 
+/* What was to be read from them has not come. */
+static void sources_rest(struct coordinator *c)
+{
+    for (uint32_t i = 0; i < c->op.n_sources; i++)
+        c->peers[c->op.source[i]].lend_ns = c->now_ns + RELOAD_RETRY_NS;
+}
+
 void reload_failed(struct coordinator *c, uint32_t peer, int code, const char *text)
 {
     char why[256];
     struct peer *p = &c->peers[peer];
     bool never = code == ERR_NOTFOUND || code == ERR_CONFLICT || code == ERR_INVALID;
-    p->reload_ns = never ? UINT64_MAX : c->now_ns + RELOAD_RETRY_NS;
+    if (reload_can(c, peer))
+        p->reload_ns = never ? UINT64_MAX : c->now_ns + RELOAD_RETRY_NS;
+    else
+        sources_rest(c);
     snprintf(why, sizeof(why), "agent %s cannot read experts again: %.150s", p->member.id, text);
     core_log(c, CORE_ERROR, "%s", why);
     reload_give_up(c, why);
@@ -192,6 +327,7 @@ void reload_late(struct coordinator *c)
     for (size_t i = 0; i < c->op.stage.n; i++)
         if (!c->op.stage.v[i].arrived)
             c->peers[c->op.stage.v[i].id].reload_ns = c->now_ns + RELOAD_RETRY_NS;
+    sources_rest(c);
     snprintf(why, sizeof(why), "no progress of %s in RELOAD", names);
     core_log(c, CORE_ERROR, "%s", why);
     reload_give_up(c, why);
@@ -206,8 +342,11 @@ uint64_t reload_deadline(const struct coordinator *c)
     uint64_t due = c->unwhole_ns + c->config.reload_after_ms * MS;
     if (c->now_ns < due)
         first = due;
-    for (uint32_t i = 0; i < c->n_peers; i++)
+    for (uint32_t i = 0; i < c->n_peers; i++) {
         if (c->peers[i].reload_ns > c->now_ns && c->peers[i].reload_ns < first)
             first = c->peers[i].reload_ns;
+        if (c->peers[i].lend_ns > c->now_ns && c->peers[i].lend_ns < first)
+            first = c->peers[i].lend_ns;
+    }
     return first;
 }

@@ -71,7 +71,7 @@ void operation_ask(struct coordinator *c, enum op_stage stage, uint32_t i)
         s->bandwidth = c->durable.open.kind == OP_REBALANCE ? (uint64_t)op->mib_s << 20 : 0;
         break;
     case STAGE_RELOAD:
-        s->map = expert_map_ref(op->reload);
+        reload_ask(c, i, s);
         break;
     case STAGE_GRACE:
         s->step = op->stage_step;
@@ -100,7 +100,7 @@ static const char *stage_purpose(enum op_stage stage)
     case STAGE_DRAIN: return "requests end or are handed back";
     case STAGE_ENGINE_PREPARE: return "engines prepare the next view";
     case STAGE_LET_GO: return "leavers let go of weights and communicators";
-    case STAGE_RELOAD: return "experts without a copy are read from the checkpoint";
+    case STAGE_RELOAD: return "experts without a copy are read again";
     case STAGE_MAX: break;
     }
     return "?";

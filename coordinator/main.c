@@ -54,7 +54,7 @@ static const struct number {
     NUMBER("stage-ms", "MS", stage_ms, 100, 86400000, "deadline of a stage that moves no bytes (30000)"),
     NUMBER("transfer-ms", "MS", transfer_ms, 100, 86400000, "a transfer without progress ends after this (60000)"),
     NUMBER("reload-after-ms", "MS", reload_after_ms, 0, 86400000,
-           "experts that lost their last copy are read from the checkpoint again by the ranks that are left: at once when "
+           "experts that lost their last copy are read again by the ranks that are left, from memory or checkpoint: at once when "
            "nobody is left who has them, after this when the agent that has them lacks only an engine (10000; 0: never)"),
     NUMBER("restart-after-ms", "MS", restart_after_ms, 0, 86400000,
            "when experts are lost and every agent that held them has ended, give the view up after this and start anew "

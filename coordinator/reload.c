@@ -5,6 +5,7 @@
 /* One layer being planned. */
 struct layer {
     const struct expert_map *map;
+    const struct reload_means *means;
     uint32_t layer;
     uint32_t *live;          /* [logical] live copies that are left */
     struct expert_map *load; /* slots that are taken already */
@@ -26,13 +27,13 @@ static uint64_t slot_cost(const struct layer *l, uint32_t rank, uint32_t slot)
     return copies > 1 ? UINT32_MAX - copies : 0;
 }
 
-static bool layer_place(struct layer *l, const uint8_t *can_load, uint32_t expert)
+static bool layer_place(struct layer *l, const uint8_t *ranks, uint32_t expert)
 {
     const struct expert_map *map = l->map;
     uint64_t best = UINT64_MAX;
     uint32_t best_rank = 0, best_slot = 0;
     for (uint32_t rank = 0; rank < map->ranks; rank++)
-        for (uint32_t slot = 0; can_load[rank] && slot < map->slots; slot++) {
+        for (uint32_t slot = 0; (!ranks || ranks[rank]) && slot < map->slots; slot++) {
             uint64_t cost = slot_cost(l, rank, slot);
             if (cost && (cost < best || (cost == best && l->reads[rank] < l->reads[best_rank]))) {
                 best = cost;
@@ -50,10 +51,19 @@ static bool layer_place(struct layer *l, const uint8_t *can_load, uint32_t exper
     return true;
 }
 
-int reload_plan(const struct expert_map *map, const uint8_t *can_load, struct expert_map **ret_load, uint64_t *ret_placed,
-                uint64_t *ret_unplaced)
+static bool expert_place(struct layer *l, uint32_t expert)
+{
+    const struct reload_means *m = l->means;
+    if (m->copied && m->copied[(size_t)l->layer * l->map->logical + expert])
+        return layer_place(l, NULL, expert);
+    return layer_place(l, m->can_load, expert) || (m->others_load && layer_place(l, NULL, expert));
+}
+
+int reload_plan(const struct expert_map *map, const struct reload_means *means, struct expert_map **ret_load,
+                uint64_t *ret_placed, uint64_t *ret_unplaced)
 {
     struct layer l = {.map = map,
+                      .means = means,
                       .live = calloc(map->logical + 1, sizeof(*l.live)),
                       .load = expert_map_new(map->layers, map->logical, map->ranks, map->slots),
                       .reads = calloc(map->ranks + 1, sizeof(*l.reads))};
@@ -63,7 +73,7 @@ int reload_plan(const struct expert_map *map, const uint8_t *can_load, struct ex
             l.live[e] = expert_map_live_count(map, l.layer, (int32_t)e, NULL);
         for (uint32_t e = 0; e < map->logical; e++)
             if (!l.live[e])
-                ++*(layer_place(&l, can_load, e) ? ret_placed : ret_unplaced);
+                ++*(expert_place(&l, e) ? ret_placed : ret_unplaced);
     }
     bool complete = l.live && l.load && l.reads;
     free(l.live);

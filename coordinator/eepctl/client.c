@@ -17,7 +17,7 @@ int client_connect(struct ctl *ctl, struct err *err)
         return rc;
     if (tls && !tls_self_is(tls, "operator"))
         self.role = RPC_ROLE_READER;
-    rc = rpc_client_connect_tls(ctl->coordinator, &self, &pb__control__descriptor, tls, CLIENT_CONNECT_MS, &ctl->client,
+    rc = rpc_client_connect_tls(ctl->coordinator, &self, &pb__control__descriptor, tls, "coordinator", CLIENT_CONNECT_MS, &ctl->client,
                                 err);
     tls_free(tls);
     if (rc == ERR_UNREACHABLE || rc == ERR_TIMEOUT || rc == ERR_NOTFOUND) { /* not found: the host's name */

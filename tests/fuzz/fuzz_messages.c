@@ -20,6 +20,7 @@ static const ProtobufCMessageDescriptor *const others[] = {
     &pb__journal_meta__descriptor, &pb__journal_commit__descriptor, &pb__view__descriptor,
     &pb__op_record__descriptor,    &pb__model__descriptor,         &pb__plan__descriptor,
     &eep__engine__engine_up__descriptor,    &eep__engine__engine_down__descriptor,
+    &pb__read_expert_request__descriptor, &pb__read_expert_reply__descriptor,
 };
 #define N_OTHERS (sizeof others / sizeof *others)
 

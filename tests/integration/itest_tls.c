@@ -250,7 +250,7 @@ START_TEST(deaf_operators)
     const struct tls_files files = {.cert = paths[0], .key = paths[1], .ca = paths[2]};
     ck_assert_msg(tls_open(&files, &tls, &err) == 0, "%s", err.text);
     for (int i = 0; i < READERS; i++)
-        ck_assert_msg(rpc_client_connect_tls(d.address, &self, &pb__control__descriptor, tls, 5000, &clients[i], &err) == 0,
+        ck_assert_msg(rpc_client_connect_tls(d.address, &self, &pb__control__descriptor, tls, "coordinator", 5000, &clients[i], &err) == 0,
                       "%s", err.text);
     Pb__KvSetRequest set = PB__KV_SET_REQUEST__INIT;
     set.key = (char *)"big";

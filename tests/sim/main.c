@@ -150,7 +150,8 @@ int main(int argc, char **argv)
                "every event.",
     };
     struct sim_options options = {.max_events = 20000, .agents_min = 2, .agents_max = SIM_AGENTS_MAX, .faults = true};
-    uint64_t passed = 0, failed = 0, events = 0, flips = 0, resets = 0, requests = 0, lost = 0, rebalances = 0, reloads = 0;
+    uint64_t passed = 0, failed = 0, events = 0, flips = 0, resets = 0, requests = 0, lost = 0, rebalances = 0, reloads = 0,
+             copies = 0, lends = 0;
     uint64_t given_up = 0, left_out = 0;
     struct timespec from, to;
 
@@ -171,6 +172,8 @@ int main(int argc, char **argv)
         lost += s.ended_lost;
         rebalances += s.rebalances;
         reloads += s.reloads;
+        copies += s.copies;
+        lends += s.lends;
         given_up += s.given_up;
         left_out += s.left_out;
         if (s.ended_lost && options.verbose)
@@ -191,9 +194,10 @@ int main(int argc, char **argv)
     }
     clock_gettime(CLOCK_MONOTONIC, &to);
     printf("%" PRIu64 " passed, %" PRIu64 " failed (%" PRIu64 " events, %" PRIu64 " views, %" PRIu64
-           " repairs, %" PRIu64 " rebalances, %" PRIu64 " reloads, %" PRIu64 " requests, %" PRIu64 " views given up, %" PRIu64
+           " repairs, %" PRIu64 " rebalances, %" PRIu64 " reloads (%" PRIu64 " experts out of memory, %" PRIu64
+           " from others' files), %" PRIu64 " requests, %" PRIu64 " views given up, %" PRIu64
            " operations without a mute engine, %" PRIu64 " views lost with their experts, %.1f s)\n",
-           passed, failed, events, flips, resets, rebalances, reloads, requests, given_up, left_out, lost,
+           passed, failed, events, flips, resets, rebalances, reloads, copies, lends, requests, given_up, left_out, lost,
            (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9);
     if (options.expect_violation)
         return failed ? 0 : 1;

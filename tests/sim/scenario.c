@@ -447,15 +447,18 @@ static void calm_down(struct sim *s)
     sim_note(s, "---- no more faults, requests or commands ----");
 }
 
-/* The ranks that are left have the checkpoint, and room for what they lack: so it must come back. */
+/* Somebody has the checkpoint, and the ranks that are left have room for what they lack: so it must come back. */
 static bool reloadable(struct sim *s, const struct view *view)
 {
     int32_t from[RANKS_MAX];
     uint8_t can[RANKS_MAX];
+    struct reload_means means = {.can_load = can};
     uint32_t n = 0;
     struct expert_map *load;
     uint64_t placed, unplaced = 1;
 
+    for (uint32_t i = 0; i < s->n; i++)
+        means.others_load |= s->agents[i].up && agent_can_load(s, &s->agents[i]);
     for (uint32_t r = 0; r < view->n; r++) {
         struct sim_agent *a = agent_of(s, &view->members[r]);
         if (!agent_is(a, &view->members[r]))
@@ -464,7 +467,7 @@ static bool reloadable(struct sim *s, const struct view *view)
         from[n++] = (int32_t)r;
     }
     struct expert_map *left = n ? expert_map_select(view->map, from, n) : NULL;
-    if (left && plan_cover_from_dormant(left) && reload_plan(left, can, &load, &placed, &unplaced) == 0)
+    if (left && plan_cover_from_dormant(left) && reload_plan(left, &means, &load, &placed, &unplaced) == 0)
         expert_map_unref(load);
     expert_map_unref(left);
     return s->config.reload_after_ms && unplaced == 0;

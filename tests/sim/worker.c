@@ -109,6 +109,52 @@ static void reload_begin(struct sim *s, struct sim_agent *a, const struct work *
         a->corrupt--;
 }
 
+/* Its weights hold the expert: what it says by its core's map must be what lies there. */
+static bool source_lends(struct sim *s, struct sim_agent *b, const struct work *w, uint32_t layer, int32_t expert)
+{
+    int32_t slot = b->core ? agent_core_slot(b->core, w->model->manifest_digest, layer, (uint32_t)expert) : -1;
+
+    if (slot >= 0 && *slot_of(s, b, layer, (uint32_t)slot) != expert)
+        sim_fail(s, "promise 5: a%02u was to be read expert %d of layer %u from slot %d, which holds %d", b->index, expert,
+                 layer, slot, *slot_of(s, b, layer, (uint32_t)slot));
+    return slot >= 0;
+}
+
+/* Out of memory, from the own checkpoint, or from another agent's. */
+static bool reload_reads(struct sim *s, struct sim_agent *a, const struct work *w, uint32_t layer, int32_t expert)
+{
+    for (uint32_t i = 0; i < w->n_holders; i++) {
+        struct sim_agent *b = agent_of(s, &w->sources[i]);
+        if (b && agent_is(b, &w->sources[i]) && b->up && source_lends(s, b, w, layer, expert)) {
+            s->copies++;
+            return true;
+        }
+    }
+    if (w->load)
+        return agent_can_load(s, a);
+    for (uint32_t i = 0; i < w->n_sources; i++) {
+        struct sim_agent *b = agent_of(s, &w->sources[i]);
+        if (b && agent_is(b, &w->sources[i]) && b->up && agent_can_load(s, b)) {
+            s->lends++;
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool reload_end(struct sim *s, struct sim_agent *a, const struct work *w)
+{
+    for (uint32_t l = 0; l < s->layers; l++)
+        for (uint32_t slot = 0; slot < s->slots; slot++) {
+            int32_t expert = w->map->held[expert_map_at(w->map, l, w->self, slot)];
+            if (expert >= 0 && !reload_reads(s, a, w, l, expert))
+                return false;
+        }
+    reload_write(s, a, w, true);
+    s->reloads++;
+    return true;
+}
+
 static void start(struct sim *s, struct sim_agent *a)
 {
     struct work *w;
@@ -241,8 +287,10 @@ static void ended(struct sim *s, struct sim_agent *a, int code)
         case WORK_LOAD: event.model = model = loaded(s, a, w); break;
         case WORK_RELEASE: release(s, a); break;
         case WORK_RELOAD:
-            reload_write(s, a, w, true);
-            s->reloads++;
+            if (!reload_end(s, a, w)) {
+                event.code = ERR_UNREACHABLE;
+                event.text = "nobody has it";
+            }
             break;
         case WORK_VERIFY:
             event.value = verify(s, a, w, &bad);

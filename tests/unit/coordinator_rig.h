@@ -31,6 +31,9 @@ struct fake {
     unsigned engines; /* that it had before this one: each has an endpoint of its own */
     enum op_role role;
     unsigned got[64]; /* messages by type */
+    bool no_checkpoint;
+    bool reload_own;       /* of the last RELOAD: its own checkpoint is good for it, */
+    char reload_from[128]; /* and others are: "gpu2* gpu0 ", the star: it holds weights */
 };
 
 struct rig {
@@ -75,7 +78,7 @@ static inline void rig_hello(struct rig *r, int i)
     snprintf(m.hello.address, sizeof(m.hello.address), "127.0.0.1:%d", 1000 + i);
     snprintf(m.hello.endpoint, sizeof(m.hello.endpoint), "engine%d.%u", i, a->engines);
     m.hello.incarnation = a->incarnation;
-    m.hello.can_load = true;
+    m.hello.can_load = !a->no_checkpoint;
     m.hello.layers = 2;
     m.hello.logical = 8;
     m.hello.op = a->op;
@@ -93,6 +96,15 @@ static inline void rig_stage(struct rig *r, int i, const struct msg_stage *s)
     struct fake *a = &r->a[i];
     struct msg m = {.type = MSG_STAGE_DONE};
     a->asked = s->attempt;
+    if (s->stage == STAGE_RELOAD) {
+        a->reload_own = s->load;
+        a->reload_from[0] = '\0';
+        for (uint32_t k = 0; k < s->n_sources; k++) {
+            size_t used = strlen(a->reload_from);
+            snprintf(a->reload_from + used, sizeof(a->reload_from) - used, "%s%s ", s->sources[k].id,
+                     k < s->n_holders ? "*" : "");
+        }
+    }
     if (s->stage == STAGE_DRAIN)
         a->strict = s->strict, a->drains++;
     if (s->stage == a->silent)

@@ -579,6 +579,7 @@ static void story_reload(struct story *s, uint64_t attempt)
     struct msg m = story_stage_msg(2, STAGE_RELOAD, attempt);
     m.stage.map = expert_map_new(1, 2, 2, 2);
     m.stage.map->held[1] = 1;
+    m.stage.load = true;
     story_told(s, &m);
 }
 

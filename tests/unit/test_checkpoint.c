@@ -375,6 +375,22 @@ START_TEST(lost_experts_are_read_again)
     slot_compare(&l, fx, &raw, 1, 5, 3);
     ck_assert_uint_eq(checkpoint_bytes_read(l.c) - before, 3ull * fx->inner * HIDDEN * 2);
     ck_assert_uint_eq(checkpoint_reload_bytes(l.c, again, 0), 3ull * fx->inner * HIDDEN * 2);
+    /* as another agent reads it, in pieces that begin anywhere */
+    uint64_t bytes = checkpoint_expert_bytes(l.c, 1);
+    uint8_t *in_slot = malloc(bytes), *piece = malloc(bytes);
+    ck_assert_uint_eq(bytes, weights_slot_bytes(l.w, 1));
+    ck_assert_int_eq(weights_slot_read(l.w, 1, 5, 0, in_slot, bytes, &err), 0);
+    for (uint64_t from = 0, len = 1; from < bytes; from += len, len = len * 3 + 1) {
+        len = len < bytes - from ? len : bytes - from;
+        ck_assert_msg(checkpoint_expert_read(l.c, 1, 3, from, piece, len, &err) == 0, "%s", err.text);
+        ck_assert_mem_eq(piece, in_slot + from, len);
+    }
+    ck_assert_int_eq(checkpoint_expert_read(l.c, 1, 3, 1, piece, bytes, &err), ERR_INVALID);
+    ck_assert_int_eq(checkpoint_expert_read(l.c, 1, 3, UINT64_MAX, piece, 2, &err), ERR_INVALID);
+    ck_assert_int_eq(checkpoint_expert_read(l.c, LAYERS, 3, 0, piece, 1, &err), ERR_INVALID);
+    ck_assert_int_eq(checkpoint_expert_read(l.c, 1, (uint32_t)fx->experts, 0, piece, 1, &err), ERR_INVALID);
+    free(in_slot);
+    free(piece);
     *known = digest + 1;
     ck_assert_int_eq(checkpoint_reload(l.c, l.w, again, 0, NULL, NULL, &err), ERR_CORRUPT);
     ck_assert_ptr_nonnull(strstr(err.text, "expert 3 of MoE layer 1 is not what the model was started with"));

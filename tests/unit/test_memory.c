@@ -104,6 +104,10 @@ START_TEST(exported_memory_is_the_same_memory)
     ck_assert_int_eq(m->write(m, &b, 200, "back", 4, &err), 0);
     ck_assert(holds(m, &b, 200, "back", 4));
     ck_assert(holds(m, &a, 200, "back", 4));
+    char text[5] = "";
+    ck_assert_int_eq(m->read(m, &a, 200, text, 4, &err), 0);
+    ck_assert_str_eq(text, "back");
+    ck_assert_int_eq(m->read(m, &a, 8190, text, 4, &err), ERR_INVALID);
     m->release(m, &a);
     ck_assert(holds(m, &b, 100, "hello", 5));
     m->release(m, &b);
@@ -529,6 +533,20 @@ START_TEST(a_slot_is_verified_by_its_own_bytes_only)
     ck_assert_int_eq(weights_slot_verify(w, 0, 1, 2, &err), ERR_CORRUPT);
     ck_assert_int_eq(weights_slot_verify(w, 0, 1, 4, &err), ERR_INVALID);
     ck_assert_int_eq(weights_slot_verify(w, 2, 1, 0, &err), ERR_INVALID);
+
+    /* the bytes of a slot, across its parts */
+    uint8_t got[sizeof a + sizeof b];
+    ck_assert_uint_eq(weights_slot_bytes(w, 0), sizeof got);
+    ck_assert_int_eq(weights_slot_write(w, 0, 1, 98, "abcd", 4, &err), 0);
+    ck_assert_int_eq(weights_slot_read(w, 0, 1, 0, got, sizeof got, &err), 0);
+    ck_assert_int_eq(got[97], 3);
+    ck_assert_mem_eq(got + 98, "abcd\4", 5);
+    ck_assert_int_eq(weights_slot_read(w, 0, 1, 99, got, 2, &err), 0);
+    ck_assert_mem_eq(got, "bc", 2);
+    ck_assert_int_eq(weights_slot_read(w, 0, 1, 100, got, sizeof b + 1, &err), ERR_INVALID);
+    ck_assert_int_eq(weights_slot_read(w, 0, 1, UINT64_MAX, got, 2, &err), ERR_INVALID);
+    ck_assert_int_eq(weights_slot_read(w, 0, 9, 0, got, 1, &err), ERR_INVALID);
+    ck_assert_int_eq(weights_slot_write(w, 2, 0, 0, got, 1, &err), ERR_INVALID);
     weights_free(w);
     model_unref(model);
     m->close(m);

@@ -400,6 +400,13 @@ static struct msg stage_make(void)
     m.stage.plan = plan_make_some(2);
     m.stage.view = view_make(2);
     m.stage.blob = blob_new("id", 2);
+    m.stage.n_sources = 2;
+    m.stage.n_holders = 1;
+    m.stage.sources = calloc(2, sizeof *m.stage.sources);
+    for (unsigned i = 0; i < 2; i++) {
+        snprintf(m.stage.sources[i].id, sizeof m.stage.sources[i].id, "gpu%u", i);
+        m.stage.sources[i].incarnation = 3 + i;
+    }
     return m;
 }
 
@@ -409,6 +416,8 @@ START_TEST(stage)
     struct msg got = there_and_back(&m);
     struct msg_stage *a = &m.stage, *b = &got.stage;
     EQ(op), EQ(stage), EQ(round), EQ(attempt), EQ(step), EQ(deadline_ms), EQ(load), EQ(plan_digest), EQ(bandwidth);
+    EQ(n_sources), EQ(n_holders);
+    ck_assert_str_eq(b->sources[1].id, "gpu1");
     same_map(a->map, b->map);
     same_plan(a->plan, b->plan);
     same_view(a->view, b->view);

@@ -23,12 +23,13 @@ static struct expert_map *map_of(uint32_t logical, uint32_t ranks, uint32_t slot
     return map;
 }
 
-static void check_load(const struct expert_map *map, const uint8_t *can, const char *want, uint64_t placed, uint64_t unplaced)
+static void check_means(const struct expert_map *map, const struct reload_means *means, const char *want, uint64_t placed,
+                        uint64_t unplaced)
 {
     struct expert_map *load;
     uint64_t got, left;
     char text[256] = "";
-    ck_assert_int_eq(reload_plan(map, can, &load, &got, &left), 0);
+    ck_assert_int_eq(reload_plan(map, means, &load, &got, &left), 0);
     for (uint32_t at = 0; at < map->ranks * map->slots; at++) {
         size_t used = strlen(text);
         const char *bar = at && at % map->slots == 0 ? "| " : "";
@@ -44,6 +45,11 @@ static void check_load(const struct expert_map *map, const uint8_t *can, const c
     expert_map_unref(load);
 }
 
+static void check_load(const struct expert_map *map, const uint8_t *can, const char *want, uint64_t placed, uint64_t unplaced)
+{
+    check_means(map, &(struct reload_means){.can_load = can}, want, placed, unplaced);
+}
+
 START_TEST(empty_slots_go_first_then_dormant_then_what_is_held_most)
 {
     static const uint8_t both[] = {1, 1}, second[] = {0, 1}, none[] = {0, 0};
@@ -51,6 +57,19 @@ START_TEST(empty_slots_go_first_then_dormant_then_what_is_held_most)
     check_load(map, both, "6 - - 4 | - 5 - 7 ", 4, 0);
     check_load(map, none, "- - - - | - - - - ", 0, 4);
     check_load(map, second, "- - - - | 5 4 - 6 ", 3, 1);
+    expert_map_unref(map);
+}
+END_TEST
+
+START_TEST(a_rank_without_the_checkpoint_reads_what_others_have)
+{
+    static const uint8_t first[] = {1, 0}, none[] = {0, 0}, copied[] = {0, 0, 0, 0, 0, 1, 0, 0};
+    struct expert_map *map = map_of(8, 2, 4, "0 1 2 3 | 0 4 - -");
+    /* one of the two copies of 0 on the rank that reads for itself, then what is empty elsewhere */
+    check_means(map, &(struct reload_means){.can_load = first, .others_load = true}, "5 - - - | - - 6 7 ", 3, 0);
+    check_means(map, &(struct reload_means){.can_load = none, .copied = copied}, "- - - - | - - 5 - ", 1, 2);
+    check_means(map, &(struct reload_means){.can_load = first, .copied = copied}, "6 - - - | - - 5 - ", 2, 1);
+    check_means(map, &(struct reload_means){.can_load = none, .others_load = true}, "7 - - - | - - 5 6 ", 3, 0);
     expert_map_unref(map);
 }
 END_TEST
@@ -64,7 +83,7 @@ START_TEST(the_last_copy_is_never_overwritten)
     uint64_t placed, unplaced;
     static const int32_t to[] = {0, 1};
     struct err err;
-    ck_assert_int_eq(reload_plan(map, both, &load, &placed, &unplaced), 0);
+    ck_assert_int_eq(reload_plan(map, &(struct reload_means){.can_load = both}, &load, &placed, &unplaced), 0);
     reload_void(map, load, to);
     ck_assert_int_eq(map->held[1], -1);
     ck_assert_int_eq(map->live[1], 0);
@@ -96,7 +115,7 @@ START_TEST(nothing_else_is_lost_by_it)
         }
         uint64_t lost = plan_cover_from_dormant(map);
         struct expert_map *after = expert_map_copy(map);
-        ck_assert_int_eq(reload_plan(map, can, &load, &placed, &unplaced), 0);
+        ck_assert_int_eq(reload_plan(map, &(struct reload_means){.can_load = can}, &load, &placed, &unplaced), 0);
         ck_assert_uint_eq(placed + unplaced, lost);
         reload_void(after, load, to);
         for (uint32_t l = 0; l < 2; l++)
@@ -238,17 +257,82 @@ START_TEST(an_agent_that_lacks_only_an_engine_is_waited_for)
 }
 END_TEST
 
+/* Its bytes are read out of its memory; it is not a rank any more only when that is decided. */
+START_TEST(the_memory_of_an_agent_without_an_engine_comes_first)
+{
+    struct rig r;
+    int i, j;
+    start_on_four(&r, &i, &j);
+    struct msg m = {.type = MSG_ENGINE, .engine = {.why = "killed"}};
+    for (int k = 0; k < 4; k++)
+        r.a[k].silent = STAGE_RELOAD;
+    rig_cut(&r, i);
+    rig_send(&r, j, &m);
+    rig_advance(&r, 14000);
+    ck_assert_msg(strstr(r.phases, "PROMISE RELOAD "), "%s", r.phases);
+    bool asked = false;
+    char holder[16];
+    snprintf(holder, sizeof holder, "gpu%d* ", j);
+    for (int k = 0; k < 4; k++) {
+        if (k == i || k == j || !r.a[k].reload_from[0])
+            continue;
+        asked = true;
+        ck_assert(r.a[k].reload_own);
+        ck_assert_msg(strncmp(r.a[k].reload_from, holder, strlen(holder)) == 0, "%s", r.a[k].reload_from);
+    }
+    ck_assert(asked);
+    ck_assert_uint_eq(r.a[j].got[MSG_EVICTED], 0);
+    ck_assert_msg(strstr(status(&r).degraded, "out of memory") || strstr(status(&r).degraded, "out of the memory"), "%s",
+                  status(&r).degraded);
+    rig_stop(&r);
+}
+END_TEST
+
+/* Only a spare has the checkpoint, and it is connected: the ranks read it there. */
+START_TEST(a_spare_agent_lends_its_checkpoint)
+{
+    struct rig r;
+    int i, j;
+    start_on_four(&r, &i, &j);
+    for (int k = 0; k < 5; k++) {
+        struct msg m = {.type = MSG_ENGINE, .engine = {.attached = true, .dispatch = DISPATCH_SOURCE_ROUTED}};
+        snprintf(m.engine.endpoint, sizeof(m.engine.endpoint), "engine%d.0", k);
+        r.a[k].no_checkpoint = k < 4;
+        if (k < 4)
+            rig_send(&r, k, &m); /* can_load is no more */
+    }
+    rig_cut(&r, i);
+    rig_cut(&r, j);
+    rig_advance(&r, 4000);
+    ck_assert_msg(!strstr(r.phases, "RELOAD"), "%s", r.phases);
+    ck_assert_ptr_nonnull(strstr(status(&r).degraded, "no agent has the checkpoint"));
+    rig_hello(&r, 4);
+    rig_advance(&r, 1000);
+    ck_assert_msg(strstr(r.phases, "PROMISE RELOAD DECIDE GO FINISH"), "%s", r.phases);
+    check_whole(&r);
+    for (int k = 0; k < 4; k++)
+        if (r.a[k].reload_from[0]) {
+            ck_assert(!r.a[k].reload_own);
+            ck_assert_str_eq(r.a[k].reload_from, "gpu4 ");
+        }
+    rig_stop(&r);
+}
+END_TEST
+
 int main(void)
 {
     Suite *suite = suite_create("reload");
     TCase *tc = tcase_create("reload");
     tcase_add_test(tc, empty_slots_go_first_then_dormant_then_what_is_held_most);
+    tcase_add_test(tc, a_rank_without_the_checkpoint_reads_what_others_have);
     tcase_add_test(tc, the_last_copy_is_never_overwritten);
     tcase_add_loop_test(tc, nothing_else_is_lost_by_it, 0, 5);
     tcase_add_test(tc, lost_experts_are_read_again_before_the_decision);
     tcase_add_test(tc, what_is_overwritten_is_void_before_anybody_writes);
     tcase_add_test(tc, who_cannot_read_is_done_without_for_a_while);
     tcase_add_test(tc, an_agent_that_lacks_only_an_engine_is_waited_for);
+    tcase_add_test(tc, the_memory_of_an_agent_without_an_engine_comes_first);
+    tcase_add_test(tc, a_spare_agent_lends_its_checkpoint);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_ENV);

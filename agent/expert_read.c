@@ -1,0 +1,116 @@
+/* Reading experts from other agents: see expert_read.h.  Worker thread. */
+#include "agent/expert_read.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/clock.h"
+#include "peer.pb-c.h"
+
+#define METHOD_READ_EXPERT 0u
+#define CANCEL_MS          100
+
+struct source {
+    struct rpc_client *client; /* NULL: not connected yet, or lost */
+    struct err lost;           /* code < 0: for good */
+};
+
+struct expert_sources {
+    struct expert_sources_config config;
+    struct source *sources; /* [config.n] */
+};
+
+int expert_sources_open(const struct expert_sources_config *config, struct expert_sources **ret_sources, struct err *err)
+{
+    struct expert_sources *s = calloc(1, sizeof *s);
+    if (s)
+        s->sources = calloc(config->n + 1, sizeof *s->sources);
+    if (!s || !s->sources) {
+        free(s);
+        return err_set(err, ERR_NOMEM, "out of memory");
+    }
+    s->config = *config;
+    *ret_sources = s;
+    return 0;
+}
+
+void expert_sources_close(struct expert_sources *s)
+{
+    if (!s)
+        return;
+    for (uint32_t i = 0; i < s->config.n; i++)
+        rpc_client_free(s->sources[i].client);
+    free(s->sources);
+    free(s);
+}
+
+static int source_connect(struct expert_sources *s, uint32_t i, struct err *err)
+{
+    const struct member *m = &s->config.members[i];
+    char who[AGENT_ID_MAX + 8];
+    snprintf(who, sizeof who, "agent/%s", m->id);
+    return rpc_client_connect_tls(m->address, s->config.self, &pb__peer__descriptor, s->config.tls, who,
+                                  (int)s->config.timeout_ms, &s->sources[i].client, err);
+}
+
+/* The answer to a call, or ERR_ABORTED, or ERR_TIMEOUT. */
+static int source_wait(struct expert_sources *s, struct rpc_client *client, uint64_t call, ProtobufCMessage **ret_reply,
+                       struct err *err)
+{
+    uint64_t until_ms = clock_now_ms() + s->config.timeout_ms;
+    for (;;) {
+        int rc = rpc_client_next(client, call, CANCEL_MS, ret_reply, err);
+        if (rc == 0)
+            return err_set(err, ERR_PROTOCOL, "it answered without a reply");
+        if (rc != ERR_TIMEOUT)
+            return rc < 0 ? rc : 0;
+        if (s->config.cancelled && s->config.cancelled(s->config.user))
+            return err_set(err, ERR_ABORTED, "cancelled");
+        if (clock_now_ms() >= until_ms)
+            return err_set(err, ERR_TIMEOUT, "no answer within %u ms", s->config.timeout_ms);
+    }
+}
+
+static int source_call(struct expert_sources *s, struct rpc_client *client, const struct expert_read *read,
+                       void *ret_data, struct err *err)
+{
+    Pb__ReadExpertRequest request = PB__READ_EXPERT_REQUEST__INIT;
+    ProtobufCMessage *reply;
+    uint64_t call;
+    request.manifest = read->manifest;
+    request.slots = read->slots;
+    request.layer = read->layer;
+    request.expert = read->expert;
+    request.offset = read->offset;
+    request.length = read->length;
+    request.memory_only = read->memory_only;
+    int rc = rpc_client_start(client, METHOD_READ_EXPERT, &request.base, &call, err);
+    if (rc == 0)
+        rc = source_wait(s, client, call, &reply, err);
+    if (rc < 0)
+        return rc;
+    const Pb__ReadExpertReply *got = (const Pb__ReadExpertReply *)reply;
+    if (got->data.len != read->length)
+        rc = err_set(err, ERR_PROTOCOL, "it sent %zu bytes instead of %u", got->data.len, read->length);
+    else
+        memcpy(ret_data, got->data.data, read->length);
+    rpc_unpack_free(reply);
+    return rc;
+}
+
+int expert_sources_read(struct expert_sources *s, uint32_t i, const struct expert_read *read, void *ret_data,
+                        struct err *err)
+{
+    struct source *source = &s->sources[i];
+    if (source->lost.code < 0)
+        return err_set(err, source->lost.code, "%s", source->lost.text);
+    int rc = source->client ? 0 : source_connect(s, i, err);
+    if (rc == 0)
+        rc = source_call(s, source->client, read, ret_data, err);
+    if (rc == 0)
+        return 0;
+    err_wrap(err, "agent %s", s->config.members[i].id);
+    if (!source->client || rc == ERR_TIMEOUT || rc == ERR_PROTOCOL || rc == ERR_UNREACHABLE)
+        source->lost = *err;
+    return rc;
+}
