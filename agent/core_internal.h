@@ -37,6 +37,7 @@ struct core_stage {
     bool strict;             /* DRAIN: it is an error to be late */
     bool load;               /* ALLOCATE: cold start; RELOAD: the own checkpoint is good for it */
     struct expert_map *map;  /* ALLOCATE, RELOAD: what to load */
+    struct plan *plan;       /* WEIGHTS, FILL: whose moves */
     struct member *sources;  /* RELOAD: [n_sources] */
     uint32_t n_sources, n_holders;
     struct msg answer;       /* FINISHED: MSG_STAGE_DONE */
@@ -230,6 +231,8 @@ struct work *agent_work_submit(struct agent_core *core, enum work_kind kind, con
 void agent_work_answer(struct agent_core *core, const struct agent_event *event);
 void agent_work_progress(struct agent_core *core, const struct agent_event *event);
 void agent_work_verify(struct agent_core *core, uint64_t request);
+/* What is under way for `before` is for `s` from now on; false: nothing is. */
+bool agent_work_take_over(struct agent_core *core, const struct core_stage *before, const struct core_stage *s);
 void agent_work_group_destroy(struct agent_core *core); /* if there may be one */
 void agent_work_clear(struct agent_core *core);
 

@@ -37,6 +37,7 @@ static bool stage_moves_at_once(enum op_stage stage)
 static void stage_free(struct core_stage *s)
 {
     expert_map_unref(s->map);
+    plan_unref(s->plan);
     free(s->sources);
     msg_done(&s->answer);
     free(s);
@@ -229,12 +230,36 @@ static void stage_mapping(struct agent_core *core, struct core_stage *s, const s
     stage_end(core, s, 0, NULL);
 }
 
+/* A coordinator that was restarted asks again for moves that are under way, or done.  They are made once: a peer that has
+ * not heard of them before makes them once as well, and each end waits for the other. */
+static bool stage_moved(struct agent_core *core, struct core_stage *s)
+{
+    for (struct core_stage *before = s->next; before; before = before->next) {
+        if (before->stage != s->stage || before->round != s->round || before->plan != s->plan)
+            continue;
+        const struct msg_stage_done *d = &before->answer.stage_done;
+        if (before->state == STAGE_RUNNING && agent_work_take_over(core, before, s)) {
+            (void)agent_stage_answer(core, before, ERR_STALE, "asked again"); /* nobody waits for it */
+            return true;
+        }
+        if (before->state == STAGE_FINISHED && d->code == 0) {
+            agent_stage_answer(core, s, 0, NULL)->bytes = d->bytes;
+            agent_stage_answered(core, s);
+            return true;
+        }
+    }
+    return false;
+}
+
 static void stage_transfer(struct agent_core *core, struct core_stage *s, uint64_t bandwidth)
 {
     if (!core->op.plan) {
         stage_end(core, s, ERR_NOTFOUND, "no plan: MAPPING has not been carried out here");
         return;
     }
+    s->plan = plan_ref(core->op.plan);
+    if (stage_moved(core, s))
+        return;
     struct work *w = agent_work_submit(core, s->stage == STAGE_WEIGHTS ? WORK_WEIGHTS : WORK_FILL, s, 0);
     w->bandwidth = bandwidth;
 }

@@ -77,6 +77,16 @@ struct work *agent_work_submit(struct agent_core *core, enum work_kind kind, con
     return w;
 }
 
+bool agent_work_take_over(struct agent_core *core, const struct core_stage *before, const struct core_stage *s)
+{
+    for (struct core_work *w = core->works; w; w = w->next)
+        if (w->op == core->op.op && w->stage == before->stage && w->round == before->round && w->attempt == before->attempt) {
+            w->attempt = s->attempt;
+            return true;
+        }
+    return false;
+}
+
 void agent_work_group_destroy(struct agent_core *core)
 {
     if (!core->group)

@@ -120,6 +120,45 @@ START_TEST(scale_up_of_a_new_rank)
 }
 END_TEST
 
+/* The coordinator was restarted and knows nothing of the round that it had asked for. */
+static struct story *story_rebalance(void)
+{
+    struct story *s = story_serving(2);
+    story_op_begin(s, 2, OP_REBALANCE, ROLE_REMAINING, 2, 2, 0);
+    story_stage(s, 2, STAGE_GROUP, 2);
+    story_work_done(s, 0, NULL);
+    story_mapping(s, 2, 2);
+    story_stage(s, 2, STAGE_FILL, 6);
+    return s;
+}
+
+START_TEST(moves_that_are_asked_for_again_are_made_once)
+{
+    struct story *s = story_rebalance();
+    story_forget(s);
+    story_stage(s, 2, STAGE_FILL, 7); /* under way */
+    story_expect(s, "remaining: EPLB_RESHUFFLE --RESHUFFLE--> EPLB_RESHUFFLE\n");
+    story_work_done(s, 0, NULL);
+    story_expect(s, "send STAGE_DONE FILL round 0 bytes 100\n");
+    story_stage(s, 2, STAGE_FILL, 8); /* done */
+    story_expect(s, "remaining: EPLB_RESHUFFLE --RESHUFFLE--> EPLB_RESHUFFLE\n"
+                    "send STAGE_DONE FILL round 0 bytes 100\n");
+    story_free(s);
+}
+END_TEST
+
+START_TEST(moves_that_have_failed_are_made_again)
+{
+    struct story *s = story_rebalance();
+    story_work_done(s, ERR_IO, "cut");
+    story_forget(s);
+    story_stage(s, 2, STAGE_FILL, 7);
+    story_expect(s, "remaining: EPLB_RESHUFFLE --RESHUFFLE--> EPLB_RESHUFFLE\n"
+                    "work FILL round 0\n");
+    story_free(s);
+}
+END_TEST
+
 START_TEST(scale_up_of_an_existing_rank)
 {
     struct story *s = story_serving(2);
@@ -828,6 +867,8 @@ int main(void)
     tcase_add_test(link, agent_message_from_the_coordinator_is_illegal);
     tcase_add_test(op, scale_up_of_a_new_rank);
     tcase_add_test(op, scale_up_of_an_existing_rank);
+    tcase_add_test(op, moves_that_are_asked_for_again_are_made_once);
+    tcase_add_test(op, moves_that_have_failed_are_made_again);
     tcase_add_test(op, stage_out_of_turn_is_illegal);
     tcase_add_test(op, notification_and_end_out_of_turn);
     tcase_add_test(op, op_begin_that_does_not_fit_is_illegal);
