@@ -88,6 +88,7 @@ void acore_hello(struct agent_core *core)
     h->incarnation = core->config.incarnation;
     h->node = core->config.node;
     h->slots = core->config.slots;
+    h->masks = e->attached && e->masks;
     h->can_load = core->config.can_load || seals;
     h->layers = seals ? e->layers : core->config.layers;
     h->logical = seals ? e->logical : core->config.logical;

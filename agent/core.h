@@ -105,6 +105,7 @@ struct agent_event {
     const char *endpoint;
     uint64_t kv_bytes;       /* NO_LIMIT = not profiled */
     bool seals;              /* it brings its own layout and fills it itself */
+    bool masks;              /* it serves on without experts that the map does not have */
     uint32_t layers, logical;/* of a sealing engine's model; HELLO and MSG_ENGINE report them */
     bool regions;            /* AE_ENGINE_RESUMED: it has the weights mapped */
 };

@@ -20,6 +20,7 @@ static void engine_say(struct agent_core *core)
     e->changed_unsaid = false;
     m->engine.attached = e->attached;
     m->engine.dispatch = e->attached ? e->dispatch : DISPATCH_NONE;
+    m->engine.masks = e->attached && e->masks;
     m->engine.can_load = core->config.can_load || seals;
     m->engine.layers = seals ? e->layers : core->config.layers;
     m->engine.logical = seals ? e->logical : core->config.logical;
@@ -96,6 +97,7 @@ void agent_engine_take(struct agent_core *core, const struct agent_event *event)
     struct core_engine *e = &core->engine;
     e->attached = true;
     e->seals = event->seals;
+    e->masks = event->masks;
     e->dispatch = event->dispatch;
     e->layers = event->layers;
     e->logical = event->logical;

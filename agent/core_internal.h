@@ -91,7 +91,7 @@ struct core_flip {
 };
 
 struct core_engine {
-    bool attached, seals;
+    bool attached, seals, masks;
     uint32_t dispatch, layers, logical;
     char endpoint[ENDPOINT_MAX];
     uint64_t kv_bytes;

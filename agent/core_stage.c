@@ -378,7 +378,7 @@ static void stage_reload_run(struct agent_core *core, struct core_stage *s)
 
 static bool grace_over(const struct agent_core *core, const struct core_stage *s)
 {
-    if (s->stage == STAGE_RELOAD)
+    if (s->stage == STAGE_RELOAD && core->op.kind == OP_REPAIR)
         return !core->engine.attached || core->page.done >= core->page.launched;
     return s->step == 0 || !core->engine.attached || core->page.done + 1 >= s->step ||
            core->bug == AGENT_BUG_NO_GRACE || (core->bug == AGENT_BUG_GRACE_BEGUN && core->page.intent >= s->step);
@@ -427,20 +427,35 @@ static void stage_grace(struct agent_core *core, struct core_stage *s)
         grace_ask(core, true); /* the step may end between the snapshot and the store: look again */
 }
 
+/* In a view that serves: some of these slots may be read, by steps to come. */
+static bool stage_routed(const struct agent_core *core, const struct expert_map *load)
+{
+    for (uint32_t layer = 0; layer < load->layers; layer++)
+        for (uint32_t slot = 0; slot < load->slots; slot++)
+            if (load->held[expert_map_at(load, layer, core->op.self, slot)] >= 0 &&
+                core->map->live[expert_map_at(core->map, layer, core->map_rank, slot)])
+                return true;
+    return false;
+}
+
 static const char *stage_reload_objection(const struct agent_core *core, const struct expert_map *map)
 {
     const struct model *model = core->model;
-    if (core->op.kind != OP_REPAIR || !core->promise.epoch || core->promise.kind != FLIP_RESET)
+    bool repair = core->op.kind == OP_REPAIR && core->promise.epoch && core->promise.kind == FLIP_RESET;
+    if (!repair && core->op.kind != OP_REBALANCE)
         return "RELOAD outside of a repair that was promised: the engine may be reading the slots";
     if (!core->weights || !model || !core->map)
         return "RELOAD at an agent that holds no weights";
     if (!map || map->ranks != core->op.n || map->layers != model->layers || map->logical != model->logical ||
         map->slots != model->slots || core->map->layers != map->layers || core->map->slots != map->slots)
         return "RELOAD without a map of the model's shape";
+    if (!repair && stage_routed(core, map))
+        return "RELOAD into slots that the map in use routes to";
     return NULL;
 }
 
-/* The engine begins no step before the repair's GO; what it has launched before has to be off the device. */
+/* Repair: the engine begins no step before GO; what it has launched before has to be off the device.  Masked experts: like
+ * GRACE before a FILL. */
 static void stage_reload(struct agent_core *core, struct core_stage *s, const struct msg_stage *m)
 {
     const char *objection = stage_reload_objection(core, m->map);
@@ -456,7 +471,7 @@ static void stage_reload(struct agent_core *core, struct core_stage *s, const st
         memcpy(s->sources, m->sources, m->n_sources * sizeof(*s->sources));
     s->n_sources = m->n_sources;
     s->n_holders = m->n_holders;
-    s->step = core->page.launched + 1;
+    s->step = core->op.kind == OP_REPAIR ? core->page.launched + 1 : m->step;
     s->state = STAGE_DEFERRED;
     stage_grace(core, s);
 }

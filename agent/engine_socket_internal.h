@@ -29,7 +29,7 @@ struct engine_conn {
     char endpoint[ENDPOINT_MAX];
     uint32_t dispatch, layers, logical;
     uint64_t kv_bytes;
-    bool seals;
+    bool seals, masks;
 };
 
 struct engine_socket {

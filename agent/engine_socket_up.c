@@ -18,6 +18,7 @@ static void raise_attached(struct engine_socket *s, struct agent_event event)
     event.endpoint = c->endpoint;
     event.kv_bytes = c->kv_bytes;
     event.seals = c->seals;
+    event.masks = c->masks;
     event.layers = c->layers;
     event.logical = c->logical;
     engine_socket_raise(s, event);
@@ -55,6 +56,7 @@ static bool take_attach(struct engine_socket *s, const Eep__Engine__Attach *m)
     c->dispatch = m->dispatch;
     c->kv_bytes = m->kv_bytes;
     c->seals = m->seals != NULL;
+    c->masks = m->has_masks && m->masks;
     c->layers = m->layers;
     c->logical = m->logical;
     c->attached = true;

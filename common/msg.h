@@ -122,6 +122,7 @@ struct msg_hello {
     uint32_t engine;         /* enum promise_engine */
     uint64_t map_version;
     uint32_t dispatch;       /* enum dispatch_kind of the attached engine; DISPATCH_NONE = no engine */
+    bool masks;              /* it serves on without experts that a map does not have */
     char endpoint[ENDPOINT_MAX];
 };
 struct msg_engine {
@@ -132,6 +133,7 @@ struct msg_engine {
     char endpoint[ENDPOINT_MAX];
     char why[128]; /* of a detach, or of a torn step */
     uint64_t torn_epoch; /* a step of this view failed or lost its engine, which is back: 0 = none */
+    bool masks;          /* as in HELLO */
 };
 struct msg_stage_done {
     uint64_t op;

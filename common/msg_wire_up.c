@@ -19,6 +19,7 @@ static Pb__AgentHello *hello_to_pb(const struct msg_hello *m, bool *ok)
     pb->node = m->node;
     pb->slots = m->slots;
     pb->can_load = m->can_load;
+    pb->has_masks = pb->masks = m->masks;
     pb->layers = m->layers;
     pb->logical = m->logical;
     pb->op = m->op;
@@ -42,6 +43,7 @@ static Pb__EngineState *engine_to_pb(const struct msg_engine *m, bool *ok)
     pb->attached = m->attached;
     pb->dispatch = (Pb__Dispatch)m->dispatch;
     pb->can_load = m->can_load;
+    pb->has_masks = pb->masks = m->masks;
     pb->layers = m->layers;
     pb->logical = m->logical;
     pb->endpoint = msg_text(m->endpoint, ok);
@@ -246,6 +248,7 @@ static int hello_from_pb(const Pb__AgentHello *pb, struct msg_hello *m, struct e
     m->node = pb->node;
     m->slots = pb->slots;
     m->can_load = pb->can_load;
+    m->masks = pb->has_masks && pb->masks;
     m->layers = pb->layers;
     m->logical = pb->logical;
     m->op = pb->op;
@@ -265,6 +268,7 @@ static int engine_from_pb(const Pb__EngineState *pb, struct msg_engine *m, struc
     m->attached = pb->attached;
     m->dispatch = (uint32_t)pb->dispatch;
     m->can_load = pb->can_load;
+    m->masks = pb->has_masks && pb->masks;
     m->layers = pb->layers;
     m->logical = pb->logical;
     m->torn_epoch = pb->has_torn_epoch ? pb->torn_epoch : 0;

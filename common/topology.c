@@ -163,6 +163,25 @@ static int map_check_layer(const struct expert_map *map, uint32_t layer, const u
     return 0;
 }
 
+uint64_t expert_map_missing(const struct expert_map *map)
+{
+    size_t row = (size_t)map->ranks * map->slots;
+    uint64_t missing = 0;
+    uint8_t *has = malloc(map->logical);
+    if (!has)
+        abort();
+    for (uint32_t layer = 0; layer < map->layers; layer++) {
+        memset(has, 0, map->logical);
+        for (size_t i = layer * row; i < (layer + 1) * row; i++)
+            if (map->live[i])
+                has[map->held[i]] = 1;
+        for (uint32_t e = 0; e < map->logical; e++)
+            missing += !has[e];
+    }
+    free(has);
+    return missing;
+}
+
 int expert_map_validate(const struct expert_map *map, const uint8_t *serving, struct err *err)
 {
     size_t cells;

@@ -62,6 +62,8 @@ static inline size_t expert_map_at(const struct expert_map *m, uint32_t layer, u
 struct expert_map *expert_map_select(const struct expert_map *map, const int32_t *from, uint32_t ranks);
 /* Number of live replicas of an expert on ranks where serving[rank] (NULL: all). */
 uint32_t expert_map_live_count(const struct expert_map *map, uint32_t layer, int32_t expert, const uint8_t *serving);
+/* Experts, over all layers, without a live replica. */
+uint64_t expert_map_missing(const struct expert_map *map);
 /* 0 when shapes and invariants hold and every logical expert of every layer has a live replica, and not too many
  * entries, on ranks with serving[rank] (NULL: all ranks). */
 int expert_map_validate(const struct expert_map *map, const uint8_t *serving, struct err *err) MUST_CHECK;

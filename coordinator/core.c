@@ -196,6 +196,7 @@ void coordinator_free(struct coordinator *c)
     plan_unref((struct plan *)(uintptr_t)c->last.plan);
     durable_done(&c->durable);
     view_unref(c->view);
+    expert_map_unref(c->mask.map);
     for (struct pending_write *w = c->writes, *next; w; w = next) {
         next = w->next;
         free(w);
@@ -299,7 +300,9 @@ static void message(struct coordinator *c, uint64_t conn, const struct msg *m)
 /* Says once what a fault means to the service, and when it is over. */
 static void service_log(struct coordinator *c, bool was_torn, const char *was_degraded)
 {
-    if (c->degraded[0] && strcmp(c->degraded, was_degraded) != 0) {
+    if (c->degraded[0] && strcmp(c->degraded, was_degraded) != 0 && !c->torn) {
+        core_log(c, CORE_WARN, "%s", c->degraded);
+    } else if (c->degraded[0] && strcmp(c->degraded, was_degraded) != 0) {
         char missing[256];
         repair_missing(c, missing, sizeof(missing));
         if (c->op.reload)
@@ -408,6 +411,7 @@ uint64_t coordinator_deadline(const struct coordinator *c)
     if (repair_waits(c))
         d = earlier(d, c->retry_ns);
     d = earlier(d, reload_deadline(c));
+    d = earlier(d, mask_deadline(c));
     return earlier(d, upkeep_deadline(c));
 }
 

@@ -21,6 +21,9 @@ struct coordinator;
 /* What an operation does when an engine does not answer by a deadline. */
 enum engine_policy { ENGINE_AS_CONFIGURED = 0, ENGINE_ABORT, ENGINE_CONTINUE };
 
+/* What becomes of a view whose experts are on nobody's memory any more. */
+enum lost_policy { LOST_HOLD = 0, LOST_MASK };
+
 struct coordinator_config {
     uint32_t lease_ms;         /* an agent that is gone longer is lost; 3000 */
     uint32_t heartbeat_ms;     /* 500 */
@@ -38,9 +41,9 @@ struct coordinator_config {
     uint32_t min_ranks;        /* 2 */
     double commit_balance;     /* balance wanted at a commit: plan_options.target_balance; 0.98 */
     uint32_t scale_back;       /* 1: after a repair, scale back to the former number of ranks as spares are there; 0 */
-    uint32_t reload_after_ms;  /* experts that lost their last copy are read from the checkpoint again: at once when nobody
-                                  is left who has them, and after this when their agent lacks only an engine; 10000;
-                                  0 = never */
+    uint32_t reload_after_ms;  /* experts that lost their last copy are read again: at once when nobody is left who has
+                                  them, and after this when their agent lacks only an engine; 10000; 0 = never */
+    enum lost_policy on_lost_experts; /* HOLD: engines are held until then.  MASK: at once, without them, where engines can */
     uint32_t restart_after_ms; /* a view with lost experts, whose ranks have all ended, is given up after this, and
                                   started anew from the checkpoint; 0 = only when an operator says so */
     bool even_split;          /* the engines cannot have a slot in a map more than once: plan_options.uneven; false */
@@ -172,6 +175,7 @@ struct coordinator_status {
     const struct op_info *last; /* the one that ended last (record.op 0 = none), also while the next one runs */
     char degraded[256];       /* "" or why the view does not serve everything */
     uint64_t degraded_since_ns;
+    uint64_t masked;          /* so many experts, over all layers, are served without */
     char missing[256];        /* whom a degraded view waits for: "gpu1 (lost)" */
     uint64_t gives_up_ns;     /* when it is given up by itself; 0 = it is not */
     uint32_t wanted;          /* ranks that an operator has asked for last; 0 = none yet */
@@ -204,6 +208,7 @@ enum coordinator_bug {
     COORDINATOR_BUG_GRACE_BY_OWN_ACK,     /* T = the holder's s_i instead of the maximum */
     COORDINATOR_BUG_FILL_WITHOUT_GRACE,
     COORDINATOR_BUG_RELOAD_UNAWAITED,     /* decides before the lost experts have been read */
+    COORDINATOR_BUG_MASKED_UNREAD,        /* routes to masked experts before they have been read */
     COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN,/* what is overwritten is not void in the journal */
     COORDINATOR_BUG_WITHOUT_UNCOVERED,    /* goes on without an engine that has the only copy of an expert */
     COORDINATOR_BUG_EVICTED_BEFORE_DURABLE, /* the ranks of a view that is given up hear of it before the journal has it */

@@ -18,6 +18,7 @@ struct peer {
     bool leaves;                /* it is being stopped, and asks to be drained before */
     bool engine;                /* an engine is attached */
     bool can_load;
+    bool masks;                 /* its engine serves on without experts that the map does not have */
     uint32_t dispatch, slots, layers, logical;
     uint64_t applied_epoch, map_version; /* as of its HELLO */
     uint64_t reload_ns;         /* it reads no experts again before this: it has failed to; 0 = it may */
@@ -95,6 +96,7 @@ struct operation {
     uint64_t bytes_done, bytes_planned;
     struct expert_map *load_map;/* cold start */
     struct expert_map *reload;  /* repair: what is read again, by the parties; NULL = every expert has a copy */
+    uint64_t masked;            /* repair: so many experts the new view will serve without */
     uint64_t reloads, copied;   /* how many experts that is; so many of them lie in the memory of sources */
     uint32_t *source;           /* [n_sources] peer index of who they are read from; the first n_holders hold weights */
     uint32_t n_sources, n_holders;
@@ -151,6 +153,7 @@ struct coordinator {
     char degraded[256];
     uint64_t torn_ns;           /* when `torn` became true last */
     uint64_t short_ns;          /* since when there are fewer ranks than wanted, by a fault; 0 = there are not */
+    struct { struct expert_map *map; uint64_t count, unplaced, since_ns, next_ns; bool stuck; } mask; /* core_mask.c; of the view's map */
     uint64_t unwhole_ns;        /* since when the ranks that are left lack experts; 0 = they do not */
     uint64_t lost_ns;           /* since when nobody is left who could complete the view again; 0 = somebody is */
     uint64_t leave_ns;          /* no drain of an agent that stops begins before */
@@ -225,7 +228,7 @@ void operation_scale(struct coordinator *c, uint64_t request, const struct scale
                      const struct op_record *known);
 void operation_drop(struct coordinator *c); /* one that was set up and is not to be */
 void operation_abort_request(struct coordinator *c, uint64_t request, uint64_t op);
-void operation_open_repair(struct coordinator *c, uint32_t ranks);
+void operation_open_by_itself(struct coordinator *c, uint32_t ranks);
 void operation_opened(struct coordinator *c, uint64_t op);
 void operation_abort(struct coordinator *c, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 void operation_end(struct coordinator *c, enum op_outcome outcome, const char *why);
@@ -257,6 +260,7 @@ void operation_commit_failed(struct coordinator *c, const char *why);
 int setup_scale(struct coordinator *c, const struct scale_request *scale, struct err *err) MUST_CHECK;
 bool setup_fault(const struct coordinator *c, uint32_t rank); /* this rank of the view is gone or has no engine */
 int setup_repair(struct coordinator *c, const uint32_t *peers, uint32_t n) MUST_CHECK;
+int setup_restore(struct coordinator *c, struct err *err) MUST_CHECK; /* of masked experts */
 struct view *setup_target(struct coordinator *c); /* the proposed view of the operation, epoch 0 */
 
 /* core_plan.c: plans, which others make */
@@ -290,7 +294,16 @@ void repair_resume(struct coordinator *c);
 void repair_committed(struct coordinator *c); /* those who are not in the view any more are put out */
 
 /* core_reload.c: experts that lost their last copy */
-bool reload_begin(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left, uint64_t lost);
+/* What reload_place does with experts that it has no source or no slot for. */
+enum reload_extent {
+    RELOAD_ALL,       /* nothing is placed then */
+    RELOAD_COPIES,    /* only those in memory are read; the others are masked, if somebody has the checkpoint */
+    RELOAD_WHAT_FITS, /* the others wait */
+};
+bool reload_place(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left,
+                  enum reload_extent extent, struct expert_map **ret_load);
+const char *reload_from(const struct operation *op);
+bool reload_begin(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left);
 void reload_say(struct coordinator *c);
 void reload_opened(struct coordinator *c);
 bool reload_promised(struct coordinator *c);
@@ -313,5 +326,11 @@ void upkeep_restarted(struct coordinator *c); /* it is durable: the ranks hear o
 bool upkeep_gives_up(const struct coordinator *c); /* it is not yet */
 void upkeep_check(struct coordinator *c);
 uint64_t upkeep_deadline(const struct coordinator *c);
+
+/* core_mask.c */
+bool mask_allowed(const struct coordinator *c, const uint32_t *peers, uint32_t n);
+uint64_t mask_count(struct coordinator *c);
+void mask_check(struct coordinator *c);
+uint64_t mask_deadline(const struct coordinator *c);
 
 #endif

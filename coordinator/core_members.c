@@ -178,7 +178,7 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     /* Its lease may have ended while the view had to wait for it: then it is a rank as before, weights and all. */
     bool put_out = c->commit.state == COMMIT_DECIDING && c->commit.kind == FLIP_RESET && members_rank(c, peer) >= 0 &&
                    operation_party(c, peer) < 0; /* but not while a view without it is being written */
-    if (known && put_out && c->op.reload) {
+    if (known && put_out && (c->op.reload || c->op.masked)) {
         /* It may have last copies, which are needless only when that view is durable. */
         members_close(c, conn, "a view without it is being written");
         return;
@@ -200,6 +200,7 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
     p->dispatch = hello->dispatch;
     p->slots = hello->slots;
     p->can_load = hello->can_load;
+    p->masks = hello->masks;
     p->reload_ns = p->lend_ns = 0; /* it may have another checkpoint now */
     p->layers = hello->layers;
     p->logical = hello->logical;
@@ -240,6 +241,7 @@ void members_engine(struct coordinator *c, uint32_t peer, const struct msg_engin
     p->engine = engine->attached;
     p->dispatch = engine->attached ? engine->dispatch : DISPATCH_NONE;
     p->can_load = engine->can_load;
+    p->masks = engine->masks;
     p->layers = engine->layers;
     p->logical = engine->logical;
     c->changed = true;

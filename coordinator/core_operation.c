@@ -112,7 +112,7 @@ static void operation_open(struct coordinator *c)
     core_journal(c, DURABLE_META | DURABLE_OP | (c->op.reload ? DURABLE_VIEW : 0), CONT_OPENED);
 }
 
-void operation_open_repair(struct coordinator *c, uint32_t ranks)
+void operation_open_by_itself(struct coordinator *c, uint32_t ranks)
 {
     c->durable.open.target = ranks;
     operation_open(c);

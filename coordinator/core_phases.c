@@ -83,7 +83,10 @@ static void operation_begin(struct coordinator *c)
         operation_stage(c, PHASE_GROUP_ID, STAGE_GROUP_ID);
         break;
     case OP_REBALANCE:
-        plan_operation(c);
+        if (op->plan) /* of masked experts */
+            rounds_run(c);
+        else
+            plan_operation(c);
         break;
     case OP_REPAIR:
         operation_phase(c, PHASE_PROMISE, "repair");

@@ -121,7 +121,7 @@ static bool reload_map_pending(const struct coordinator *c)
 
 static bool reload_is_due(const struct coordinator *c)
 {
-    return !reload_map_pending(c) && c->config.reload_after_ms &&
+    return c->config.reload_after_ms &&
            (!reload_hopes(c) || c->now_ns >= c->unwhole_ns + c->config.reload_after_ms * MS);
 }
 
@@ -147,7 +147,7 @@ static void reload_void_view(struct coordinator *c, const uint32_t *peers, uint3
     c->durable.view = view;
 }
 
-static const char *reload_from(const struct operation *op)
+const char *reload_from(const struct operation *op)
 {
     return op->copied == 0             ? "from the checkpoint"
            : op->copied == op->reloads ? "out of the memory of agents that do not serve"
@@ -169,6 +169,16 @@ void reload_say(struct coordinator *c)
              c->op.phase == PHASE_RELOAD ? names : "");
 }
 
+/* How many of the experts without a live copy are in `copied`. */
+static uint64_t lost_copied(const struct expert_map *left, const uint8_t *copied)
+{
+    uint64_t n = 0;
+    for (uint32_t layer = 0; layer < left->layers; layer++)
+        for (uint32_t e = 0; e < left->logical; e++)
+            n += copied[(size_t)layer * left->logical + e] && !expert_map_live_count(left, layer, (int32_t)e, NULL);
+    return n;
+}
+
 /* How many of them are read out of memory. */
 static uint64_t reload_copied(const struct expert_map *load, const uint8_t *copied)
 {
@@ -181,46 +191,79 @@ static uint64_t reload_copied(const struct expert_map *load, const uint8_t *copi
     return n;
 }
 
-/* Who reads what, by those who can be read from now.  False: not all of it can be placed; c->degraded says so. */
-static bool reload_place(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left,
-                         uint64_t lost, struct expert_map **ret_load)
+static void reload_say_why(struct coordinator *c, const struct expert_map *left, uint64_t unplaced, bool somebody)
 {
+    snprintf(c->degraded, sizeof(c->degraded),
+             "%llu experts (of all layers) have no copy on the %u ranks that are left, and %s for %llu of them",
+             (unsigned long long)expert_map_missing(left), left->ranks,
+             somebody ? "there is no room" : "no agent has the checkpoint", (unsigned long long)unplaced);
+}
+
+/* Who reads what, by those who can be read from now, into the ranks that are left (peers).  False: nothing, or not what has
+ * to be; c->degraded says so. */
+bool reload_place(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left,
+                  enum reload_extent extent, struct expert_map **ret_load)
+{
+    static const uint8_t nobody[RANKS_MAX];
     uint8_t can[RANKS_MAX];
     uint64_t placed, unplaced;
-    bool any = false;
     sources_find(c, peers, n);
+    bool others = c->op.n_sources > c->op.n_holders, somebody = others;
     for (uint32_t i = 0; i < n; i++)
-        any |= can[i] = reload_can(c, peers[i]);
+        somebody |= can[i] = reload_can(c, peers[i]);
     uint8_t *copied = sources_hold(c);
-    const struct reload_means means = {
-        .can_load = can, .others_load = c->op.n_sources > c->op.n_holders, .copied = copied};
+    const struct reload_means means = {.can_load = extent == RELOAD_COPIES ? nobody : can,
+                                       .others_load = extent != RELOAD_COPIES && others,
+                                       .copied = copied};
     if (reload_plan(left, &means, ret_load, &placed, &unplaced) < 0)
         abort();
     c->op.reloads = placed;
     c->op.copied = reload_copied(*ret_load, copied);
+    uint64_t lent = lost_copied(left, copied); /* of those that are lost */
     free(copied);
-    if (!unplaced)
+    c->op.masked = extent == RELOAD_COPIES ? unplaced : 0;
+    c->mask.unplaced = extent == RELOAD_WHAT_FITS && somebody ? unplaced : 0;
+    if (extent == RELOAD_COPIES ? placed == lent && (somebody || !unplaced) : extent == RELOAD_ALL ? !unplaced : placed > 0)
         return true;
-    snprintf(c->degraded, sizeof(c->degraded),
-             any || means.others_load ? "%llu experts (of all layers) have no copy on the %u ranks that are left, and "
-                                        "there is no room for %llu of them"
-                                      : "%llu experts (of all layers) have no copy on the %u ranks that are left, and "
-                                        "no agent has the checkpoint for %llu of them",
-             (unsigned long long)lost, n, (unsigned long long)unplaced);
+    reload_say_why(c, left, unplaced, somebody);
     expert_map_unref(*ret_load);
     return false;
 }
 
+/* All of them will come back: nothing is masked for ever. */
+static bool reload_possible(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left)
+{
+    struct expert_map *load;
+    if (!reload_place(c, peers, n, left, RELOAD_ALL, &load))
+        return false;
+    expert_map_unref(load);
+    return true;
+}
+
+/* How it goes on without waiting for the checkpoint, if the policy says so; else with it, if that is due. */
+static bool reload_choose(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left,
+                          struct expert_map **ret_load)
+{
+    if (mask_allowed(c, peers, n) && reload_possible(c, peers, n, left) &&
+        reload_place(c, peers, n, left, RELOAD_COPIES, ret_load)) {
+        if (c->op.reloads == 0) {
+            expert_map_unref(*ret_load);
+            *ret_load = NULL;
+        }
+        return true;
+    }
+    return reload_is_due(c) && reload_place(c, peers, n, left, RELOAD_ALL, ret_load);
+}
+
 /* The ranks that are left lack experts: begins a repair that brings them back.  False, with c->degraded saying what is
  * waited for, when that cannot be, or not yet. */
-bool reload_begin(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left,
-                  uint64_t lost)
+bool reload_begin(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left)
 {
     struct expert_map *load;
     if (!c->unwhole_ns)
         c->unwhole_ns = c->now_ns;
-    if (!reload_is_due(c) || !c->durable.view || c->durable.view->epoch != c->view->epoch ||
-        !reload_place(c, peers, n, left, lost, &load))
+    if (reload_map_pending(c) || !c->durable.view || c->durable.view->epoch != c->view->epoch ||
+        !reload_choose(c, peers, n, left, &load))
         return false;
     if (setup_repair(c, peers, n) < 0) {
         expert_map_unref(load);
@@ -228,19 +271,23 @@ bool reload_begin(struct coordinator *c, const uint32_t *peers, uint32_t n, cons
     }
     c->op.reload = load;
     c->op.bytes_planned = c->op.reloads * c->durable.model->expert_bytes;
-    if (c->bug != COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN)
+    if (load && c->bug != COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN)
         reload_void_view(c, peers, n);
-    core_log(c, CORE_WARN, "repair: the view goes on with %u of %u ranks, and reads %llu experts again %s", n,
-             c->view->n, (unsigned long long)c->op.reloads, reload_from(&c->op));
+    if (load)
+        core_log(c, CORE_WARN, "repair: the view goes on with %u of %u ranks, and reads %llu experts again %s", n, c->view->n,
+                 (unsigned long long)c->op.reloads, reload_from(&c->op));
+    if (c->op.masked)
+        core_log(c, CORE_WARN, "repair: the view goes on with %u of %u ranks, and without %llu experts until they have been "
+                 "read again", n, c->view->n, (unsigned long long)c->op.masked);
     reload_say(c);
-    operation_open_repair(c, n);
+    operation_open_by_itself(c, n);
     return true;
 }
 
 /* Its record is durable, and with it the void slots. */
 void reload_opened(struct coordinator *c)
 {
-    if (!c->op.reload || !c->durable.view || c->durable.view->epoch != c->view->epoch)
+    if (!c->op.reload || c->durable.open.kind != OP_REPAIR || !c->durable.view || c->durable.view->epoch != c->view->epoch)
         return;
     view_unref(c->view);
     c->view = view_ref(c->durable.view);
@@ -250,7 +297,7 @@ void reload_opened(struct coordinator *c)
 /* Every engine has left its step.  True: the decision has to wait. */
 bool reload_promised(struct coordinator *c)
 {
-    if (!c->op.reload || c->op.reloaded || c->bug == COORDINATOR_BUG_RELOAD_UNAWAITED)
+    if (!c->op.reload || c->durable.open.kind != OP_REPAIR || c->op.reloaded || c->bug == COORDINATOR_BUG_RELOAD_UNAWAITED)
         return false;
     operation_stage(c, PHASE_RELOAD, STAGE_RELOAD);
     if (c->op.phase == PHASE_RELOAD)
@@ -263,6 +310,7 @@ void reload_ask(const struct coordinator *c, uint32_t party, struct msg_stage *s
 {
     const struct operation *op = &c->op;
     s->map = expert_map_ref(op->reload);
+    s->step = c->durable.open.kind == OP_REPAIR ? 0 : c->grace_step;
     s->load = reload_can(c, op->peer[party]);
     s->sources = calloc(op->n_sources + 1, sizeof(*s->sources));
     if (!s->sources)
@@ -288,12 +336,19 @@ bool reload_concerns(const struct coordinator *c, uint32_t party)
 void reload_done(struct coordinator *c)
 {
     c->op.reloaded = true;
-    commit_reloaded(c);
+    if (c->durable.open.kind == OP_REPAIR)
+        commit_reloaded(c);
+    else
+        rounds_next(c);
 }
 
-/* The repair ends; repair_check begins another, which does without this agent's file. */
+/* The repair ends; repair_check begins another, which does without this agent's file.  So it is with masked experts. */
 static void reload_give_up(struct coordinator *c, const char *why)
 {
+    if (c->durable.open.kind != OP_REPAIR) {
+        operation_abort(c, "%s", why);
+        return;
+    }
     commit_done(&c->commit);
     operation_end(c, OUTCOME_FAILED, why);
 }

@@ -202,7 +202,7 @@ static void repair_reload(struct coordinator *c, const uint32_t *peers, uint32_t
 {
     uint64_t lost;
     struct expert_map *left = repair_left(c, &lost);
-    (void)reload_begin(c, peers, n, left, lost); /* what keeps it from that is in c->degraded */
+    (void)reload_begin(c, peers, n, left); /* what keeps it from that is in c->degraded */
     expert_map_unref(left);
 }
 
@@ -216,8 +216,8 @@ void repair_check(struct coordinator *c)
     if (faults || repair_leaver_lost(c))
         c->torn = true;
     if (!c->torn) {
-        c->degraded[0] = '\0';
         c->unwhole_ns = 0;
+        mask_check(c);
         return;
     }
     n = repair_survivors(c, peers, &whole);
@@ -257,5 +257,5 @@ void repair_check(struct coordinator *c)
     c->degraded[0] = '\0';
     if (setup_repair(c, peers, n) < 0)
         return;
-    operation_open_repair(c, n);
+    operation_open_by_itself(c, n);
 }

@@ -75,6 +75,19 @@ static struct view *rounds_view(struct coordinator *c, struct expert_map *map)
     return view;
 }
 
+/* Masked experts are not copied from ranks of the view: they have none. */
+static void rounds_fill(struct coordinator *c)
+{
+    if (c->op.reload && c->bug == COORDINATOR_BUG_MASKED_UNREAD) {
+        c->op.round++;
+        rounds_run(c);
+    } else if (c->op.reload) {
+        operation_stage(c, PHASE_RELOAD, STAGE_RELOAD);
+    } else {
+        operation_stage(c, PHASE_FILL, STAGE_FILL);
+    }
+}
+
 static void rounds_grace(struct coordinator *c)
 {
     if (c->op.round >= rounds_limit(c)) {
@@ -82,7 +95,7 @@ static void rounds_grace(struct coordinator *c)
         return;
     }
     if (c->bug == COORDINATOR_BUG_FILL_WITHOUT_GRACE) {
-        operation_stage(c, PHASE_FILL, STAGE_FILL);
+        rounds_fill(c);
         return;
     }
     c->op.stage_step = c->grace_step;
@@ -196,8 +209,8 @@ void rounds_flipped(struct coordinator *c)
 void rounds_next(struct coordinator *c)
 {
     if (c->op.phase == PHASE_GRACE) {
-        operation_stage(c, PHASE_FILL, STAGE_FILL);
-    } else if (c->op.phase == PHASE_FILL) {
+        rounds_fill(c);
+    } else if (c->op.phase == PHASE_FILL || c->op.phase == PHASE_RELOAD) {
         c->op.round++;
         rounds_run(c);
     }

@@ -150,11 +150,21 @@ static int setup_rebalance(struct coordinator *c, struct err *err)
     return setup_parties(c, peers, stays, n, n) < 0 ? err_set(err, ERR_NOMEM, "out of memory") : 0;
 }
 
+int setup_restore(struct coordinator *c, struct err *err)
+{
+    int rc = setup_members_ready(c, err);
+    return rc < 0 ? rc : setup_rebalance(c, err);
+}
+
 int setup_scale(struct coordinator *c, const struct scale_request *s, struct err *err)
 {
     int rc = setup_members_ready(c, err);
     if (rc < 0)
         return rc;
+    if (mask_count(c))
+        return err_set(err, ERR_CONFLICT, "the view serves without %llu experts (of all layers) until they have been read "
+                       "again: try again later, or see `eepctl status` for what they wait for",
+                       (unsigned long long)mask_count(c));
     if (s->rebalance)
         return setup_rebalance(c, err);
     return c->view && s->target < c->view->n ? setup_down(c, s, err) : setup_up(c, s, err);

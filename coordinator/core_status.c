@@ -55,7 +55,8 @@ void coordinator_status(const struct coordinator *c, uint64_t now_ns, struct coo
     else
         ret->op = c->last;
     memcpy(ret->degraded, c->degraded, sizeof(ret->degraded));
-    ret->degraded_since_ns = c->torn_ns;
+    ret->degraded_since_ns = c->torn || !c->mask.since_ns ? c->torn_ns : c->mask.since_ns;
+    ret->masked = c->mask.count;
     if (c->degraded[0])
         repair_missing(c, ret->missing, sizeof(ret->missing));
     if (c->lost_ns && c->config.restart_after_ms)

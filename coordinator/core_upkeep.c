@@ -126,7 +126,7 @@ static void leave_check(struct coordinator *c)
             p->leaves = false; /* it says so again when it is back */
             continue;
         }
-        if (c->torn || !leave_clear_way(c, i))
+        if (c->torn || mask_count(c) || !leave_clear_way(c, i))
             continue;
         const char *id = p->member.id;
         struct scale_request leave = {.target = c->view->n - 1, .n_remove = 1, .remove = &id, .unattended = true};
@@ -181,7 +181,7 @@ static bool back_is_due(const struct coordinator *c)
         return false;
     if (!c->view)
         return c->config.restart_after_ms > 0;
-    return c->config.scale_back && c->view->n < c->durable.wanted;
+    return c->config.scale_back && c->view->n < c->durable.wanted && !c->mask.count;
 }
 
 static void back_check(struct coordinator *c)

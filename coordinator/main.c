@@ -37,7 +37,7 @@ struct options {
 enum { KEY_LISTEN = 256, KEY_STATE, KEY_CLUSTER, KEY_INSECURE, KEY_PORT_FILE, KEY_LEVEL,
        KEY_TCPSTORE, KEY_TCPSTORE_INSECURE, KEY_TCPSTORE_GRACE, KEY_STORE_MIB, KEY_CONNECTIONS_MIB, KEY_STUCK, KEY_DURABILITY,
        KEY_COMMIT_BALANCE, KEY_REBALANCE_BELOW, KEY_CROSS_COST, KEY_LAMBDA, KEY_DIP, KEY_EVEN_SPLIT, KEY_FOREGROUND,
-       KEY_SCALE_BACK, KEY_ON_PREPARE, KEY_ON_DRAIN, KEY_TLS_CERT, KEY_TLS_KEY,
+       KEY_SCALE_BACK, KEY_ON_PREPARE, KEY_ON_DRAIN, KEY_ON_LOST, KEY_TLS_CERT, KEY_TLS_KEY,
        KEY_TLS_CA, KEY_FORMAT, KEY_METRICS, KEY_NUMBER };
 
 /* Numbers of the core: option, field, range. */
@@ -143,6 +143,11 @@ static error_t parse(int key, char *arg, struct argp_state *state)
     case KEY_FOREGROUND: return 0;
     case KEY_SCALE_BACK: o->core.scale_back = 1; return 0;
     case KEY_ON_PREPARE: o->core.on_prepare_timeout = parse_policy(state, "--on-prepare-timeout", arg); return 0;
+    case KEY_ON_LOST:
+        if (strcmp(arg, "hold") != 0 && strcmp(arg, "mask") != 0)
+            options_error(state, "--on-lost-experts is '%s': it must be hold or mask", arg);
+        o->core.on_lost_experts = strcmp(arg, "mask") == 0 ? LOST_MASK : LOST_HOLD;
+        return 0;
     case KEY_ON_DRAIN: o->core.on_drain_timeout = parse_policy(state, "--on-drain-timeout", arg); return 0;
     case KEY_COMMIT_BALANCE: o->core.commit_balance = parse_balance(state, "--commit-balance", arg); return 0;
     case KEY_CROSS_COST: o->core.cross_cost = parse_number(state, "--cross-cost", arg, 1, 1000); return 0;
@@ -212,6 +217,9 @@ static const struct argp_option fixed[] = {
      "when an engine has not prepared the next view by --stage-ms: roll back (default), or go on without it", 0},
     {"on-drain-timeout", KEY_ON_DRAIN, "abort|continue", 0,
      "when a leaving engine is not drained by --drain-ms: roll back, or go on without what it has not finished (default)", 0},
+    {"on-lost-experts", KEY_ON_LOST, "hold|mask", 0,
+     "while experts that nobody has in memory are read again: hold the engines (default), or serve on without these experts, "
+     "if every engine can", 0},
     {"scale-back", KEY_SCALE_BACK, 0, 0,
      "after a repair, scale back by itself to the ranks that were asked for, as soon as agents are spare", 0},
     {"cross-cost", KEY_CROSS_COST, "X", 0,

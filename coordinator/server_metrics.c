@@ -106,6 +106,8 @@ static void write_view(const struct server *s, struct metrics_text *t, const str
     one(t, "eep_ranks", METRICS_GAUGE, "Ranks of the committed view.", status->view ? status->view->n : 0);
     one(t, "eep_ranks_wanted", METRICS_GAUGE, "Ranks that an operator asked for last; 0: none yet.", status->wanted);
     one(t, "eep_view_degraded", METRICS_GAUGE, "1: the view does not serve everything.", status->degraded[0] != '\0');
+    one(t, "eep_experts_masked", METRICS_GAUGE, "Experts, over all layers, that are served without until they have been read again.",
+        (double)status->masked);
     one(t, "eep_operations_paused", METRICS_GAUGE, "1: an operator has paused operations.", status->paused);
     one(t, "eep_expert_balance", METRICS_GAUGE,
         "Mean load of a rank over the highest, mean of all layers, under the load kept; 1: even, or no load.",

@@ -191,6 +191,7 @@ void attach_fill(const struct eep *eep, Eep__Engine__Attach *ret_body)
     ret_body->dispatch = eep->dispatch;
     ret_body->kv_bytes = eep->kv_bytes;
     ret_body->seals = eep->seals;
+    ret_body->has_masks = ret_body->masks = eep->masks;
     if (eep->seals) {
         ret_body->has_layers = ret_body->has_logical = true;
         ret_body->layers = eep->moe_layers;
@@ -367,6 +368,7 @@ static struct eep *eep_new(const struct eep_options *options, const char *path)
     eep->logical_experts = options->logical_experts;
     eep->dispatch = (uint32_t)options->dispatch;
     eep->kv_bytes = options->kv_bytes;
+    eep->masks = options->masks;
     eep->on_event = options->on_event;
     eep->user = options->user;
     eep->step.state = PAGE_ENGINE_IDLE;

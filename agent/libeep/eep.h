@@ -100,6 +100,10 @@ struct eep_options {
     const char *seals;         /* NULL: use the layout of the checkpoint loader; else the name of this engine's own layout */
     void (*on_event)(void *user, const struct eep_event *event);
     void *user;
+    /* The engine serves on without masked experts: those whose logical_replica_count is 0 in a committed map, because
+     * every rank that had them is gone and they are still being read from the checkpoint.  Its router must leave them
+     * out, and choose among the others.  false: such a view is held until it has every expert. */
+    bool masks;
 };
 
 /* Attaches to the agent.  Blocks until the handshake is done (at most 5 s). */
@@ -163,7 +167,8 @@ EEP_API int eep_set_endpoint(struct eep *eep, const char *endpoint);
  *
  * An engine sends a token to one of the first logical_replica_count entries of its expert, each equally likely.  A slot
  * may stand among them more than once: it is to get so many times the share.  So the count is of entries, at least that
- * of the replicas; max_replicas is max_ranks, or 64 where that is more.  Every slot comes once before any comes twice. */
+ * of the replicas; max_replicas is max_ranks, or 64 where that is more.  Every slot comes once before any comes twice.
+ * With 0 entries the expert is masked (eep_options.masks). */
 struct eep_maps {
     uint32_t layers, logical, slots, max_ranks, max_replicas;
     uint64_t version;

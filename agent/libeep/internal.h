@@ -102,6 +102,7 @@ struct eep {
     char agent[64], *path;
     uint64_t incarnation; /* of the agent; 0: no process of it comes back */
     uint32_t dispatch;
+    bool masks;
     uint64_t kv_bytes;
     void (*on_event)(void *user, const struct eep_event *event);
     void *user;

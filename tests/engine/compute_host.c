@@ -93,7 +93,8 @@ static int host_route(struct compute *self, uint32_t layer, const struct compute
     float weight[TOP_K_ROOM];
     (void)err;
     for (uint32_t i = 0; i < n; i++) {
-        decoder_route(self->model, layer, h + (size_t)i * c->hidden, expert, weight);
+        decoder_route(self->model, layer, maps->maps->logical_replica_count + (size_t)layer * c->experts,
+                      h + (size_t)i * c->hidden, expert, weight);
         for (uint32_t k = 0; k < c->top_k; k++)
             ret_choices[(size_t)i * c->top_k + k] =
                 (struct choice){expert[k], pick(maps, layer, expert[k], source, i), weight[k]};

@@ -467,19 +467,24 @@ void decoder_moe_input(const struct decoder *m, uint32_t layer, const float *x, 
     rms_norm(x, m->layer[layer].post_norm, m->config.hidden, m->config.rms_eps, ret_h);
 }
 
-void decoder_route(const struct decoder *m, uint32_t layer, const float *h, uint32_t *ret_expert, float *ret_weight)
+void decoder_route(const struct decoder *m, uint32_t layer, const int32_t *replicas, const float *h, uint32_t *ret_expert,
+                   float *ret_weight)
 {
     const struct decoder_config *c = &m->config;
     float p[c->experts], sum = 0;
     matvec(m->layer[layer].router, h, c->experts, c->hidden, p);
     softmax(p, c->experts);
+    for (uint32_t e = 0; e < c->experts; e++)
+        if (replicas[e] == 0) /* masked */
+            p[e] = -1.0f;
     for (uint32_t k = 0; k < c->top_k; k++) {
         uint32_t best = 0;
         for (uint32_t e = 1; e < c->experts; e++)
             best = p[e] > p[best] ? e : best; /* strictly: a tie stays with the lower index */
-        ret_expert[k] = best;
-        ret_weight[k] = p[best];
-        sum += p[best];
+        bool none = p[best] < 0; /* fewer are left than a token takes */
+        ret_expert[k] = none ? ret_expert[0] : best;
+        ret_weight[k] = none ? 0 : p[best];
+        sum += ret_weight[k];
         p[best] = -1.0f;
     }
     for (uint32_t k = 0; c->norm_topk && k < c->top_k; k++)

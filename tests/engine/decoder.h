@@ -80,7 +80,8 @@ int decoder_attend(const struct decoder *m, uint32_t layer, const float *q, uint
 /* ret_h: the normed hidden state that the router and the experts read. */
 void decoder_moe_input(const struct decoder *m, uint32_t layer, const float *x, float *ret_h);
 /* The top_k experts in descending order of probability (ties: lower index) and their weights. */
-void decoder_route(const struct decoder *m, uint32_t layer, const float *h, uint32_t *ret_expert, float *ret_weight);
+void decoder_route(const struct decoder *m, uint32_t layer, const int32_t *replicas, const float *h, uint32_t *ret_expert,
+                   float *ret_weight);
 /* One expert on one token.  scratch: [3 * expert_hidden]. */
 void decoder_expert(const struct decoder *m, uint32_t layer, uint32_t slot, const float *h, float *scratch,
                     float *ret_out);

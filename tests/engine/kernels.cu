@@ -138,17 +138,22 @@ KERNEL(topk)
     struct choice *out = a.out + t * a.top_k;
     uint64_t seed = digest_mix(((uint64_t)a.source << 32) | t, a.step);
     softmax(p, a.experts);
+    for (uint32_t e = 0; e < a.experts; e++)
+        if (a.logical_replica_count[e] == 0) /* masked */
+            p[e] = -1.0f;
     for (uint32_t k = 0; k < a.top_k; k++) {
         uint32_t best = 0;
         for (uint32_t e = 1; e < a.experts; e++)
             best = p[e] > p[best] ? e : best; /* strictly: a tie stays with the lower index */
-        int32_t count = a.logical_replica_count[best];
-        out[k].expert = best;
-        out[k].weight = p[best];
+        bool none = p[best] < 0; /* fewer are left than a token takes */
+        uint32_t expert = none ? out[0].expert : best;
+        int32_t count = a.logical_replica_count[expert];
+        out[k].expert = expert;
+        out[k].weight = none ? 0 : p[best];
         out[k].physical = -1;
         if (count >= 1 && (uint32_t)count <= a.max_replicas)
-            out[k].physical = a.logical_to_physical_map[(uint64_t)best * a.max_replicas + seed % (uint32_t)count];
-        sum += p[best];
+            out[k].physical = a.logical_to_physical_map[(uint64_t)expert * a.max_replicas + seed % (uint32_t)count];
+        sum += out[k].weight;
         p[best] = -1.0f;
     }
     for (uint32_t k = 0; a.norm && k < a.top_k; k++)

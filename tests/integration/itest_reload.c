@@ -134,6 +134,73 @@ START_TEST(from_another_agent_by_tls)
 }
 END_TEST
 
+/* Requests answered so far, right or wrong. */
+static double answered(struct cluster *c)
+{
+    char *text = cluster_read(c, "feeder.json");
+    json_t *r = text ? json_loads(text, 0, NULL) : NULL;
+    double n = json_number_value(json_object_get(r, "completed")) + json_number_value(json_object_get(r, "wrong"));
+    free(text);
+    json_decref(r);
+    return n;
+}
+
+static void wait_answers(struct cluster *c, double more)
+{
+    double before = answered(c);
+    for (int i = 0; i < 200 && answered(c) < before + more; i++)
+        cluster_sleep_ms(50);
+    ck_assert_msg(answered(c) >= before + more, "%.0f answers, %.0f before; logs in %s", answered(c), before, c->dir);
+}
+
+static void wait_whole(struct cluster *c)
+{
+    for (int i = 0; i < 200; i++) {
+        CTL(c, 0, "status");
+        if (!strstr(ctl_out, "degraded"))
+            return;
+        cluster_sleep_ms(50);
+    }
+    ck_abort_msg("never whole: %s; logs in %s", ctl_out, c->dir);
+}
+
+/* The disk with the checkpoint is away: until it is back, also over a restart of the coordinator, the others are served. */
+START_TEST(by_policy_the_view_serves_on_without_them)
+{
+    struct cluster c;
+    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], away[160], command[256];
+    ck_assert_ptr_nonnull(mkdtemp(dir));
+    snprintf(path, sizeof path, "%s/model", dir);
+    snprintf(away, sizeof away, "%s.away", path);
+    copy_checkpoint(QWEN, path);
+    serve(&c, (struct cluster_options){.model = path, .coordinator_args = {"--on-lost-experts", "mask", NULL}});
+    ck_assert_int_eq(rename(path, away), 0);
+    kill(c.agent[1], SIGSTOP);
+    kill_rank(&c, 3);
+    kill_rank(&c, 1);
+    itest_wait_ranks(&c, 2, 20000);
+    itest_wait_status(&c, "experts (of all layers), which are masked", 10000);
+    wait_answers(&c, 8);
+    CTL(&c, 7, "scale", "--to", "1");
+    CTL_SAYS("until they have been read again");
+    cluster_signal(&c.coordinator, SIGKILL);
+    ck_assert_int_eq(rename(away, path), 0);
+    ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+    wait_whole(&c);
+    wait_answers(&c, 8);
+    CTL(&c, 0, "verify");
+    CTL(&c, 0, "history");
+    CTL_SAYS("masked experts are served again");
+    (void)cluster_feeder_stop(&c, 60000); /* what was answered meanwhile is not the reference's */
+    itest_feed(&c, "4");
+    cluster_sleep_ms(500);
+    itest_fed(&c);
+    ck_assert_int_eq(cluster_stop(&c, false), 0);
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    ck_assert_int_eq(system(command), 0);
+}
+END_TEST
+
 /* The option that waits for whoever had them, however long. */
 START_TEST(by_policy_nothing_is_read_again)
 {
@@ -200,6 +267,7 @@ static void add(TCase *t)
     tcase_add_test(t, out_of_the_memory_of_an_agent_whose_engine_does_not_come_back);
     tcase_add_test(t, from_the_checkpoint_of_another_agent);
     tcase_add_test(t, from_another_agent_by_tls);
+    tcase_add_test(t, by_policy_the_view_serves_on_without_them);
     tcase_add_test(t, by_policy_nothing_is_read_again);
     tcase_add_test(t, without_room_the_view_waits_and_says_so);
     tcase_add_test(t, a_checkpoint_that_was_changed_is_not_read_again);

@@ -234,6 +234,7 @@ void agent_call(struct sim *s, const struct sim_event *e)
         event.dispatch = s->dispatch;
         event.endpoint = "engine";
         event.kv_bytes = 1000 + a->index;
+        event.masks = true;
         break;
     case AE_ENGINE_DETACHED:
         a->engine.said = false;

@@ -109,8 +109,10 @@ static void check_prepare(struct sim *s, const struct msg_prepare *p)
 static void check_abort(struct sim *s, const struct sim_agent *to, uint64_t epoch)
 {
     if (check_commit(s, epoch)) {
-        /* A decision is kept until it has been taken, or the agent was evicted: then it may as well forget it. */
-        if (rank_in(s->commits[s->n_commits - 1].view, to) >= 0 || !check_void(s, to, epoch))
+        /* A decision is kept until it has been taken, the agent was evicted, or its view was given up: then it may as well
+         * forget it. */
+        bool given_up = !s->coordinator.disk.view || check_given_up(s, epoch);
+        if (!given_up && (rank_in(s->commits[s->n_commits - 1].view, to) >= 0 || !check_void(s, to, epoch)))
             sim_fail(s, "promise 4: ABORT of e%" PRIu64 " to a%02u, which is decided", epoch, to->index);
         return;
     }
@@ -167,7 +169,8 @@ void check_coordinator_sends(struct sim *s, uint64_t conn, const struct msg *msg
     case MSG_EVICTED:
         if (check_giving_up(s, &s->agents[s->conns[conn - 1].agent]))
             return;
-        if (check_last_copy(s, &s->agents[s->conns[conn - 1].agent], false))
+        /* by policy the view does not wait for who might come back with it */
+        if (s->config.on_lost_experts == LOST_HOLD && check_last_copy(s, &s->agents[s->conns[conn - 1].agent], false))
             sim_fail(s, "promise 5: a%02u is evicted with the last copy of an expert: %s", s->conns[conn - 1].agent,
                      msg->evicted.why);
         if (!s->faulty)
@@ -202,6 +205,7 @@ static void commit_append(struct sim *s, const struct commit_record *c)
         memset(s->steps, 0, SIM_STEPS * sizeof *s->steps);
     s->commits[s->n_commits++] = (struct sim_commit){c->epoch, c->step, c->kind, start, view_ref(c->view)};
     s->flips++;
+    s->masked += expert_map_missing(c->view->map) > 0;
     sim_note(s, "DECIDED e%" PRIu64 " from step %" PRIu64 ", %u ranks", c->epoch, c->step, c->view->n);
 }
 
@@ -246,7 +250,7 @@ static void check_coverage(struct sim *s)
     for (uint32_t l = 0; l < s->layers; l++)
         for (uint32_t e = 0; e < s->logical; e++) {
             uint8_t *was = &s->covered[(size_t)l * s->logical + e], now = covered(s, view, l, (int32_t)e);
-            if (*was && !now && s->losses == s->losses_covered)
+            if (*was && !now && s->losses == s->losses_covered && s->config.on_lost_experts == LOST_HOLD)
                 sim_fail(s, "promise 5: expert %u of layer %u has lost its last live replica (e%" PRIu64
                          ", map %" PRIu64 ")", e, l, view->epoch, view->map->version);
             *was = now;

@@ -606,7 +606,8 @@ static void resume(struct sim *s, struct sim_agent *a)
 {
     struct sim_engine *e = &a->engine;
     struct agent_event event = {.type = AE_ENGINE_RESUMED, .dispatch = s->dispatch, .endpoint = "engine",
-                                .kv_bytes = 1000 + a->index, .epoch = e->local.view, .value = e->local.map,
+                                
+                                .kv_bytes = 1000 + a->index, .masks = true, .epoch = e->local.view, .value = e->local.map,
                                 .regions = true};
 
     if (!a->up || !e->orphan)

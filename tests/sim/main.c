@@ -37,6 +37,7 @@ static const struct {
     {"epoch-reused", .coordinator = COORDINATOR_BUG_EPOCH_REUSED},
     {"reset-at-max", .coordinator = COORDINATOR_BUG_RESET_AT_MAX},
     {"reload-unawaited", .coordinator = COORDINATOR_BUG_RELOAD_UNAWAITED},
+    {"masked-unread", .coordinator = COORDINATOR_BUG_MASKED_UNREAD},
     {"reload-void-forgotten", .coordinator = COORDINATOR_BUG_RELOAD_VOID_FORGOTTEN},
     {"reset-barely-ahead", .coordinator = COORDINATOR_BUG_RESET_BARELY_AHEAD},
     {"reset-aborted-after-restart", .coordinator = COORDINATOR_BUG_RESET_ABORTED_AFTER_RESTART},
@@ -151,7 +152,7 @@ int main(int argc, char **argv)
     };
     struct sim_options options = {.max_events = 20000, .agents_min = 2, .agents_max = SIM_AGENTS_MAX, .faults = true};
     uint64_t passed = 0, failed = 0, events = 0, flips = 0, resets = 0, requests = 0, lost = 0, rebalances = 0, reloads = 0,
-             copies = 0, lends = 0;
+             copies = 0, lends = 0, masked = 0;
     uint64_t given_up = 0, left_out = 0;
     struct timespec from, to;
 
@@ -174,6 +175,7 @@ int main(int argc, char **argv)
         reloads += s.reloads;
         copies += s.copies;
         lends += s.lends;
+        masked += s.masked;
         given_up += s.given_up;
         left_out += s.left_out;
         if (s.ended_lost && options.verbose)
@@ -195,9 +197,9 @@ int main(int argc, char **argv)
     clock_gettime(CLOCK_MONOTONIC, &to);
     printf("%" PRIu64 " passed, %" PRIu64 " failed (%" PRIu64 " events, %" PRIu64 " views, %" PRIu64
            " repairs, %" PRIu64 " rebalances, %" PRIu64 " reloads (%" PRIu64 " experts out of memory, %" PRIu64
-           " from others' files), %" PRIu64 " requests, %" PRIu64 " views given up, %" PRIu64
+           " from others' files), %" PRIu64 " masked views, %" PRIu64 " requests, %" PRIu64 " views given up, %" PRIu64
            " operations without a mute engine, %" PRIu64 " views lost with their experts, %.1f s)\n",
-           passed, failed, events, flips, resets, rebalances, reloads, copies, lends, requests, given_up, left_out, lost,
+           passed, failed, events, flips, resets, rebalances, reloads, copies, lends, masked, requests, given_up, left_out, lost,
            (double)(to.tv_sec - from.tv_sec) + (double)(to.tv_nsec - from.tv_nsec) / 1e9);
     if (options.expect_violation)
         return failed ? 0 : 1;

@@ -68,6 +68,7 @@ static void time_world(struct sim *s)
     s->config.transfer_ms = 6000;
     s->config.drain_ms = 500;
     s->config.reload_after_ms = sim_chance(s, 100) ? 0 : (uint32_t)sim_between(s, 1, 2000);
+    s->config.on_lost_experts = sim_chance(s, 300) ? LOST_MASK : LOST_HOLD;
 }
 
 void scenario_start(struct sim *s)

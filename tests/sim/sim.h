@@ -219,6 +219,7 @@ struct sim {
     uint64_t load_every, loads; /* ns between reports of load, 0 = there are none; reports so far */
     uint64_t rebalances;        /* that have ended as done */
     uint64_t reloads;           /* pieces of work in which lost experts were read again */
+    uint64_t masked;            /* views that were decided without some experts */
     uint64_t copies, lends;     /* experts that were read out of memory, and from the checkpoint of another */
     uint64_t left_out;       /* operations that went on without a rank */
     uint64_t restart_request, given_up; /* the last one; views that were given up, by whomever */

@@ -79,6 +79,7 @@ static inline void rig_hello(struct rig *r, int i)
     snprintf(m.hello.endpoint, sizeof(m.hello.endpoint), "engine%d.%u", i, a->engines);
     m.hello.incarnation = a->incarnation;
     m.hello.can_load = !a->no_checkpoint;
+    m.hello.masks = true;
     m.hello.layers = 2;
     m.hello.logical = 8;
     m.hello.op = a->op;

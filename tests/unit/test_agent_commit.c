@@ -613,6 +613,30 @@ START_TEST(reload_waits_for_the_device)
 }
 END_TEST
 
+/* Masked experts: into slots of a view that serves, as a FILL is. */
+START_TEST(reload_of_masked_experts_waits_for_the_grace)
+{
+    story_can_load = true;
+    struct story *s = story_serving(2);
+    engine_runs(s, 17);
+    story_op_begin(s, 2, OP_REBALANCE, ROLE_REMAINING, 2, 2, 0);
+    story_forget(s);
+    struct msg m = story_stage_msg(2, STAGE_RELOAD, 1);
+    m.stage.map = expert_map_new(1, 2, 2, 2);
+    m.stage.map->held[1] = 1;
+    m.stage.load = true;
+    m.stage.step = 18;
+    story_told(s, &m);
+    story_expect(s, "page notify_done = 17\n");
+    s->page.launched = 18;
+    s->page.done = 17; /* 18 is on the device, and uses a map without these slots */
+    story_happens(s, AE_BELL);
+    story_expect(s, "work RELOAD\n"
+                    "page notify_done = 0\n");
+    story_free(s);
+}
+END_TEST
+
 START_TEST(reload_outside_of_a_promised_repair_is_refused)
 {
     struct story *s = story_serving(2);
@@ -955,6 +979,7 @@ int main(void)
     tcase_add_test(reset, reload_waits_for_the_device);
     tcase_add_test(reset, dismissed_without_an_engine_voids_its_view);
     tcase_add_test(reset, reload_outside_of_a_promised_repair_is_refused);
+    tcase_add_test(reset, reload_of_masked_experts_waits_for_the_grace);
     tcase_add_test(reset, step_that_fails_by_itself_is_reported);
     tcase_add_test(reset, reset_that_is_given_up_leaves_the_view_torn);
     tcase_add_test(reset, reset_cuts_off_an_engine_that_stays_in_its_step);

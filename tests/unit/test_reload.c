@@ -156,13 +156,20 @@ static void pair_that_hurts(struct rig *r, int *ret_i, int *ret_j)
     ck_abort_msg("every pair of ranks can be spared");
 }
 
-static void start_on_four(struct rig *r, int *ret_i, int *ret_j)
+static void start_on_four_with(struct rig *r, const struct coordinator_config *config, int *ret_i, int *ret_j)
 {
-    rig_start(r, 4);
+    rig_start_with(r, 4, config);
     rig_scale(r, 4, NULL);
     CK_RANKS(r, 4);
     pair_that_hurts(r, ret_i, ret_j);
     r->phases[0] = '\0';
+}
+
+static void start_on_four(struct rig *r, int *ret_i, int *ret_j)
+{
+    struct coordinator_config config;
+    rig_config(&config);
+    start_on_four_with(r, &config, ret_i, ret_j);
 }
 
 static void check_whole(struct rig *r)
@@ -257,6 +264,67 @@ START_TEST(an_agent_that_lacks_only_an_engine_is_waited_for)
 }
 END_TEST
 
+static void mask_on_four(struct rig *r, bool one_cannot)
+{
+    int i, j;
+    struct coordinator_config config;
+    rig_config(&config);
+    config.on_lost_experts = LOST_MASK;
+    start_on_four_with(r, &config, &i, &j);
+    for (int k = 0; k < 4; k++) {
+        struct msg m = {.type = MSG_ENGINE, .engine = {.attached = true, .dispatch = DISPATCH_SOURCE_ROUTED, .can_load = true, .layers = 2, .logical = 8}};
+        snprintf(m.engine.endpoint, sizeof(m.engine.endpoint), "engine%d.0", k);
+        r->a[k].silent = STAGE_RELOAD;
+        if (one_cannot)
+            rig_send(r, k, &m);
+    }
+    rig_cut(r, i);
+    rig_cut(r, j);
+    rig_advance(r, 4000);
+}
+
+/* The view goes on at once, without them; they come back while it serves. */
+START_TEST(by_policy_lost_experts_are_masked_and_read_meanwhile)
+{
+    struct rig r;
+    struct err err;
+    mask_on_four(&r, false);
+    CK_RANKS(&r, 2);
+    ck_assert_msg(strstr(r.phases, "PROMISE DECIDE GO FINISH OPEN PENDING RETIRE GRACE RELOAD "), "%s", r.phases);
+    ck_assert_int_lt(expert_map_validate(status(&r).view->map, NULL, &err), 0);
+    ck_assert_uint_eq(status(&r).masked, expert_map_missing(status(&r).view->map));
+    ck_assert_ptr_nonnull(strstr(status(&r).degraded, "which are masked until they have been read again"));
+    rig_scale(&r, 3, NULL);
+    CK_RANKS(&r, 2);
+    /* the coordinator dies, and begins anew what it was at */
+    for (int k = 0; k < 4; k++)
+        r.a[k].silent = 0;
+    rig_restart(&r);
+    for (int k = 0; k < 4; k++)
+        if (r.a[k].up)
+            rig_hello(&r, k);
+    rig_advance(&r, 4000);
+    check_whole(&r);
+    ck_assert_uint_eq(status(&r).masked, 0);
+    ck_assert_ptr_nonnull(strstr(r.disk.ended.why, "masked experts are served again"));
+    rig_stop(&r);
+}
+END_TEST
+
+START_TEST(engines_that_cannot_mask_are_held)
+{
+    struct rig r;
+    mask_on_four(&r, true);
+    CK_RANKS(&r, 4);
+    ck_assert_msg(strstr(r.phases, "PROMISE RELOAD "), "%s", r.phases);
+    for (int k = 0; k < 4; k++)
+        r.a[k].silent = 0;
+    rig_advance(&r, 120000);
+    check_whole(&r);
+    rig_stop(&r);
+}
+END_TEST
+
 /* Its bytes are read out of its memory; it is not a rank any more only when that is decided. */
 START_TEST(the_memory_of_an_agent_without_an_engine_comes_first)
 {
@@ -331,6 +399,8 @@ int main(void)
     tcase_add_test(tc, what_is_overwritten_is_void_before_anybody_writes);
     tcase_add_test(tc, who_cannot_read_is_done_without_for_a_while);
     tcase_add_test(tc, an_agent_that_lacks_only_an_engine_is_waited_for);
+    tcase_add_test(tc, by_policy_lost_experts_are_masked_and_read_meanwhile);
+    tcase_add_test(tc, engines_that_cannot_mask_are_held);
     tcase_add_test(tc, the_memory_of_an_agent_without_an_engine_comes_first);
     tcase_add_test(tc, a_spare_agent_lends_its_checkpoint);
     suite_add_tcase(suite, tc);

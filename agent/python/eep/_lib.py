@@ -40,7 +40,7 @@ ON_EVENT = c.CFUNCTYPE(None, c.c_void_p, c.POINTER(Event))
 class Options(c.Structure):
     _fields_ = [("socket", c.c_char_p), ("endpoint", c.c_char_p), ("dispatch", c.c_int), ("kv_bytes", c.c_uint64),
                 ("max_ranks", c.c_uint32), ("moe_layers", c.c_uint32), ("logical_experts", c.c_uint32),
-                ("seals", c.c_char_p), ("on_event", ON_EVENT), ("user", c.c_void_p)]
+                ("seals", c.c_char_p), ("on_event", ON_EVENT), ("user", c.c_void_p), ("masks", c.c_bool)]
 
 
 class Model(c.Structure):

@@ -402,20 +402,20 @@ class Engine:
 def attach(socket: str | None = None, *, endpoint: str, dispatch: Dispatch = Dispatch.SOURCE_ROUTED,
            kv_bytes: int = UNPROFILED, max_ranks: int = 0, seals: str | None = None, moe_layers: int = 0,
            logical_experts: int = 0, on_event: Callable[[Engine, Event], None] | None = None,
-           patience: float = 0) -> Engine:
+           patience: float = 0, masks: bool = False) -> Engine:
     """Attaches to the agent at `socket` ($EEP_SOCKET).  EepError says why not; with `patience` it is tried for so many
     seconds, since the agent may be starting.
 
     endpoint: this engine's own word in the view (how routers and peers reach it).  seals: the name of this engine's own
     layout, with moe_layers and logical_experts; None uses the checkpoint loader's.  on_event(engine, event): on libeep's
-    thread; without it, read engine.events().
+    thread; without it, read engine.events().  masks: this engine serves on without experts whose replica_count is 0.
     """
     socket = socket or os.environ.get("EEP_SOCKET")
     deadline = time.monotonic() + patience
     while True:
         options = _lib.Options(socket=socket.encode() if socket else None, endpoint=endpoint.encode(), dispatch=dispatch,
                                kv_bytes=kv_bytes, max_ranks=max_ranks, moe_layers=moe_layers,
-                               logical_experts=logical_experts, seals=seals.encode() if seals else None)
+                               logical_experts=logical_experts, seals=seals.encode() if seals else None, masks=masks)
         try:
             return Engine(options, on_event)
         except _lib.EepError:
