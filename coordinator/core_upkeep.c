@@ -151,6 +151,8 @@ void upkeep_ended(struct coordinator *c, const struct op_record *ended)
         c->back_ns = c->now_ns;
         return;
     }
+    if (ended->kind == OP_REBALANCE)
+        return; /* nobody has asked for another number of ranks */
     if (ended->outcome == OUTCOME_DONE && n && (by_operator || ended->kind == OP_SCALE_DOWN))
         d->wanted = c->op.left_out ? ended->target : n; /* a drained agent was one too many */
     else if (ended->outcome == OUTCOME_ABORTED && c->op.dropped)

@@ -58,6 +58,13 @@ START_TEST(an_operation_goes_on_without_an_existing_rank)
     ck_assert_uint_eq(r.a[0].drains, 0);
     struct err err = {0};
     ck_assert_int_eq(expert_map_validate(status(&r).view->map, NULL, &err), 0);
+    struct scale_request rebalance = {.rebalance = true};
+    struct coordinator_event ev = {.type = CE_SCALE, .request = 8, .scale = &rebalance, .wall_ms = 1};
+    rig_event(&r, &ev); /* which asks for no number of ranks */
+    rig_advance(&r, 5000);
+    ck_assert_int_eq(status(&r).op.record.kind, OP_REBALANCE);
+    ck_assert_uint_eq(status(&r).op.record.outcome, OUTCOME_DONE);
+    ck_assert_uint_eq(status(&r).wanted, 5);
     rig_scale(&r, 5, NULL); /* it is a spare like any other */
     CK_RANKS(&r, 5);
     rig_stop(&r);
