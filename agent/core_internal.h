@@ -5,6 +5,7 @@
  *   core_commit.c     prepare, promise, go, abort, flipped, reset
  *   core_operation.c  the machine of an operation: begin, end, abort, overtaken
  *   core_stage.c      the stages that the coordinator commands, and their answers
+ *   core_grace.c      steps that may still read what will be overwritten; lost experts
  *   core_work.c       what the worker does: submission, completion, progress
  *   core_release.c    letting go: dismissed leavers, aborted joiners, evicted agents
  *   core_engine.c     what the engine says, waves, maps inside a view
@@ -215,11 +216,15 @@ struct core_stage *agent_stage_find(struct agent_core *core, enum op_stage stage
 /* The stage ends: code 0 or an error with its sentence.  ret_done is open for more fields until it is sent. */
 struct msg_stage_done *agent_stage_answer(struct agent_core *core, struct core_stage *s, int code, const char *text);
 void agent_stage_answered(struct agent_core *core, struct core_stage *s);
+void agent_stage_end(struct agent_core *core, struct core_stage *s, int code, const char *text); /* the two, without more */
 void agent_stage_let_go(struct agent_core *core, uint64_t op);
 void agent_stage_repeat_let_go(struct agent_core *core);
 void agent_stage_allocate(struct agent_core *core, struct core_stage *s); /* also once a release is complete */
 void agent_stage_check(struct agent_core *core); /* GRACE, DRAIN's deadline */
 void agent_stage_engine_gone(struct agent_core *core);
+void agent_stage_grace(struct agent_core *core, struct core_stage *s);
+void agent_stage_reload(struct agent_core *core, struct core_stage *s, const struct msg_stage *m);
+void agent_grace_check(struct agent_core *core);
 void agent_stage_prepared(struct agent_core *core, const struct agent_event *event);
 void agent_stage_drained(struct agent_core *core, const char *text);
 void agent_stage_sealed(struct agent_core *core, const struct agent_event *event);

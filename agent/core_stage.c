@@ -114,7 +114,7 @@ void agent_stage_answered(struct agent_core *core, struct core_stage *s)
         agent_operation_move(core, event);
 }
 
-static void stage_end(struct agent_core *core, struct core_stage *s, int code, const char *text)
+void agent_stage_end(struct agent_core *core, struct core_stage *s, int code, const char *text)
 {
     agent_stage_answer(core, s, code, text);
     agent_stage_answered(core, s);
@@ -127,7 +127,7 @@ void agent_stage_let_go(struct agent_core *core, uint64_t op)
         struct core_stage *s = agent_stage_find(core, STAGE_LET_GO, 0, 0);
         if (!s)
             s = stage_add(core, STAGE_LET_GO, 0, 0);
-        stage_end(core, s, 0, NULL);
+        agent_stage_end(core, s, 0, NULL);
         return;
     }
     struct msg *m = acore_send(core, MSG_STAGE_DONE); /* an operation of before a restart of the operation's record */
@@ -154,16 +154,16 @@ void agent_stage_allocate(struct agent_core *core, struct core_stage *s)
     }
     s->state = STAGE_RUNNING;
     if (s->load && !s->map) {
-        stage_end(core, s, ERR_INVALID, "ALLOCATE of a cold start without a map");
+        agent_stage_end(core, s, ERR_INVALID, "ALLOCATE of a cold start without a map");
         return;
     }
     if (!s->load && !core->model) {
-        stage_end(core, s, ERR_INVALID, "ALLOCATE without a model; OP_BEGIN carries it");
+        agent_stage_end(core, s, ERR_INVALID, "ALLOCATE without a model; OP_BEGIN carries it");
         return;
     }
     bool seals = core->engine.attached && core->engine.seals;
     if (s->load && !seals && !core->config.can_load) {
-        stage_end(core, s, ERR_NOTFOUND, "no checkpoint is configured and no engine that seals is attached");
+        agent_stage_end(core, s, ERR_NOTFOUND, "no checkpoint is configured and no engine that seals is attached");
         return;
     }
     core->weights_touched = true;
@@ -187,7 +187,7 @@ void agent_stage_sealed(struct agent_core *core, const struct agent_event *event
     if (!s || !agent_operation_running(core))
         return; /* aborted meanwhile */
     if (event->code || !event->model) {
-        stage_end(core, s, event->code ? event->code : ERR_INVALID,
+        agent_stage_end(core, s, event->code ? event->code : ERR_INVALID,
                   event->text ? event->text : "sealed without a model");
         return;
     }
@@ -207,27 +207,27 @@ static void stage_mapping(struct agent_core *core, struct core_stage *s, const s
     char text[160];
     if (!plan || !plan->target || plan->parties != core->op.n || plan->target->ranks != core->op.n) {
         snprintf(text, sizeof(text), "the plan is not over the %u parties of the operation", core->op.n);
-        stage_end(core, s, ERR_INVALID, text);
+        agent_stage_end(core, s, ERR_INVALID, text);
         return;
     }
     if (!model) {
-        stage_end(core, s, ERR_INVALID, "a plan for a model that this agent does not know");
+        agent_stage_end(core, s, ERR_INVALID, "a plan for a model that this agent does not know");
         return;
     }
     const struct expert_map *t = plan->target;
     if (t->layers != model->layers || t->logical != model->logical || t->slots != model->slots) {
         snprintf(text, sizeof(text), "the plan is for %u layers, %u experts, %u slots; the model has %u, %u, %u",
                  t->layers, t->logical, t->slots, model->layers, model->logical, model->slots);
-        stage_end(core, s, ERR_INVALID, text);
+        agent_stage_end(core, s, ERR_INVALID, text);
         return;
     }
     if (expert_map_digest(t) != m->plan_digest) {
-        stage_end(core, s, ERR_CORRUPT, "the target map does not match its digest");
+        agent_stage_end(core, s, ERR_CORRUPT, "the target map does not match its digest");
         return;
     }
     plan_unref(core->op.plan);
     core->op.plan = plan_ref(m->plan);
-    stage_end(core, s, 0, NULL);
+    agent_stage_end(core, s, 0, NULL);
 }
 
 /* A coordinator that was restarted asks again for moves that are under way, or done.  They are made once: a peer that has
@@ -254,7 +254,7 @@ static bool stage_moved(struct agent_core *core, struct core_stage *s)
 static void stage_transfer(struct agent_core *core, struct core_stage *s, uint64_t bandwidth)
 {
     if (!core->op.plan) {
-        stage_end(core, s, ERR_NOTFOUND, "no plan: MAPPING has not been carried out here");
+        agent_stage_end(core, s, ERR_NOTFOUND, "no plan: MAPPING has not been carried out here");
         return;
     }
     s->plan = plan_ref(core->op.plan);
@@ -267,7 +267,7 @@ static void stage_transfer(struct agent_core *core, struct core_stage *s, uint64
 static void stage_group(struct agent_core *core, struct core_stage *s, struct blob *blob)
 {
     if (!blob) {
-        stage_end(core, s, ERR_INVALID, "GROUP without the group's id");
+        agent_stage_end(core, s, ERR_INVALID, "GROUP without the group's id");
         return;
     }
     agent_work_group_destroy(core); /* of an earlier attempt */
@@ -288,11 +288,11 @@ static void stage_engine_prepare(struct agent_core *core, struct core_stage *s, 
     core->op.prepare_attempt = s->attempt;
     if (view && acore_member(core) && view_rank(view, core->config.id) < 0) { /* it did not prepare, and leaves */
         core->op.prepared = true;
-        stage_end(core, s, 0, NULL);
+        agent_stage_end(core, s, 0, NULL);
         return;
     }
     if (!view || !core->engine.attached) {
-        stage_end(core, s, view ? ERR_NOTFOUND : ERR_INVALID, view ? "no engine is attached" : "no view to prepare");
+        agent_stage_end(core, s, view ? ERR_NOTFOUND : ERR_INVALID, view ? "no engine is attached" : "no view to prepare");
         return;
     }
     struct agent_action *a = acore_act(core, AA_ENGINE_PREPARE);
@@ -313,14 +313,14 @@ void agent_stage_prepared(struct agent_core *core, const struct agent_event *eve
         return;
     if (event->attempt == core->op.prepare_attempt)
         core->op.prepared = event->code == 0;
-    stage_end(core, s, event->code, event->text);
+    agent_stage_end(core, s, event->code, event->text);
 }
 
 static void stage_drain(struct agent_core *core, struct core_stage *s, uint32_t deadline_ms, bool strict)
 {
     s->strict = strict;
     if (!core->engine.attached) {
-        stage_end(core, s, 0, NULL);
+        agent_stage_end(core, s, 0, NULL);
         return;
     }
     s->deadline_ns = core->now_ns + deadline_ms * CORE_MS;
@@ -333,7 +333,7 @@ void agent_stage_drained(struct agent_core *core, const char *text)
 {
     for (struct core_stage *s = core->op.stages; s && agent_operation_running(core); s = s->next)
         if (s->stage == STAGE_DRAIN && s->state == STAGE_RUNNING)
-            stage_end(core, s, 0, text);
+            agent_stage_end(core, s, 0, text);
 }
 
 static void stage_kv(struct agent_core *core, struct core_stage *s)
@@ -343,154 +343,14 @@ static void stage_kv(struct agent_core *core, struct core_stage *s)
     agent_stage_answered(core, s);
 }
 
-/* ---- grace ---- */
-
-/* What is overwritten is void from here on, also to a process that re-adopts the weights. */
-static void stage_void(struct agent_core *core, const struct expert_map *load)
-{
-    struct expert_map *map = expert_map_copy(core->map);
-    if (!map)
-        abort();
-    for (uint32_t layer = 0; layer < load->layers; layer++)
-        for (uint32_t slot = 0; slot < load->slots; slot++)
-            if (load->held[expert_map_at(load, layer, core->op.self, slot)] >= 0) {
-                size_t at = expert_map_at(map, layer, core->map_rank, slot);
-                map->held[at] = -1;
-                map->live[at] = 0;
-            }
-    expert_map_unref(core->map);
-    core->map = map;
-}
-
-static void stage_reload_run(struct agent_core *core, struct core_stage *s)
-{
-    s->state = STAGE_RUNNING;
-    stage_void(core, s->map);
-    struct work *w = agent_work_submit(core, WORK_RELOAD, s, 0);
-    w->map = expert_map_ref(s->map);
-    w->load = s->load;
-    w->sources = s->sources; /* the worker's now */
-    w->n_sources = s->n_sources;
-    w->n_holders = s->n_holders;
-    s->sources = NULL;
-    s->n_sources = s->n_holders = 0;
-}
-
-static bool grace_over(const struct agent_core *core, const struct core_stage *s)
-{
-    if (s->stage == STAGE_RELOAD && core->op.kind == OP_REPAIR)
-        return !core->engine.attached || core->page.done >= core->page.launched;
-    return s->step == 0 || !core->engine.attached || core->page.done + 1 >= s->step ||
-           core->bug == AGENT_BUG_NO_GRACE || (core->bug == AGENT_BUG_GRACE_BEGUN && core->page.intent >= s->step);
-}
-
-/* A GRACE, or a RELOAD that has not begun for the same reason. */
-static bool grace_waits(const struct core_stage *s)
-{
-    return (s->stage == STAGE_GRACE && s->state == STAGE_RUNNING) ||
-           (s->stage == STAGE_RELOAD && s->state == STAGE_DEFERRED);
-}
-
-static void grace_end(struct agent_core *core, struct core_stage *s)
-{
-    if (s->stage == STAGE_RELOAD)
-        stage_reload_run(core, s);
-    else
-        stage_end(core, s, 0, NULL);
-}
-
-/* The smallest step that one of them waits for; 0 = none does. */
-static uint64_t grace_awaited(const struct agent_core *core)
-{
-    uint64_t least = 0;
-    for (const struct core_stage *s = core->op.stages; s; s = s->next)
-        if (grace_waits(s) && (!least || s->step - 1 < least))
-            least = s->step - 1;
-    return least;
-}
-
-static void grace_ask(struct agent_core *core, bool want_page)
-{
-    uint64_t done = grace_awaited(core);
-    if (done == core->notify_done)
-        return;
-    core->notify_done = done;
-    acore_page(core, PAGE_NOTIFY_DONE, done);
-    core->out->v[core->out->n - 1].want_page = want_page;
-}
-
-static void stage_grace(struct agent_core *core, struct core_stage *s)
-{
-    if (grace_over(core, s))
-        grace_end(core, s);
-    else
-        grace_ask(core, true); /* the step may end between the snapshot and the store: look again */
-}
-
-/* In a view that serves: some of these slots may be read, by steps to come. */
-static bool stage_routed(const struct agent_core *core, const struct expert_map *load)
-{
-    for (uint32_t layer = 0; layer < load->layers; layer++)
-        for (uint32_t slot = 0; slot < load->slots; slot++)
-            if (load->held[expert_map_at(load, layer, core->op.self, slot)] >= 0 &&
-                core->map->live[expert_map_at(core->map, layer, core->map_rank, slot)])
-                return true;
-    return false;
-}
-
-static const char *stage_reload_objection(const struct agent_core *core, const struct expert_map *map)
-{
-    const struct model *model = core->model;
-    bool repair = core->op.kind == OP_REPAIR && core->promise.epoch && core->promise.kind == FLIP_RESET;
-    if (!repair && core->op.kind != OP_REBALANCE)
-        return "RELOAD outside of a repair that was promised: the engine may be reading the slots";
-    if (!core->weights || !model || !core->map)
-        return "RELOAD at an agent that holds no weights";
-    if (!map || map->ranks != core->op.n || map->layers != model->layers || map->logical != model->logical ||
-        map->slots != model->slots || core->map->layers != map->layers || core->map->slots != map->slots)
-        return "RELOAD without a map of the model's shape";
-    if (!repair && stage_routed(core, map))
-        return "RELOAD into slots that the map in use routes to";
-    return NULL;
-}
-
-/* Repair: the engine begins no step before GO; what it has launched before has to be off the device.  Masked experts: like
- * GRACE before a FILL. */
-static void stage_reload(struct agent_core *core, struct core_stage *s, const struct msg_stage *m)
-{
-    const char *objection = stage_reload_objection(core, m->map);
-    s->load = m->load && core->config.can_load;
-    if (objection || (!s->load && !m->n_sources)) {
-        stage_end(core, s, objection ? ERR_INVALID : ERR_NOTFOUND,
-                  objection ? objection : "no checkpoint is configured here (--checkpoint), and no other agent is named that has one");
-        return;
-    }
-    s->map = expert_map_ref(m->map);
-    s->sources = acore_alloc(m->n_sources, sizeof(*s->sources));
-    if (m->n_sources)
-        memcpy(s->sources, m->sources, m->n_sources * sizeof(*s->sources));
-    s->n_sources = m->n_sources;
-    s->n_holders = m->n_holders;
-    s->step = core->op.kind == OP_REPAIR ? core->page.launched + 1 : m->step;
-    s->state = STAGE_DEFERRED;
-    stage_grace(core, s);
-}
-
 void agent_stage_check(struct agent_core *core)
 {
     if (!agent_operation_running(core))
         return;
-    bool ended = false;
-    for (struct core_stage *s = core->op.stages; s; s = s->next) {
-        if (grace_waits(s) && grace_over(core, s)) {
-            grace_end(core, s);
-            ended = true;
-        } else if (s->stage == STAGE_DRAIN && s->state == STAGE_RUNNING && core->now_ns >= s->deadline_ns) {
-            stage_end(core, s, s->strict ? ERR_TIMEOUT : 0, "the engine is not drained by the deadline");
-        }
-    }
-    if (ended)
-        grace_ask(core, false);
+    agent_grace_check(core);
+    for (struct core_stage *s = core->op.stages; s; s = s->next)
+        if (s->stage == STAGE_DRAIN && s->state == STAGE_RUNNING && core->now_ns >= s->deadline_ns)
+            agent_stage_end(core, s, s->strict ? ERR_TIMEOUT : 0, "the engine is not drained by the deadline");
 }
 
 void agent_stage_engine_gone(struct agent_core *core)
@@ -503,7 +363,7 @@ void agent_stage_engine_gone(struct agent_core *core)
             continue;
         bool loading = s->stage == STAGE_ALLOCATE && s->load && core->engine.seals;
         if (s->stage == STAGE_ENGINE_PREPARE || loading)
-            stage_end(core, s, ERR_UNREACHABLE, "the engine is gone");
+            agent_stage_end(core, s, ERR_UNREACHABLE, "the engine is gone");
     }
     agent_stage_drained(core, NULL);
     /* GRACE is over by itself: nothing runs any more that could still read */
@@ -534,9 +394,9 @@ static void stage_start(struct agent_core *core, const struct msg_stage *m)
     case STAGE_DRAIN: stage_drain(core, s, m->deadline_ms, m->strict); return;
     case STAGE_GRACE:
         s->step = m->step;
-        stage_grace(core, s);
+        agent_stage_grace(core, s);
         return;
-    case STAGE_RELOAD: stage_reload(core, s, m); return;
+    case STAGE_RELOAD: agent_stage_reload(core, s, m); return;
     case STAGE_LET_GO:
     case STAGE_MAX: return; /* refused before */
     }

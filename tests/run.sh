@@ -70,6 +70,7 @@ if [ $part = integration ]; then
     if [ -e "$fakecuda/libcuda.so.1" ]; then
         run "itest_scale, cuda_peer" "${on_gpu[@]}" timeout 900 "$BUILD/tests/itest_scale"
         [ ! -x "$BUILD/tests/itest_readopt" ] || run "itest_readopt, cuda_peer" "${on_gpu[@]}" timeout 900 "$BUILD/tests/itest_readopt"
+        [ -n "${SANITIZE:-}" ] || run "itest_reload, cuda_peer" "${on_gpu[@]}" timeout 900 "$BUILD/tests/itest_reload"
         run "demo, cuda_peer" "${on_gpu[@]}" timeout 900 "$BUILD/tests/eep-demo" --sequence 2,4,3,2 --settle-ms 200
         run "demo, auto" "${on_gpu[@]}" EEP_TEST_TRANSPORT=auto timeout 900 "$BUILD/tests/eep-demo" --sequence 2,3,2 --settle-ms 200
         if [ -e "$fakecuda/libnccl.so.2" ]; then
