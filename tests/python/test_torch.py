@@ -136,6 +136,16 @@ class Logits(unittest.TestCase):
             self.assertEqual(runner.model.model.embed_tokens.weight.data_ptr(), embed.address)
             runner = None
 
+    def test_masked(self):
+        """Weights of experts that are not in the map go to the others that a token chose."""
+        from model import Experts
+        weights = torch.tensor([[0.5, 0.25], [0.75, 0.125], [0.5, 0.5]])
+        physical = torch.tensor([[3, 4], [-1, 7], [-1, -1]])
+        got = Experts.without_masked(physical, weights)
+        torch.testing.assert_close(got, torch.tensor([[0.5, 0.25], [0, 0.875], [0, 0]]), rtol=0, atol=0)
+        whole = torch.rand(64, 8)
+        self.assertTrue(torch.equal(Experts.without_masked(torch.zeros(64, 8, dtype=torch.int64), whole), whole))
+
     def test_qwen3_moe(self):
         self._compare(QWEN3)
 

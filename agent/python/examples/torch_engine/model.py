@@ -160,7 +160,9 @@ class Experts(torch.nn.Module):
         d, p = self.dispatch, _now.p
         tokens, k = chosen.shape
         hidden = x.shape[1]
-        packet = torch.cat([x.contiguous().view(torch.uint8), self.route(chosen, p.valid.reshape(-1)).view(torch.uint8)], 1)
+        physical = self.route(chosen, p.valid.reshape(-1))
+        weights = self.without_masked(physical, weights)
+        packet = torch.cat([x.contiguous().view(torch.uint8), physical.view(torch.uint8)], 1)
         packets = p.group.all_gather(packet)
         cut = packet.shape[1] - 4 * k
         xs = packets[..., :cut].contiguous().view(x.dtype).view(-1, hidden)
@@ -177,14 +179,19 @@ class Experts(torch.nn.Module):
         return (y * weights[..., None].to(y.dtype)).sum(1)
 
     def route(self, chosen: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """Logical experts to physical slots, the map's entries in turn; -1 for tokens that are padding."""
+        """Logical experts to physical slots, the map's entries in turn; -1 for tokens that are padding, and for experts that
+        are masked."""
         d = self.dispatch
         count = d.replica_count[self.layer][chosen].clamp(min=1)
         turn = torch.arange(chosen.shape[0], device=chosen.device)[:, None] + d.rank
         physical = d.logical_to_physical[self.layer][chosen, turn % count]
-        if not chosen.is_cuda and bool(((physical < 0) & valid[:, None]).any()):
-            raise RuntimeError(f"the map of MoE layer {self.layer} has no slot for an expert that a token chose")
         return physical.masked_fill(~valid[:, None], -1)
+
+    @staticmethod
+    def without_masked(physical: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The weights of the experts that are left add up to what those of all had.  Nothing is changed when none is masked."""
+        left = weights.masked_fill(physical < 0, 0)
+        return left * (weights.sum(1, keepdim=True) / left.sum(1, keepdim=True).clamp(min=1e-20))
 
     def compute(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """x: [rows, hidden], sorted by slot; slot s has the rows [ends[s - 1], ends[s]).  Zeros for rows of no slot."""

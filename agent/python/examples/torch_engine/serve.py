@@ -244,7 +244,7 @@ class Serving:
         words = f"request={self.host}:{self.frontend.port} {self.groups.endpoint}"
         self.engine = eep.attach(self.o.socket, endpoint=words, dispatch=eep.Dispatch[
             "REPLICATED" if self.o.dispatch == "replicated" else "SOURCE_ROUTED"], kv_bytes=self.o.kv_bytes,
-            on_event=self._on_event, patience=self.o.attach_ms / 1000, **self._layout())
+            on_event=self._on_event, patience=self.o.attach_ms / 1000, masks=True, **self._layout())
         if self.engine.device >= 0:
             torch.cuda.set_device(self.engine.device)
             self.groups.use_device(torch.device("cuda", self.engine.device), self.o.exchange != "gloo")
