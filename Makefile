@@ -250,12 +250,13 @@ demo:      ## watch a served model go 2 -> 4 -> 3 -> 2 -> 4 ranks under load
 SIM_SEEDS ?= 2000
 ITEST_SRC := $(wildcard tests/integration/itest_*.c)
 ITEST_BIN := $(ITEST_SRC:tests/integration/%.c=$(BUILD)/tests/%)
-.PHONY: check-deps check-unit check-sim check-integration
+.PHONY: check-deps check-build check-unit check-sim check-integration
 check-deps:
 	@missing="$(call missing,$(DEPS_TEST))"; if [ -n "$$missing" ]; then \
 	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
-check: check-deps ## all tests: unit, simulation, integration with the real daemons
+check-build: check-deps ## what `make check` runs, built and not run
 	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(FUZZ:%=$(BUILD)/tests/replay_%) $(BUILD)/tests/eep-sim $(FAKECUDA) || { $(hint); }
+check: check-build ## all tests: unit, simulation, integration with the real daemons
 	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) FUZZ="$(FUZZ)" tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
 check-unit: check-deps ## unit tests alone
 	@$(MAKE) --no-print-directory -j2 $(UNIT_BIN) $(FAKECUDA)
