@@ -59,9 +59,14 @@ static int source_wait(struct expert_sources *s, struct rpc_client *client, uint
 {
     uint64_t until_ms = clock_now_ms() + s->config.timeout_ms;
     for (;;) {
+        ProtobufCMessage *more;
         int rc = rpc_client_next(client, call, CANCEL_MS, ret_reply, err);
         if (rc == 0)
             return err_set(err, ERR_PROTOCOL, "it answered without a reply");
+        if (rc == 1 && rpc_client_next(client, call, 0, &more, err) != 0) { /* one reply, which ends the call */
+            rpc_unpack_free(*ret_reply);
+            return err_set(err, ERR_PROTOCOL, "it answered with a stream");
+        }
         if (rc != ERR_TIMEOUT)
             return rc < 0 ? rc : 0;
         if (s->config.cancelled && s->config.cancelled(s->config.user))

@@ -72,6 +72,7 @@ static int attach(const char *socket)
                             .endpoint = "idle",
                             .dispatch = EEP_DISPATCH_SOURCE_ROUTED,
                             .kv_bytes = UINT64_MAX,
+                            .masks = true, /* it routes nothing */
                             .on_event = on_event};
     int rc = -1;
     for (int i = 0; i < 100 && rc != 0; i++) { /* the agent may be starting */
