@@ -171,10 +171,11 @@ $(BUILD)/tests/nccl_abort: tests/gpu/nccl_abort.c $(TEST_LIBS)
 	@mkdir -p $(@D)
 	$(CC) $(CPPFLAGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(TEST_LIBS) $(LIBS)
 # of GPUs: only where the headers are that they include
-GPU_BENCH := $(if $(HAVE_CUDA),$(BUILD)/tests/bench_peer) $(if $(HAVE_NCCL),$(BUILD)/tests/bench_nccl)
+GPU_BENCH := $(if $(HAVE_CUDA),$(BUILD)/tests/bench_peer) $(if $(HAVE_NCCL),$(BUILD)/tests/bench_nccl $(BUILD)/tests/bench_several)
 $(BUILD)/tests/gpu/bench%.o: override CPPFLAGS += $(if $(HAVE_CUDA),-isystem $(CUDA_INC)) $(if $(HAVE_NCCL),-isystem $(NCCL_INC))
 $(GPU_BENCH): $(BUILD)/tests/bench_%: $(BUILD)/tests/gpu/bench_%.o $(BUILD)/tests/gpu/bench.o $(TEST_LIBS)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+$(BUILD)/tests/bench_several: $(BUILD)/tests/gpu/bench_plain.o
 $(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c tests/gpu/checkpoint_tables.c) $(BUILD)/libcommon.a
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ -lpthread

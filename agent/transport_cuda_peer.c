@@ -18,6 +18,12 @@
 #define NAME_BYTES    16u /* of the group id: not secret */
 #define PEER_ID_BYTES (NAME_BYTES + GROUP_ID_BYTES)
 
+/* what agents use */
+#define STREAMS     4u
+#define IN_FLIGHT   24u /* a millisecond of the fastest GPU, so that this thread may sleep */
+#define BATCH_BYTES (UINT64_C(64) << 20)
+#define CHUNK_BYTES (UINT64_C(16) << 20)
+
 static int peer_group_id(struct transport *self, struct blob **ret_id, struct err *err)
 {
     (void)self;
@@ -220,11 +226,19 @@ static void peer_close(struct transport *self)
 bool transport_cuda_peer_tune(struct transport *transport, const struct peer_tuning *tuning)
 {
     struct transport_cuda_peer *t = (struct transport_cuda_peer *)transport;
-    if (tuning->streams == 0 || tuning->streams > PEER_STREAMS ||
+    if (tuning->streams == 0 || tuning->streams > PEER_STREAMS || tuning->in_flight > PEER_BATCHES ||
         (tuning->batched && !cuda_copies_batched(&t->device->driver)))
         return false;
     t->tuning = *tuning;
+    t->tuning.in_flight = tuning->in_flight ? tuning->in_flight : IN_FLIGHT;
+    t->tuning.batch_bytes = tuning->batch_bytes ? tuning->batch_bytes : BATCH_BYTES;
+    t->tuning.chunk_bytes = tuning->chunk_bytes ? tuning->chunk_bytes : CHUNK_BYTES;
     return true;
+}
+
+struct peer_tuning transport_cuda_peer_tuned(const struct transport *transport)
+{
+    return ((const struct transport_cuda_peer *)transport)->tuning;
 }
 
 struct transport *transport_cuda_peer_open(const char *device, struct err *err)
@@ -239,7 +253,8 @@ struct transport *transport_cuda_peer_open(const char *device, struct err *err)
         free(t);
         return NULL;
     }
-    t->tuning = (struct peer_tuning){.streams = 4, .batched = cuda_copies_batched(&t->device->driver)};
+    (void)transport_cuda_peer_tune(
+        &t->base, &(struct peer_tuning){.streams = STREAMS, .batched = cuda_copies_batched(&t->device->driver)});
     t->base = (struct transport){
         .name = "cuda_peer",
         .group_id = peer_group_id,

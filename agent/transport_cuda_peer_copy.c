@@ -3,14 +3,14 @@
 
 #include "agent/transport_cuda_peer_internal.h"
 
-#define BATCH_BYTES ((size_t)64 << 20)
+#define NEIGHBOURS_MAX ((size_t)64 << 20) /* a longer copy gains nothing, and is cut again */
 
 int peer_copies_add(struct copies *copies, CUdeviceptr dst, CUdeviceptr src, size_t len, struct err *err)
 {
     struct copy *last = copies->n > copies->at ? &copies->v[copies->n - 1] : NULL;
     if (len == 0)
         return 0;
-    if (last && last->dst + last->len == dst && last->src + last->len == src && last->len < BATCH_BYTES) {
+    if (last && last->dst + last->len == dst && last->src + last->len == src && last->len < NEIGHBOURS_MAX) {
         last->len += len; /* neighbours on both sides */
         return 0;
     }
@@ -38,9 +38,9 @@ static int batch_start(struct peer_group *g, uint32_t peer, struct err *err)
     size_t sizes[PEER_BATCH_COPIES], n = 0;
     batch->peer = peer;
     batch->bytes = 0;
-    for (; n < PEER_BATCH_COPIES && batch->bytes < BATCH_BYTES && copies->at < copies->n; n++) {
+    for (; n < PEER_BATCH_COPIES && batch->bytes < tuning->batch_bytes && copies->at < copies->n; n++) {
         struct copy *copy = &copies->v[copies->at];
-        size_t len = copy->len < BATCH_BYTES ? copy->len : BATCH_BYTES;
+        size_t len = copy->len < tuning->batch_bytes ? copy->len : (size_t)tuning->batch_bytes;
         dsts[n] = copy->dst;
         srcs[n] = copy->src;
         sizes[n] = len;
@@ -64,7 +64,7 @@ static int batch_start(struct peer_group *g, uint32_t peer, struct err *err)
 int peer_copies_start(struct peer_group *g, struct err *err)
 {
     uint32_t idle = 0;
-    while (g->n_batches < PEER_BATCHES && idle < g->base.n) {
+    while (g->n_batches < g->transport->tuning.in_flight && idle < g->base.n) {
         uint32_t peer = g->turn;
         g->turn = (g->turn + 1) % g->base.n;
         if (g->links[peer].copies.at == g->links[peer].copies.n) {

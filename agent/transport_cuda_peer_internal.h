@@ -18,7 +18,7 @@
 #include "agent/transport_host_internal.h"
 
 #define PEER_STREAMS      8u  /* at most; a copy of a few MiB alone does not fill a GPU */
-#define PEER_BATCHES      24u /* in flight: a millisecond of the fastest GPU, so that this thread may sleep */
+#define PEER_BATCHES      48u /* in flight, at most */
 #define PEER_BATCH_COPIES 128u
 
 /* ---- messages ---- */

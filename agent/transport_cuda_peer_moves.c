@@ -5,8 +5,6 @@
 
 #include "agent/transport_cuda_peer_internal.h"
 
-#define CHUNK_BYTES ((uint64_t)16 << 20) /* of a broadcast: from one sender each */
-
 struct list {
     struct extent *v;
     size_t n, cap;
@@ -138,6 +136,7 @@ static int move_offered(struct call_job *job, uint32_t peer, const struct offer_
 static int broadcast_offered(struct call_job *job, uint32_t peer, const struct offer_run *runs, struct err *err)
 {
     const struct peer_group *g = job->g;
+    const uint64_t size = g->transport->tuning.chunk_bytes;
     uint64_t total = g->links[peer].expected, at = 0;
     uint32_t senders = 0, place = 0;
     struct cursor theirs = {0}, ours = {0};
@@ -146,10 +145,10 @@ static int broadcast_offered(struct call_job *job, uint32_t peer, const struct o
             place = senders;
         senders += job->have[i] == TRANSPORT_HAS;
     }
-    for (uint64_t chunk = 0; chunk * CHUNK_BYTES < total; chunk++) {
+    for (uint64_t chunk = 0; chunk * size < total; chunk++) {
         if ((chunk + g->base.self) % senders != place)
             continue;
-        uint64_t from = chunk * CHUNK_BYTES, to = from + CHUNK_BYTES < total ? from + CHUNK_BYTES : total;
+        uint64_t from = chunk * size, to = from + size < total ? from + size : total;
         int rc = offer_copy(job, peer, runs, &theirs, &ours, &at, from, to, err);
         if (rc < 0)
             return rc;

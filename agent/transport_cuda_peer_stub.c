@@ -25,3 +25,9 @@ bool transport_cuda_peer_tune(struct transport *transport, const struct peer_tun
     (void)transport, (void)tuning;
     return false;
 }
+
+struct peer_tuning transport_cuda_peer_tuned(const struct transport *transport)
+{
+    (void)transport;
+    return (struct peer_tuning){0};
+}

@@ -19,11 +19,17 @@ struct transport *transport_gpu_auto_open(const char *device, int listen_fd, str
 int transport_cuda_peer_card(struct transport *transport, uint8_t ret_card[TRANSPORT_CARD_BYTES], struct err *err) MUST_CHECK;
 bool transport_cuda_peer_reaches(struct transport *transport, const uint8_t card[TRANSPORT_CARD_BYTES]);
 
-/* How copies are given to the driver, for benchmarks; set when it is open.  False when this driver has no batches. */
+/* How copies are given to the driver, for benchmarks; set when it is open.  False when this driver has no batches, or
+ * more is asked for than there is room for. */
 struct peer_tuning {
-    unsigned streams; /* 1 to 8 that take turns */
-    bool batched;     /* one call (cuMemcpyBatchAsync, CUDA 12.8) for many copies */
+    unsigned streams;     /* 1 to 8 that take turns */
+    bool batched;         /* one call (cuMemcpyBatchAsync, CUDA 12.8) for many copies */
+    unsigned in_flight;   /* batches, up to 48; 0: as agents use */
+    uint64_t batch_bytes; /* of one batch, and of one copy in it, at most; 0: as agents use */
+    uint64_t chunk_bytes; /* of a broadcast, from one sender each, the same at all parties; 0: as agents use */
 };
+/* What is used now; without another tuning, what agents use. */
+struct peer_tuning transport_cuda_peer_tuned(const struct transport *transport);
 bool transport_cuda_peer_tune(struct transport *transport, const struct peer_tuning *tuning);
 
 #endif

@@ -12,10 +12,17 @@
 #include "agent/transport_nccl_internal.h"
 
 #define GROUP_ID_BYTES  32
-#define BATCH_OPS       1024u                 /* operations of one group, all peers and directions together */
-#define BATCH_BYTES_MIN (4u << 20)            /* of one pair and direction: small moves report progress as well ... */
-#define BATCH_BYTES_MAX (UINT64_C(128) << 20) /* ... and large ones keep few groups that a deadline outlives */
+#define BATCH_BYTES_MIN (4u << 20) /* of one pair and direction: small moves report progress as well */
 #define BATCH_PARTS     4u
+
+/* What agents use; large moves become groups that a deadline outlives, and the GPU never waits for the next launch. */
+static const struct nccl_tuning as_agents = {
+    .group_ops = 1024,
+    .in_flight = 4,
+    .group_bytes = UINT64_C(128) << 20,
+    .op_bytes = UINT64_C(128) << 20,
+    .chunk_bytes = 32u << 20,
+};
 
 static int nccl_group_id(struct transport *self, struct blob **ret_id, struct err *err)
 {
@@ -33,6 +40,7 @@ struct pair {
 };
 struct mover {
     struct transport_group *group;
+    const struct nccl_tuning *tuning;
     struct pair *out, *in; /* [n] */
     uint32_t pair_ops;     /* operations of a pair and direction in one batch */
     struct nccl_ops ops;
@@ -62,10 +70,11 @@ static int move_extents(struct mover *m, uint32_t peer, bool send, const struct 
                         struct err *err)
 {
     struct pair *pair = send ? &m->out[peer] : &m->in[peer];
+    const uint64_t limit = pair->limit < m->tuning->op_bytes ? pair->limit : m->tuning->op_bytes;
     for (uint32_t k = 0; k < n; k++) {
         uint8_t *base = (uint8_t *)extents[k].region->base + extents[k].offset;
         for (size_t at = 0; at < extents[k].len;) {
-            size_t len = extents[k].len - at < pair->limit ? extents[k].len - at : (size_t)pair->limit;
+            size_t len = extents[k].len - at < limit ? extents[k].len - at : (size_t)limit;
             struct nccl_op op = {base + at, len, peer, pair_batch(m, pair, len), send};
             int rc = nccl_ops_add(&m->ops, &op, err);
             if (rc < 0)
@@ -117,11 +126,10 @@ static void move_limits(struct mover *m, const struct transfer *items, size_t n)
     for (uint32_t i = 0; i < 2 * parties; i++) {
         struct pair *pair = i < parties ? &m->out[i] : &m->in[i - parties];
         pair->limit = pair->total / BATCH_PARTS;
-        pair->limit = pair->limit < BATCH_BYTES_MIN   ? BATCH_BYTES_MIN
-                      : pair->limit > BATCH_BYTES_MAX ? BATCH_BYTES_MAX
-                                                      : (pair->limit + 4095) / 4096 * 4096;
+        pair->limit = pair->limit < BATCH_BYTES_MIN ? BATCH_BYTES_MIN : (pair->limit + 4095) / 4096 * 4096;
+        pair->limit = pair->limit < m->tuning->group_bytes ? pair->limit : m->tuning->group_bytes;
     }
-    m->pair_ops = parties > 1 ? BATCH_OPS / (2 * (parties - 1)) : BATCH_OPS;
+    m->pair_ops = parties > 1 ? m->tuning->group_ops / (2 * (parties - 1)) : m->tuning->group_ops;
     m->pair_ops = m->pair_ops > 0 ? m->pair_ops : 1;
 }
 
@@ -161,6 +169,7 @@ static int nccl_move(struct transport_group *group, const struct transfer *items
         return err_set(err, ERR_INVALID, "the group failed before; it cannot be used again");
     struct mover m = {
         .group = group,
+        .tuning = &group->nccl->tuning,
         .out = calloc(group->n, sizeof *m.out),
         .in = calloc(group->n, sizeof *m.in),
     };
@@ -205,6 +214,26 @@ const char *transport_nccl_version(const struct transport *transport)
     return ((const struct transport_nccl *)transport)->shared->version;
 }
 
+bool transport_nccl_tune(struct transport *transport, const struct nccl_tuning *tuning)
+{
+    struct transport_nccl *nccl = (struct transport_nccl *)transport;
+    if (tuning->in_flight > GROUPS_IN_FLIGHT)
+        return false;
+    nccl->tuning = (struct nccl_tuning){
+        .group_ops = tuning->group_ops ? tuning->group_ops : as_agents.group_ops,
+        .in_flight = tuning->in_flight ? tuning->in_flight : as_agents.in_flight,
+        .group_bytes = tuning->group_bytes ? tuning->group_bytes : as_agents.group_bytes,
+        .op_bytes = tuning->op_bytes ? tuning->op_bytes : as_agents.op_bytes,
+        .chunk_bytes = tuning->chunk_bytes ? tuning->chunk_bytes : as_agents.chunk_bytes,
+    };
+    return true;
+}
+
+struct nccl_tuning transport_nccl_tuned(const struct transport *transport)
+{
+    return ((const struct transport_nccl *)transport)->tuning;
+}
+
 struct transport_nccl_counts transport_nccl_counts(const struct transport *transport)
 {
     const struct transport_nccl *nccl = (const struct transport_nccl *)transport;
@@ -230,6 +259,7 @@ static int nccl_parts(struct transport_nccl *nccl, const struct transport_nccl_o
         return err_set(err, ERR_NOMEM, "out of memory");
     }
     nccl->keep_ms = options->keep_ms;
+    nccl->tuning = as_agents;
     nccl->mesh_is_theirs = options->mesh != NULL;
     nccl->mesh = options->mesh ? options->mesh : transport_host_open(options->listen_fd, err);
     if (!nccl->mesh) {

@@ -21,6 +21,18 @@ struct transport_nccl_options {
  * no driver or no such GPU; may block for a second. */
 struct transport *transport_nccl_open(const struct transport_nccl_options *options, struct err *err);
 
+/* How moves and broadcasts are grouped, for benchmarks; set when it is open, the same at all parties. */
+struct nccl_tuning {
+    uint32_t group_ops;   /* operations of one group, all peers and directions together; 0: as agents use */
+    uint32_t in_flight;   /* groups, up to 8; 0: as agents use */
+    uint64_t group_bytes; /* of one pair and direction in one group, at most; 0: as agents use */
+    uint64_t op_bytes;    /* of one operation of a move, at most; 0: as agents use */
+    uint64_t chunk_bytes; /* of a broadcast, one step of a chain, at most; 0: as agents use */
+};
+bool transport_nccl_tune(struct transport *transport, const struct nccl_tuning *tuning);
+/* What is used now; without another tuning, what agents use. */
+struct nccl_tuning transport_nccl_tuned(const struct transport *transport);
+
 /* "NCCL 2.28.9 with shrink": what the transport found. */
 const char *transport_nccl_version(const struct transport *transport);
 

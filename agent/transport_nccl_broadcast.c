@@ -9,7 +9,6 @@
 #include "agent/transport_nccl_internal.h"
 
 #define CHUNK_MIN    (1u << 20)
-#define CHUNK_MAX    (32u << 20)
 #define CHUNK_PIECES 256u /* operations that one chunk may become */
 #define FILL_PARTS   8u   /* chunks of a chain for each receiver, so that filling and draining it costs an eighth */
 
@@ -44,13 +43,14 @@ static int cast_parties(struct cast *c, const struct transport_group *group, con
 }
 
 /* Cuts the bytes into chunks, and those at the borders of extents into pieces: the same way on every party. */
-static int cast_cut(struct cast *c, const struct extent *extents, size_t n, struct err *err)
+static int cast_cut(struct cast *c, const struct extent *extents, size_t n, uint64_t most, struct err *err)
 {
     uint64_t total = 0;
     for (size_t i = 0; i < n; i++)
         total += extents[i].len;
     uint64_t size = total / c->n_senders / ((uint64_t)FILL_PARTS * c->n_receivers);
-    size = size < CHUNK_MIN ? CHUNK_MIN : size > CHUNK_MAX ? CHUNK_MAX : size / 4096 * 4096;
+    size = size < CHUNK_MIN ? CHUNK_MIN : size / 4096 * 4096;
+    size = size > most ? most : size;
     size_t max = n + (size_t)(total / size) + 1;
     c->pieces = calloc(max, sizeof *c->pieces);
     c->chunks = calloc(max + 1, sizeof *c->chunks);
@@ -113,7 +113,7 @@ static int cast_plan(struct cast *c, const struct transport_group *group, const 
         rc = cast_parties(c, group, have, err);
     if (rc < 0 || c->n_receivers == 0 || have[group->self] == TRANSPORT_ABSENT)
         return rc;
-    rc = cast_cut(c, extents, n, err);
+    rc = cast_cut(c, extents, n, group->nccl->tuning.chunk_bytes, err);
     uint64_t steps = (c->n_chunks + c->n_senders - 1) / c->n_senders + c->n_receivers - 1;
     for (uint64_t step = 0; step < steps && rc == 0; step++)
         for (uint32_t chain = 0; chain < c->n_senders && rc == 0; chain++)

@@ -12,7 +12,7 @@
 #include "agent/transport_nccl.h"
 #include "agent/transport_nccl_control.h"
 
-#define GROUPS_IN_FLIGHT 4u /* so that the GPU never waits for the next launch */
+#define GROUPS_IN_FLIGHT 8u /* at most */
 
 /* What endings in the background use as well; lives until the last of them is over. */
 struct nccl_shared {
@@ -34,6 +34,7 @@ struct transport_nccl {
     bool mesh_is_theirs;
     struct nccl_shared *shared;
     uint32_t keep_ms;
+    struct nccl_tuning tuning;
     struct transport_nccl_counts counts;
 };
 

@@ -183,7 +183,7 @@ int nccl_run_batches(struct transport_group *group, const struct nccl_ops *ops, 
     uint64_t received = 0;
     int rc = run_sort(&r, ops, err);
     for (uint32_t launched = 0, reached = 0; rc == 0 && reached < r.n_busy;) {
-        if (launched < r.n_busy && launched - reached < GROUPS_IN_FLIGHT) {
+        if (launched < r.n_busy && launched - reached < group->nccl->tuning.in_flight) {
             rc = run_launch(&r, launched++, err);
             continue;
         }

@@ -21,3 +21,15 @@ const char *transport_nccl_version(const struct transport *transport)
     (void)transport;
     return "not in this build";
 }
+
+bool transport_nccl_tune(struct transport *transport, const struct nccl_tuning *tuning)
+{
+    (void)transport, (void)tuning;
+    return false;
+}
+
+struct nccl_tuning transport_nccl_tuned(const struct transport *transport)
+{
+    (void)transport;
+    return (struct nccl_tuning){0};
+}

@@ -1,4 +1,5 @@
-/* An NCCL on sockets, for tests on the CUDA driver of tests/fakecuda: only what agent/nccl_library.h looks up.
+/* An NCCL on sockets, for tests on the CUDA driver of tests/fakecuda: only what agent/nccl_library.h looks
+ * up, and ncclBroadcast, which benchmarks compare with.
  *
  * Built as fakecuda/libnccl.so.2 of the build folder, beside the driver that it needs.  It behaves like the real one in
  * what the transport has to cope with: communicators are made in the background and for ever if a rank does not come,
@@ -357,6 +358,22 @@ ncclResult_t ncclRecv(void *recvbuff, size_t count, ncclDataType_t datatype, int
 {
     (void)datatype;
     return op_add(comm, recvbuff, count, peer, false, stream);
+}
+
+/* From the root to each of the others; in place there. */
+ncclResult_t ncclBroadcast(const void *sendbuff, void *recvbuff, size_t count, ncclDataType_t datatype, int root,
+                           ncclComm_t comm, cudaStream_t stream)
+{
+    ncclResult_t result = ncclGroupStart();
+    if (comm->rank != root)
+        result = ncclRecv(recvbuff, count, datatype, root, comm, stream);
+    else if (sendbuff != recvbuff)
+        result = ncclInvalidArgument;
+    for (int i = 0; i < comm->n && comm->rank == root && result == ncclSuccess; i++)
+        if (i != root)
+            result = ncclSend(sendbuff, count, datatype, i, comm, stream);
+    ncclResult_t end = ncclGroupEnd();
+    return result == ncclSuccess ? end : result;
 }
 
 /* ---- the rest ---- */

@@ -106,7 +106,7 @@ int bench_gpus(void)
     return child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
 }
 
-int bench_run(uint32_t n, void (*play)(struct bench_stage *stage, uint32_t self, void *user), void *user)
+int bench_run(uint32_t n, bool observer, void (*play)(struct bench_stage *stage, uint32_t self, void *user), void *user)
 {
     struct bench_stage *stage = mmap(NULL, sizeof *stage, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (stage == MAP_FAILED)
@@ -114,17 +114,18 @@ int bench_run(uint32_t n, void (*play)(struct bench_stage *stage, uint32_t self,
     pthread_barrierattr_t attributes;
     pthread_barrierattr_init(&attributes);
     pthread_barrierattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
-    pthread_barrier_init(&stage->barrier, &attributes, n + 1);
+    const uint32_t all = n + observer;
+    pthread_barrier_init(&stage->barrier, &attributes, all);
     stage->parties = n;
     fflush(NULL);
-    for (uint32_t i = 0; i <= n; i++)
+    for (uint32_t i = 0; i < all; i++)
         if (fork() == 0) {
             play(stage, i, user);
             fflush(NULL);
             _exit(0);
         }
     int failed = 0;
-    for (uint32_t i = 0; i <= n; i++) {
+    for (uint32_t i = 0; i < all; i++) {
         int status = 1;
         failed += wait(&status) < 0 || status != 0;
     }

@@ -16,7 +16,7 @@
 #define BENCH_SKIPPED     77
 
 struct bench_stage {
-    pthread_barrier_t barrier; /* of the parties and the observer */
+    pthread_barrier_t barrier; /* of the parties and the observer, if there is one */
     uint32_t parties;
     size_t blob_len;
     uint8_t blob[256];
@@ -44,8 +44,9 @@ struct blob *bench_share(struct bench_stage *stage, bool from, struct blob *blob
 
 /* How many GPUs there are, asked in a child. */
 int bench_gpus(void);
-/* Forks n parties and an observer (self == n), who all run `play` and end; the number of those that failed. */
-int bench_run(uint32_t n, void (*play)(struct bench_stage *stage, uint32_t self, void *user), void *user);
+/* Forks n parties and, if it is wanted, an observer (self == n), who all run `play` and end; the number of those that
+ * failed. */
+int bench_run(uint32_t n, bool observer, void (*play)(struct bench_stage *stage, uint32_t self, void *user), void *user);
 
 /* The observer's part: free memory of a GPU in bytes. */
 uint64_t bench_free(const struct cuda_device *device);

@@ -363,5 +363,5 @@ int main(int argc, char **argv)
         snprintf(o.members[i].id, sizeof o.members[i].id, "gpu%u", i);
         bench_must(address_listen("127.0.0.1:0", 0, &o.listeners[i], o.members[i].data_address, &err), "listen", &err);
     }
-    return bench_run(o.ranks, play, &o) != 0;
+    return bench_run(o.ranks, true, play, &o) != 0;
 }

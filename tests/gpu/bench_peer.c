@@ -37,8 +37,9 @@ static const struct {
     const char *name;
     struct peer_tuning tuning;
 } ways[] = {
-    {"single_1", {1, false}}, {"single_4", {4, false}}, {"single_8", {8, false}},
-    {"batch_1", {1, true}},   {"batch_4", {4, true}},   {"batch_8", {8, true}},
+    {"single_1", {.streams = 1, .batched = false}}, {"single_4", {.streams = 4, .batched = false}},
+    {"single_8", {.streams = 8, .batched = false}}, {"batch_1", {.streams = 1, .batched = true}},
+    {"batch_4", {.streams = 4, .batched = true}},   {"batch_8", {.streams = 8, .batched = true}},
 };
 
 static double gbps(uint64_t bytes, uint64_t ns)
@@ -305,5 +306,5 @@ int main(int argc, char **argv)
     }
     if (bench_gpus() == 0)
         return BENCH_SKIPPED;
-    return bench_run(2, play, &o) != 0;
+    return bench_run(2, true, play, &o) != 0;
 }

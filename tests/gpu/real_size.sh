@@ -6,7 +6,8 @@
 # Environment: MODEL (arguments of eep-make-checkpoint: --model qwen3-30b-a3b --layers 16), CHECKPOINT (a folder that is
 # there, instead), STEPS ("2 4 3 2 4"; "3:gpu0,gpu2" names who leaves; each rank has the slots that the fewest ranks need,
 # or SLOTS), REBALANCE (MiB/s, such as "0 2000", 0 = no limit: after the steps, so often under a load that changes), MEMORY
-# (cuda), LOGS (a folder for the agents' logs).  TRANSPORT: auto, cuda_peer or nccl.  Agent i uses GPU i modulo their
+# (cuda), LOGS (a folder for the agents' logs, and of each operation step-N.json: what was asked for and GPU memory, op-N.json
+# and plan-N.json: what eepctl says of it and of its bounds, verify-N.json).  TRANSPORT: auto, cuda_peer or nccl.  Agent i uses GPU i modulo their
 # number.  The engines attach and answer, but have no requests: nobody knows the right tokens of random weights.  Prints
 # what each operation took, moved, and its bounds; what loading and each round of moves reached; GPU memory at its highest.
 set -u
@@ -25,7 +26,7 @@ clean() {
     sleep 0.5
     for pid in "${pids[@]}"; do kill -9 "$pid" 2>/dev/null; done
     wait 2>/dev/null
-    [ -z "${LOGS:-}" ] || { mkdir -p "$LOGS" && cp "$dir"/*.log "$LOGS"; }
+    [ -z "${LOGS:-}" ] || { mkdir -p "$LOGS" && cp "$dir"/*.log "$dir"/*.json "$LOGS" 2>/dev/null; }
     rm -rf "$dir"
 }
 trap clean EXIT
@@ -73,32 +74,46 @@ for ((i = 0; i < most; i++)); do
     start "agent-$i" "$build/eep-agent" --id "gpu$i" --coordinator "$EEP_COORDINATOR" --engine-socket "$dir/e$i.sock" "${where[@]}"
     start "engine-$i" "$build/tests/eep-idle-engine" "$dir/e$i.sock" ${REBALANCE:+4}
 done
+# What was asked for, of operation $k; further pairs of JSON as arguments.
+step_note() {
+    local IFS=,
+    "$build/eepctl" -o json watch >"$dir/op-$k.json"
+    printf '{"index": %d, "from": %d, "to": %d, "took_ms": %d%s}\n' "$k" "$from" "$n" "$took" "${*:+, $*}" >"$dir/step-$k.json"
+}
+k=0 from=0
 echo "$gpus GPUs, $most agents, $memory, $transport; GPU memory in use before, MiB: $(gpu_memory)"
 for step in $steps; do
     n=${step%%:*}
     leave=()
     [ "$n" = "$step" ] || for a in $(tr , ' ' <<<"${step#*:}"); do leave+=(--remove "$a"); done
+    [ "$from" = 0 ] || "$build/eepctl" -o json scale --to "$n" "${leave[@]}" --wait-for-agents=60 --dry-run >"$dir/plan-$k.json"
     line=$(($(lines) + 1))
     begin=$(date +%s%N)
     "$build/eepctl" scale --to "$n" "${leave[@]}" --wait-for-agents=60 --timeout 300 >"$dir/out" 2>&1 || { cat "$dir/out"; fail "scale --to $n failed"; }
     took=$((($(date +%s%N) - begin) / 1000000))
     verify=$(date +%s%N)
-    "$build/eepctl" verify >"$dir/verified" 2>&1 || { cat "$dir/verified"; fail "verify failed"; }
+    "$build/eepctl" -o json verify >"$dir/verify-$k.json" 2>"$dir/verified" || { cat "$dir/verif"*; fail "verify failed"; }
     verify=$((($(date +%s%N) - verify) / 1000000))
     echo
-    echo "## scale --to $n ${leave[*]}: $took ms; verify: $verify ms, $(tail -n 1 "$dir/verified")"
+    echo "## scale --to $n ${leave[*]}: $took ms; verify: $verify ms, $(sed -n 's/.*"text": "\(.*\)".*/\1/p' "$dir/verify-$k.json")"
     echo "GPU memory, MiB: $(gpu_memory) now, $(gpu_peak "$line") at its highest"
     tail -n 6 "$dir/out"
+    step_note "\"leave\": \"${step#"$n"}\"" "\"verify_ms\": $verify" "\"peak_mib\": \"$(gpu_peak "$line")\""
+    from=$n k=$((k + 1))
 done
 for limit in ${REBALANCE:-}; do
     sleep 5 # another popularity, and windows of it
+    line=$(($(lines) + 1))
     begin=$(date +%s%N)
     throttle=()
     [ "$limit" = 0 ] || throttle=(--bandwidth "$limit")
     "$build/eepctl" rebalance "${throttle[@]}" --timeout 120 >"$dir/out" 2>&1 || { cat "$dir/out"; fail "rebalance failed"; }
+    took=$((($(date +%s%N) - begin) / 1000000))
     echo
-    echo "## rebalance --bandwidth $limit: $((($(date +%s%N) - begin) / 1000000)) ms"
+    echo "## rebalance --bandwidth $limit: $took ms"
     tail -n 6 "$dir/out"
+    step_note "\"limit_mib_s\": $limit" "\"peak_mib\": \"$(gpu_peak "$line")\""
+    k=$((k + 1))
 done
 [ -z "${REBALANCE:-}" ] || "$build/eepctl" verify | tail -n 1
 "$build/eepctl" -o json history >"$dir/history.log" # bounds, balances and phases of all of them

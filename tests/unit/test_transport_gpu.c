@@ -58,7 +58,9 @@ static struct transport *batched_open(const char *device, const char *address, s
     (void)address;
     struct transport *t = transport_cuda_peer_open(device, err);
     if (t)
-        (void)transport_cuda_peer_tune(t, &(struct peer_tuning){.streams = 2, .batched = true});
+        (void)transport_cuda_peer_tune(
+            t, &(struct peer_tuning){
+                   .streams = 2, .batched = true, .in_flight = 3, .batch_bytes = 40000, .chunk_bytes = 12345 * 8});
     return t;
 }
 
