@@ -175,7 +175,7 @@ GPU_BENCH := $(if $(HAVE_CUDA),$(BUILD)/tests/bench_peer) $(if $(HAVE_NCCL),$(BU
 $(BUILD)/tests/gpu/bench%.o: override CPPFLAGS += $(if $(HAVE_CUDA),-isystem $(CUDA_INC)) $(if $(HAVE_NCCL),-isystem $(NCCL_INC))
 $(GPU_BENCH): $(BUILD)/tests/bench_%: $(BUILD)/tests/gpu/bench_%.o $(BUILD)/tests/gpu/bench.o $(TEST_LIBS)
 	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
-$(BUILD)/tests/bench_several: $(BUILD)/tests/gpu/bench_plain.o
+$(BUILD)/tests/bench_several: $(BUILD)/tests/gpu/bench_plain.o $(BUILD)/tests/gpu/bench_sweep.o
 $(BUILD)/tests/eep-make-checkpoint: $(call obj,tests/gpu/make_checkpoint.c tests/gpu/checkpoint_models.c tests/gpu/checkpoint_tables.c) $(BUILD)/libcommon.a
 	@mkdir -p $(@D)
 	$(CC) $(LDFLAGS) -o $@ $^ -lpthread
@@ -256,7 +256,7 @@ check-deps:
 	@missing="$(call missing,$(DEPS_TEST))"; if [ -n "$$missing" ]; then \
 	  echo "the tests also need: $$missing; run 'make deps-test' once as root" >&2; exit 1; fi
 check-build: check-deps ## what `make check` runs, built and not run
-	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(FUZZ:%=$(BUILD)/tests/replay_%) $(BUILD)/tests/eep-sim $(FAKECUDA) || { $(hint); }
+	@$(MAKE) --no-print-directory -j2 all $(UNIT_BIN) $(ITEST_BIN) $(FUZZ:%=$(BUILD)/tests/replay_%) $(BUILD)/tests/eep-sim $(FAKECUDA) $(GPU_BENCH) || { $(hint); }
 check: check-build ## all tests: unit, simulation, integration with the real daemons
 	@BUILD=$(BUILD) SANITIZE=$(SANITIZE) SIM_SEEDS=$(SIM_SEEDS) FUZZ="$(FUZZ)" tests/run.sh $(notdir $(UNIT_BIN)) -- $(notdir $(ITEST_BIN))
 check-unit: check-deps ## unit tests alone

@@ -77,6 +77,8 @@ if [ $part = integration ]; then
             run "demo, nccl" "${on_gpu[@]}" EEP_TEST_TRANSPORT=nccl timeout 900 "$BUILD/tests/eep-demo" --sequence 2,4,3,2 \
                 --settle-ms 200
         fi
+        # what is measured on several GPUs, as far as it can be tried here
+        [ "${SIM_SEEDS:-0}" = 0 ] || run several_gpus tests/integration/several_gpus.sh "$BUILD"
     else
         no_gpu() { echo "this build has no cuda.h"; return 77; }
         run "itest_scale, cuda_peer" no_gpu

@@ -58,7 +58,7 @@ pass "coordinator, agent, eepctl status"
 grep -q '^good: ' "$d/demo.log" || fail "the demo does not say that it is good"
 pass "demo"
 env -i "$tests/bin/tests/test_memory" >"$d/memory.log" 2>&1 || fail "test_memory"
-for program in test_transport_gpu nccl_abort $(cd "$tests/bin/tests" && ls | grep -E "^bench_(peer|nccl)$"); do # without a GPU they have nothing to do; they must start
+for program in test_transport_gpu nccl_abort $(cd "$tests/bin/tests" && ls | grep -E "^bench_(peer|nccl|several)$"); do # without a GPU they have nothing to do; they must start
     rc=0
     timeout 300 env -i "$tests/bin/tests/$program" >"$d/$program.log" 2>&1 || rc=$?
     [ $rc = 0 ] || [ $rc = 77 ] || fail "$program: exit status $rc"
@@ -66,6 +66,8 @@ done
 for file in $(grep -ho 'tests/gpu/[a-z_]*\.[a-z]*' "$tests"/tests/gpu/*.sh | sort -u); do
     [ -e "$tests/$file" ] || fail "a script of tests/gpu runs $file, which is not in the bundle"
 done
+said=$(env -i PATH="$PATH" GPUS=99 "$tests/tests/gpu/several.sh" "$tests/bin" "$d/several" 2>&1) && fail "several.sh runs on 99 GPUs"
+grep -q 'GPUs here, 99 wanted' <<<"$said" && [ "$(wc -l <<<"$said")" = 1 ] || fail "several.sh does not say in a sentence that it needs GPUs: $said"
 pass "test programs"
 
 if command -v python3 >/dev/null; then

@@ -2,16 +2,21 @@
  * which several.sh collects.
  *
  *     bench_several measure [OPTION...]   rounds (slots) and the broadcast of dense weights, by either transport,
- * against one plain group of ncclSend and ncclRecv, ncclBroadcast, and plain copies bench_several sweep [OPTION...] the
+ * beside one plain group of ncclSend and ncclRecv, ncclBroadcast, and plain copies bench_several sweep [OPTION...] the
  * same with other groupings than agents use, one thing changed at a time bench_several comm [OPTION...] communicators:
- * made, warmed, used again, ended
+ * made, warmed, used again, ended bench_several memory                "0, 1234" for each GPU: MiB in use, as nvidia-smi
+ * prints it
  *
- * Options: --ranks N (2), --senders N (half of them), --slots N (64, that each receiver gets), --slot-bytes N
- * (9437184),
- * --dense-bytes N (1 GiB), --rounds N (7).  Rank i uses GPU i modulo their number.  The first --senders ranks have the
- * weights, the others get them: a scale-up.  Plain operations and transports take turns; seconds are medians of the
- * longest of all ranks, bytes those that one receiver gets.  After each move every slot is compared with its source.
- * 77 without a GPU or NCCL, with a sentence. */
+ *     --ranks N         (2) rank i uses GPU i modulo their number
+ *     --senders N       (half of them) the first ones, which have the weights; the others get them: a scale-up
+ *     --slots N         (64) that each receiver gets
+ *     --slot-bytes N    (9437184)
+ *     --dense-bytes N   (1 GiB)
+ *     --rounds N        (7) after one that warms up
+ *
+ * Plain operations and transports take turns; seconds are medians of the longest of all ranks, bytes those that one
+ * receiver gets.  After each move every slot is compared with its source.  77 without a GPU or NCCL, with a sentence.
+ */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,47 +24,13 @@
 
 #include "agent/gpu_share.h"
 #include "agent/memory.h"
-#include "agent/transport_gpu.h"
-#include "agent/transport_nccl.h"
 #include "common/address.h"
 #include "common/clock.h"
-#include "tests/gpu/bench_plain.h"
+#include "tests/gpu/bench_several.h"
 
-enum { PEER, NCCL, TRANSPORTS };
-static const char *const names[] = {"cuda_peer", "nccl"};
-
-struct options {
-    const char *mode;
-    uint32_t ranks, senders, slots, gpus;
-    uint64_t slot, dense;
-    int rounds;
-    int listeners[BENCH_PARTIES_MAX];
-    struct member members[BENCH_PARTIES_MAX];
-    uint64_t *sums; /* shared: [senders][slots], the digests of what is sent */
-};
-
-struct party {
-    const struct options *o;
-    struct bench_stage *stage;
-    uint32_t self;
-    char gpu[12];
-    struct memory_backend *memory;
-    struct memory_region region; /* the weights: what a sender has, what a receiver gets */
-    struct transport *transports[TRANSPORTS];
-    struct transport_group *groups[TRANSPORTS];
-    struct transfer *items; /* [receivers * slots] */
-    uint32_t turn;          /* places change with each move, so that none is right because of the one before */
-    struct plain plain;
-    ncclComm_t all, cast; /* of all ranks; of the first sender and the receivers */
-};
+const char *const transport_names[TRANSPORTS] = {"cuda_peer", "nccl"};
 
 /* ---- figures ---- */
-
-struct sample {
-    const char *transport, *plain_name;
-    uint64_t bytes;
-    struct bench_times ours, plain, copies;
-};
 
 static void print_head(const struct party *p, const char *name, const char *transport)
 {
@@ -76,7 +47,7 @@ static void print_times(const char *key, const struct bench_times *t, uint64_t b
 }
 
 /* A measurement beside its plain operations: seconds, GB/s into a receiver, ratios. */
-static void print_sample(const struct party *p, const char *name, const struct sample *s, const char *more)
+void bench_sample_print(const struct party *p, const char *name, const struct sample *s, const char *more)
 {
     if (p->self != 0)
         return;
@@ -198,9 +169,10 @@ static uint64_t round_run(struct party *p, int which)
     size_t n = items_make(p);
     bench_meet(p->stage);
     uint64_t begin = clock_now_ns();
-    bench_must(p->transports[which]->move(p->groups[which], p->items, n, &call, &bytes, &err), names[which], &err);
+    bench_must(p->transports[which]->move(p->groups[which], p->items, n, &call, &bytes, &err), transport_names[which],
+               &err);
     uint64_t ns = bench_longest(p->stage, p->self, clock_now_ns() - begin);
-    slots_check(p, names[which]);
+    slots_check(p, transport_names[which]);
     return ns;
 }
 
@@ -215,16 +187,16 @@ static uint64_t dense_run(struct party *p, int which)
         have[i] = i < p->o->senders ? TRANSPORT_HAS : TRANSPORT_WANTS;
     bench_meet(p->stage);
     uint64_t begin = clock_now_ns();
-    bench_must(p->transports[which]->broadcast(p->groups[which], &extent, 1, have, &call, &bytes, &err), names[which],
-               &err);
+    bench_must(p->transports[which]->broadcast(p->groups[which], &extent, 1, have, &call, &bytes, &err),
+               transport_names[which], &err);
     return bench_longest(p->stage, p->self, clock_now_ns() - begin);
 }
 
 /* One kind of measurement of one transport, by turns with its plain operations; the first turn warms up. */
-static struct sample sample_take(struct party *p, int which, bool dense, bool copies)
+struct sample bench_sample_take(struct party *p, int which, bool dense, bool copies)
 {
     const struct options *o = p->o;
-    struct sample s = {.transport = names[which], .bytes = dense ? o->dense : o->slots * o->slot};
+    struct sample s = {.transport = transport_names[which], .bytes = dense ? o->dense : o->slots * o->slot};
     const bool by_copies = which == PEER;
     s.plain_name = by_copies ? "copies" : dense ? "ncclBroadcast" : "group of ncclSend and ncclRecv";
     for (int k = 0; k <= o->rounds; k++) {
@@ -256,7 +228,7 @@ static uint64_t group_make(struct party *p, int which)
     struct transport_call call = call_now();
     uint64_t begin = clock_now_ns();
     bench_must(t->group_create(t, id, p->o->members, p->o->ranks, p->self, &call, &p->groups[which], &err),
-               names[which], &err);
+               transport_names[which], &err);
     uint64_t ns = clock_now_ns() - begin;
     blob_unref(mine);
     blob_unref(id);
@@ -298,110 +270,18 @@ static void measure(struct party *p)
     measure_begin(p);
     for (int which = 0; which < TRANSPORTS; which++)
         for (int dense = 0; dense < 2; dense++) {
-            struct sample s = sample_take(p, which, dense, which == NCCL);
-            print_sample(p, dense ? "plain.dense" : "plain.round", &s, "");
+            struct sample s = bench_sample_take(p, which, dense, which == NCCL);
+            bench_sample_print(p, dense ? "plain.dense" : "plain.round", &s, "");
         }
     measure_end(p);
-}
-
-/* One thing changed at a time; the first is as agents have it. */
-static const struct nccl_tuning nccl_tunings[] = {
-    {0},
-    {.group_bytes = 16 << 20},
-    {.group_bytes = 32 << 20},
-    {.group_bytes = 64 << 20},
-    {.group_bytes = 256 << 20},
-    {.group_bytes = 512 << 20},
-    {.in_flight = 1},
-    {.in_flight = 2},
-    {.in_flight = 8},
-    {.group_ops = 64},
-    {.group_ops = 256},
-    {.group_ops = 4096},
-    {.op_bytes = 1 << 20},
-    {.op_bytes = 4 << 20},
-    {.group_bytes = 512 << 20, .in_flight = 8},
-    {.group_bytes = 32 << 20, .in_flight = 8},
-};
-static const struct nccl_tuning nccl_casts[] = {
-    {0},
-    {.chunk_bytes = 4 << 20},
-    {.chunk_bytes = 8 << 20},
-    {.chunk_bytes = 16 << 20},
-    {.chunk_bytes = 64 << 20},
-    {.in_flight = 2},
-    {.in_flight = 8},
-    {.chunk_bytes = 8 << 20, .in_flight = 8},
-};
-static const struct peer_tuning peer_tunings[] = {
-    {.streams = 4, .batched = true},
-    {.streams = 4, .batched = false},
-    {.streams = 1, .batched = true},
-    {.streams = 2, .batched = true},
-    {.streams = 8, .batched = true},
-    {.streams = 4, .batched = true, .in_flight = 1},
-    {.streams = 4, .batched = true, .in_flight = 4},
-    {.streams = 4, .batched = true, .in_flight = 8},
-    {.streams = 4, .batched = true, .in_flight = 48},
-    {.streams = 4, .batched = true, .batch_bytes = 16 << 20},
-    {.streams = 4, .batched = true, .batch_bytes = 32 << 20},
-    {.streams = 4, .batched = true, .batch_bytes = 256 << 20},
-    {.streams = 8, .batched = true, .in_flight = 48},
-};
-static const struct peer_tuning peer_casts[] = {
-    {.streams = 4, .batched = true},
-    {.streams = 4, .batched = true, .chunk_bytes = 4 << 20},
-    {.streams = 4, .batched = true, .chunk_bytes = 32 << 20},
-    {.streams = 4, .batched = true, .chunk_bytes = 64 << 20},
-    {.streams = 8, .batched = true},
-    {.streams = 4, .batched = true, .in_flight = 8},
-};
-#define COUNT(array) (sizeof(array) / sizeof(array)[0])
-
-static void sweep_nccl(struct party *p, bool dense)
-{
-    const struct nccl_tuning *all = dense ? nccl_casts : nccl_tunings;
-    for (size_t i = 0; i < (dense ? COUNT(nccl_casts) : COUNT(nccl_tunings)); i++) {
-        char more[256];
-        (void)transport_nccl_tune(p->transports[NCCL], &all[i]);
-        struct nccl_tuning t = transport_nccl_tuned(p->transports[NCCL]);
-        struct sample s = sample_take(p, NCCL, dense, false);
-        snprintf(more, sizeof more,
-                 ", \"default\": %s, \"group_ops\": %u, \"group_bytes\": %llu, \"op_bytes\": %llu, \"in_flight\": %u, "
-                 "\"chunk_bytes\": %llu",
-                 i == 0 ? "true" : "false", t.group_ops, (unsigned long long)t.group_bytes,
-                 (unsigned long long)t.op_bytes, t.in_flight, (unsigned long long)t.chunk_bytes);
-        print_sample(p, dense ? "sweep.dense" : "sweep.round", &s, more);
-    }
-    (void)transport_nccl_tune(p->transports[NCCL], &all[0]);
-}
-
-static void sweep_peer(struct party *p, bool dense)
-{
-    const struct peer_tuning shipped = transport_cuda_peer_tuned(p->transports[PEER]);
-    const struct peer_tuning *all = dense ? peer_casts : peer_tunings;
-    for (size_t i = 0; i < (dense ? COUNT(peer_casts) : COUNT(peer_tunings)); i++) {
-        char more[256];
-        if (!transport_cuda_peer_tune(p->transports[PEER], i == 0 ? &shipped : &all[i]))
-            continue; /* no batches: all parties have the same driver */
-        struct peer_tuning t = transport_cuda_peer_tuned(p->transports[PEER]);
-        struct sample s = sample_take(p, PEER, dense, false);
-        snprintf(more, sizeof more,
-                 ", \"default\": %s, \"streams\": %u, \"batched\": %s, \"in_flight\": %u, \"group_bytes\": %llu, "
-                 "\"chunk_bytes\": %llu",
-                 i == 0 ? "true" : "false", t.streams, t.batched ? "true" : "false", t.in_flight,
-                 (unsigned long long)t.batch_bytes, (unsigned long long)t.chunk_bytes);
-        print_sample(p, dense ? "sweep.dense" : "sweep.round", &s, more);
-    }
-    (void)transport_cuda_peer_tune(p->transports[PEER], &shipped);
 }
 
 static void sweep(struct party *p)
 {
     measure_begin(p);
     for (int dense = 0; dense < 2; dense++) {
-        sweep_peer(p, dense);
-        sweep_nccl(p, dense);
+        bench_sweep_peer(p, dense);
+        bench_sweep_nccl(p, dense);
     }
     measure_end(p);
 }
@@ -434,7 +314,7 @@ static void comm(struct party *p)
         p->transports[which]->close(p->transports[which]);
         p->transports[which] = NULL;
         ns[4] = bench_longest(p->stage, p->self, clock_now_ns() - begin);
-        print_comm(p, names[which], keys, ns, COUNT(keys));
+        print_comm(p, transport_names[which], keys, ns, COUNT(keys));
     }
     static const char *const keys[] = {"made", "warmed", "exchanged", "ended"};
     ns[0] = plain_communicator(&p->plain, ranks, p->o->ranks, &p->all);
@@ -491,9 +371,26 @@ static void play(struct bench_stage *stage, uint32_t self, void *user)
     free(p.items);
 }
 
+static int memory_print(void)
+{
+    struct gpu gpus[64];
+    struct err err = {0};
+    size_t n = 0;
+    bench_must(gpu_list(gpus, COUNT(gpus), &n, &err), "GPUs", &err);
+    for (size_t i = 0; i < n && i < COUNT(gpus); i++) {
+        struct cuda_device *device;
+        char index[12];
+        snprintf(index, sizeof index, "%zu", i);
+        bench_must(cuda_device_open(index, &device, &err), "GPU", &err);
+        printf("%zu, %llu\n", i, (unsigned long long)(gpus[i].bytes - bench_free(device)) >> 20);
+        cuda_device_close(device);
+    }
+    return 0;
+}
+
 static bool options_read(struct options *o, int argc, char **argv)
 {
-    o->mode = argc > 1 ? argv[1] : "";
+    o->mode = argc > 1 ? argv[1] : "measure";
     if (strcmp(o->mode, "measure") != 0 && strcmp(o->mode, "sweep") != 0 && strcmp(o->mode, "comm") != 0)
         return false;
     for (int i = 2; i < argc; i += 2) {
@@ -525,6 +422,8 @@ int main(int argc, char **argv)
     struct options o = {.ranks = 2, .slots = 64, .slot = 9437184, .dense = 1 << 30, .rounds = 7};
     struct nccl_library library;
     struct err err = {0};
+    if (argc == 2 && strcmp(argv[1], "memory") == 0)
+        return memory_print();
     if (!options_read(&o, argc, argv)) {
         fprintf(
             stderr,

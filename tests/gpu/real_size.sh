@@ -103,6 +103,7 @@ for step in $steps; do
 done
 for limit in ${REBALANCE:-}; do
     sleep 5 # another popularity, and windows of it
+    "$build/eepctl" -o json rebalance --dry-run >"$dir/plan-$k.json"
     line=$(($(lines) + 1))
     begin=$(date +%s%N)
     throttle=()
