@@ -29,7 +29,8 @@
 #                groups, or copies, of the same bytes need, by what it took; ratio_wire: of 370 GB/s
 #   plain.round, plain.dense   a transport alone: seconds (median), best_seconds, gbps; plain_seconds, plain_gbps, ratio_plain
 #   sweep.round, sweep.dense   the same with group_ops, group_bytes, op_bytes, in_flight, chunk_bytes or streams, batched; default
-#   chosen       the best of a sweep ("of"), if it is 2 % faster than what agents use; default_gbps and ratio_default beside it
+#   chosen       the best of a sweep ("of"), if it is 2 % faster than what agents use; default_gbps and ratio_default beside it;
+#                default: nothing is, they stay
 #   comm         made_and_warmed_seconds, again_seconds, left_seconds, closed_seconds; plain: made_, warmed_, exchanged_, ended_seconds
 #   steps        gpu, beside ("alone", "sending", "receiving", and the limit if there is one), by, steps, median_ms, p99_ms
 # A part that fails, or a row that is missing, makes the exit status 1 and does not keep the others from running.
@@ -138,10 +139,10 @@ if [ -n "$small" ]; then
     qwen=(--model olmoe-1b-7b --layers 1 --experts 16 --vocabulary 512) few=("${qwen[@]}")
     deepseek=(--model deepseek-v3 --layers 1 --dense-layers 0 --experts 8 --vocabulary 512)
     channels="4 8" moved=(--slots 8 --slot-bytes 98304 --dense-bytes 2097152 --rounds 2) warm=1 shared="2 4 3:gpu0 4" ranks="1 2 4"
-    again="$most 1 $most" throttle=(STEPS=4 SLOTS=5 "REBALANCE=0 60")
+    again="$most 1 $most" throttle=("STEPS=$((gpus > 4 ? gpus : 4))" SLOTS=5 "REBALANCE=0 60")
 fi
 [ "$gpus" -gt 1 ] || throttle=(STEPS=4 SLOTS=33 "REBALANCE=0 0 2000 500")
-[ "$gpus" -gt 1 ] || [ -z "$small" ] || throttle=(STEPS=4 SLOTS=5 "REBALANCE=0 60")
+[ "$gpus" -gt 1 ] || [ -z "$small" ] || throttle=("STEPS=$((gpus > 4 ? gpus : 4))" SLOTS=5 "REBALANCE=0 60")
 
 : >"$raw"
 several add "$raw" name=run gpus="$gpus" parts="$parts" device="\"$("$build/eep-agent" --list-gpus | head -n 1 | tr -d '"\\')\"" small="${small:-0}" \
@@ -214,6 +215,7 @@ if wanted plain; then
 fi
 if wanted sweep; then
     say "channels of NCCL: $channels; then groupings"
+    bench channels channels-own 60 measure --ranks $most "${moved[@]}"
     for n in $channels; do
         NCCL_MIN_NCHANNELS=$n NCCL_MAX_NCHANNELS=$n bench channels "channels-$n" 60 measure --ranks $most "${moved[@]}"
     done
