@@ -46,7 +46,7 @@ for signal in INT TERM; do
     [ $rc = 130 ] || [ $rc = 143 ] || { cat "$d/said"; fail "exit status $rc after SIG$signal"; }
     [ -z "$(ls -A "$TMPDIR")" ] || fail "after SIG$signal there are $(ls "$TMPDIR")"
     for left in /proc/[0-9]*/cmdline; do
-        left=$(tr '\0' ' ' <"$left" 2>/dev/null) && [[ $left != *"$TMPDIR"* ]] || [ -z "$left" ] || fail "after SIG$signal there is: $left"
+        left=$({ tr '\0' ' ' <"$left"; } 2>/dev/null) && [[ $left != *"$TMPDIR"* ]] || [ -z "$left" ] || fail "after SIG$signal there is: $left"
     done
 done
 echo "$rows"
