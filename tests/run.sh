@@ -78,7 +78,7 @@ if [ $part = integration ]; then
                 --settle-ms 200
         fi
         # what is measured on several GPUs, as far as it can be tried here
-        [ "${SIM_SEEDS:-0}" = 0 ] || run several_gpus tests/integration/several_gpus.sh "$BUILD"
+        [ "${SIM_SEEDS:-0}" = 0 ] || [ -n "${SANITIZE:-}" ] || run several_gpus tests/integration/several_gpus.sh "$BUILD"
     else
         no_gpu() { echo "this build has no cuda.h"; return 77; }
         run "itest_scale, cuda_peer" no_gpu
