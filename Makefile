@@ -269,6 +269,11 @@ sim:       ## more of the simulation: make sim SIM_SEEDS=100000
 check-torch: ## PyTorch's own client over our TCPStore port, where PyTorch is (PYTHON=python3)
 	@$(MAKE) --no-print-directory -s -j2 $(BUILD)/eep-coordinator
 	@tests/gpu/tcpstore.sh $(BUILD)
+.PHONY: check-torch-upstream
+check-torch-upstream: ## PyTorch's own store tests over our TCPStore port (TORCH_TESTS=.../test/distributed/test_store.py PYTHON=python3)
+	@[ -f "$(TORCH_TESTS)" ] || { echo "TORCH_TESTS must name PyTorch's test/distributed/test_store.py" >&2; exit 2; }
+	@$(MAKE) --no-print-directory -s -j2 $(BUILD)/eep-coordinator
+	@EEP_BIN=$(BUILD) PYTHONDONTWRITEBYTECODE=1 $(PYTHON) tests/python/torch_upstream.py $(TORCH_TESTS)
 PYTHON ?= python3
 .PHONY: check-python
 check-python: ## the Python package, and the PyTorch engine where PyTorch and transformers are (PYTHON=python3)

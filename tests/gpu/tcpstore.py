@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """PyTorch's own TCPStore client against eep-coordinator: one check a sub-command.
 
-usage: tcpstore.py store HOST PORT        every call of the store, PrefixStore, the polling barrier
-       tcpstore.py job BACKEND RANKS HOST PORT    a process group (gloo or nccl) of RANKS processes
-       tcpstore.py suite HOST PORT        those of PyTorch's own store tests that take any store
+usage: tcpstore.py job BACKEND RANKS HOST PORT    a process group (gloo or nccl) of RANKS processes
        tcpstore.py bench HOST PORT PROGRAM ADDRESS    get, add, check and the polling barrier, against PyTorch's own server:
                                           with its client in Python, and with one in C (bench_tcpstore; ADDRESS: of eep)
 Exit status 0: as it should be; 77: PyTorch or its back end is not here.
@@ -27,14 +25,6 @@ def connect(host, port, timeout=30):
     return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout))
 
 
-def fails(call, *args):
-    try:
-        call(*args)
-    except Exception as e:
-        return str(e)
-    raise AssertionError(f"{call} did not fail")
-
-
 def polling_barrier(store, rank, size, name):
     """As engines do it: every rank sets a key, and asks for everybody's until all are there."""
     store.set(f"arrival_{name}_{rank}", b"1")
@@ -43,52 +33,6 @@ def polling_barrier(store, rank, size, name):
         for i in range(size):
             if i not in arrived and store.check([f"arrival_{name}_{i}"]):
                 arrived.add(i)
-
-
-def check_store(host, port):
-    store, other = connect(host, port), connect(host, port)
-    store.set("k", "v")
-    assert other.get("k") == b"v"
-    assert store.add("n", 5) == 5 and other.add("n", -2) == 3 and store.get("n") == b"3"
-    assert store.check(["k", "n"]) and not store.check(["k", "none"])
-    assert store.compare_set("c", "", "first") == b"first"
-    assert store.compare_set("c", "first", "second") == b"second"
-    assert store.compare_set("c", "wrong", "third") == b"second"
-    store.append("a", "ab")
-    store.append("a", "cd")
-    assert other.get("a") == b"abcd"
-    store.multi_set(["m1", "m2"], ["1", "2"])
-    assert other.multi_get(["m1", "m2"]) == [b"1", b"2"]
-    assert store.num_keys() == 6, store.num_keys()  # k n c a m1 m2
-    assert store.delete_key("k") and not store.delete_key("k")
-    binary = bytes(range(256)) * 5000
-    store.set("binary", binary)
-    assert other.get("binary") == binary
-    assert "timeout" in fails(store.wait, ["never"], timedelta(milliseconds=200)).lower()
-    assert store.get("n") == b"3"  # the connection is as it was
-    threading.Timer(0.2, other.set, ("late", "1")).start()
-    assert store.get("late") == b"1"
-    prefix = dist.PrefixStore("p", store)
-    prefix.set("x", "1")
-    assert other.get("p/x") == b"1" and prefix.get("x") == b"1"
-    if hasattr(store, "queue_push"):
-        store.queue_push("q", b"1")
-        assert store.queue_len("q") == 1 and other.queue_pop("q") == b"1" and store.queue_len("q") == 0
-        threading.Timer(0.2, other.queue_push, ("q", b"2")).start()
-        assert store.queue_pop("q") == b"2"
-        fails(store.queue_pop, "q", False)
-    if hasattr(store, "list_keys"):
-        assert "p/x" in store.list_keys()
-    clone = store.clone() if hasattr(store, "clone") else connect(host, port)
-    assert clone.get("n") == b"3"
-    stores = [connect(host, port) for _ in range(8)]
-    threads = [threading.Thread(target=polling_barrier, args=(s, i, 8, "b")) for i, s in enumerate(stores)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(20)
-        assert not t.is_alive()
-    print(f"PyTorch {torch.__version__}: every call of the store passed")
 
 
 def rank_main(backend, rank, size, host, port):
@@ -120,28 +64,6 @@ def check_job(backend, size, host, port):
     codes = [r.wait(300) for r in ranks]
     assert not any(codes), codes
     print(f"{backend}, {size} ranks: passed in {time.time() - begin:.1f} s")
-
-
-def check_suite(host, port):
-    """PyTorch's StoreTestBase, with its store made against our port; each test in a namespace that is empty."""
-    import unittest
-    try:
-        sys.path[:0] = [os.environ.get("PYTORCH_TESTS", "test/distributed")]
-        import test_store
-    except ImportError as e:
-        print(f"PyTorch's test/distributed/test_store.py is not here (PYTORCH_TESTS names its folder): {e}")
-        sys.exit(77)
-
-    class Ours(test_store.StoreTestBase, unittest.TestCase):
-        def _create_store(self):
-            store = connect(host, port)
-            for key in store.list_keys() if hasattr(store, "list_keys") else []:
-                store.delete_key(key)
-            return store
-
-    suite = unittest.defaultTestLoader.loadTestsFromTestCase(Ours)
-    if not unittest.TextTestRunner(verbosity=2).run(suite).wasSuccessful():
-        sys.exit(1)
 
 
 def rate(calls, stores, seconds=2.0):
@@ -203,14 +125,10 @@ def bench(host, port, program, address):
 
 def main():
     what, args = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
-    if what == "store":
-        check_store(args[0], int(args[1]))
-    elif what == "job":
+    if what == "job":
         check_job(args[0], int(args[1]), args[2], int(args[3]))
     elif what == "rank":
         rank_main(args[0], int(args[1]), int(args[2]), args[3], int(args[4]))
-    elif what == "suite":
-        check_suite(args[0], int(args[1]))
     elif what == "bench":
         bench(args[0], int(args[1]), args[2], args[3])
     elif what == "bench-client":

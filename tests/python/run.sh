@@ -14,7 +14,8 @@ import sys
 import unittest
 
 loader = unittest.TestLoader()
-suite = unittest.TestSuite(loader.loadTestsFromName(name) for name in ("test_layout", "test_eep", "test_torch", "test_compare"))
+suite = unittest.TestSuite(loader.loadTestsFromName(name) for name in ("test_layout", "test_eep", "test_torch", "test_compare",
+                                                                    "test_tcpstore"))
 result = unittest.TextTestRunner(verbosity=2, stream=sys.stdout).run(suite)
 bad = len(result.failures) + len(result.errors)
 print(f"{result.testsRun - bad - len(result.skipped)} passed, {bad} failed, {len(result.skipped)} skipped")
