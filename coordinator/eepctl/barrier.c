@@ -58,10 +58,13 @@ static int barrier_list(struct ctl *ctl)
     return CTL_OK;
 }
 
-static void names_print(const char *what, char *const *names, size_t n)
+/* all: how many there are; the coordinator names 1000 at most. */
+static void names_print(const char *what, char *const *names, size_t n, uint32_t all)
 {
     for (size_t i = 0; i < n; i++)
         printf("%-8s %s\n", what, names[i]);
+    if (n && n < all)
+        printf("%-8s and %zu more\n", what, all - n);
 }
 
 static int barrier_show(struct ctl *ctl, const char *name)
@@ -77,8 +80,8 @@ static int barrier_show(struct ctl *ctl, const char *name)
     } else {
         printf("%s: %u of %u have arrived, the first %.1f s ago; deadline in %.1f s\n", info->name, info->arrived,
                info->size, (double)info->age_ms / 1000, (double)info->deadline_in_ms / 1000);
-        names_print("arrived", info->members, info->n_members);
-        names_print("missing", info->missing, info->n_missing);
+        names_print("arrived", info->members, info->n_members, info->arrived);
+        names_print("missing", info->missing, info->n_missing, info->size - info->arrived);
         if (!info->n_missing)
             printf("nobody has said who else is expected\n");
     }
