@@ -3,35 +3,15 @@
 #include <malloc.h>
 #include <stdlib.h>
 
-#include "agent.pb-c.h"
-#include "common.pb-c.h"
 #include "common/msg_wire.h"
 #include "common/rpc.h"
-#include "control.pb-c.h"
-#include "engine.pb-c.h"
-#include "journal.pb-c.h"
-#include "peer.pb-c.h"
+#include "tests/fuzz/messages.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static const ProtobufCMessageDescriptor *const others[] = {
-    &pb__hello__descriptor,        &pb__hello_reply__descriptor,   &pb__error__descriptor,
-    &pb__agent_up__descriptor,     &pb__agent_down__descriptor,    &pb__peer_message__descriptor,
-    &pb__journal_meta__descriptor, &pb__journal_commit__descriptor, &pb__view__descriptor,
-    &pb__op_record__descriptor,    &pb__model__descriptor,         &pb__plan__descriptor,
-    &eep__engine__engine_up__descriptor,    &eep__engine__engine_down__descriptor,
-    &pb__read_expert_request__descriptor, &pb__read_expert_reply__descriptor,
-};
-#define N_OTHERS (sizeof others / sizeof *others)
-
 static const ProtobufCMessageDescriptor *message_of(uint8_t choice)
 {
-    unsigned n = pb__control__descriptor.n_methods;
-    unsigned k = choice % ((unsigned)N_OTHERS + 2 * n);
-    if (k < N_OTHERS)
-        return others[k];
-    k -= (unsigned)N_OTHERS;
-    return k % 2 ? pb__control__descriptor.methods[k / 2].output : pb__control__descriptor.methods[k / 2].input;
+    return messages_at(choice % messages_count());
 }
 
 /* What the cores make of an agent's or the coordinator's message. */
