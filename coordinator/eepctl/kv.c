@@ -396,6 +396,23 @@ static error_t kv_parse(int key, char *arg, struct argp_state *state)
     }
 }
 
+/* A negative amount is no option: it goes behind a "--", at the end.  argv has room for one more. */
+static int amount_last(int argc, char **argv)
+{
+    for (int i = 3; i < argc && strcmp(argv[1], "add") == 0; i++) {
+        char *amount = argv[i];
+        if (strcmp(amount, "--") == 0)
+            break;
+        if (amount[0] != '-' || amount[1] < '0' || amount[1] > '9' || argv[i - 1][0] == '-')
+            continue;
+        memmove(&argv[i], &argv[i + 1], (size_t)(argc - 1 - i) * sizeof *argv);
+        argv[argc - 1] = (char *)"--";
+        argv[argc] = amount;
+        return argc + 1;
+    }
+    return argc;
+}
+
 int cmd_kv(struct ctl *ctl, int argc, char **argv)
 {
     struct kv_options options = {0};
@@ -422,12 +439,19 @@ int cmd_kv(struct ctl *ctl, int argc, char **argv)
                "  eepctl kv put job/7/blob - <file       the value comes from standard input\n"
                "  eepctl kv get job/7/state --wait 10\n"
                "  eepctl kv add job/7/count 5 --request a1\n"
+               "  eepctl kv add job/7/count -5\n"
                "  eepctl kv cas job/7/leader me --missing    exit code 7 when it is there\n"
                "  eepctl kv list job/ --values\n"
                "  eepctl kv watch job/ --values\n"
                "  eepctl kv queue pop work --wait 60\n"
                "  eepctl kv del job/7/state\n",
     };
-    ctl_parse(ctl, &argp, argc, argv, &options);
-    return form_of(options.verb)->run(ctl, &options);
+    char **args = calloc((size_t)argc + 2, sizeof *args);
+    if (!args)
+        abort();
+    memcpy(args, argv, (size_t)argc * sizeof *args);
+    ctl_parse(ctl, &argp, amount_last(argc, args), args, &options);
+    int status = form_of(options.verb)->run(ctl, &options);
+    free(args);
+    return status;
 }

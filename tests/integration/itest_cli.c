@@ -117,6 +117,12 @@ START_TEST(the_store)
     CTL(&c, 0, "kv", "cas", "run/steps", "43", "--expect", "42");
     CTL(&c, 2, "kv", "cas", "run/steps", "43");
     CTL(&c, 2, "kv", "add", "run/steps", "many");
+    CTL(&c, 0, "kv", "add", "run/down", "-5", "--request", "d1"); /* no option */
+    CTL(&c, 0, "kv", "add", "run/down", "--request", "d2", "-3");
+    CTL_SAYS("-8");
+    CTL(&c, 0, "kv", "add", "run/down", "--", "-1");
+    CTL_SAYS("-9");
+    CTL(&c, 2, "kv", "add", "run/down", "-5x");
     CTL(&c, 0, "kv", "queue", "push", "q", "item");
     CTL(&c, 0, "kv", "queue", "len", "q");
     CTL(&c, 0, "kv", "queue", "pop", "q");
