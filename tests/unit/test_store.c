@@ -304,7 +304,12 @@ START_TEST(waits_count_against_the_budget)
     ck_assert_int_eq(rc, ERR_LIMIT);
     for (uint64_t i = 1; i < id; i++)
         store_wait_cancel(store, i);
-    ck_assert_int_eq(store_wait(store, 1, (const char *[]){"never"}, 1, UINT64_MAX, &err), 1);
+    ck_assert_uint_eq(store_used(store), 0);
+    char key[STORE_KEY_MAX + 1];
+    memset(key, 'k', STORE_KEY_MAX);
+    key[STORE_KEY_MAX] = '\0';
+    ck_assert_int_eq(store_wait(store, 1, (const char *[]){key}, 1, UINT64_MAX, &err), 1);
+    ck_assert_uint_gt(store_used(store), 2 * STORE_KEY_MAX); /* its own copy, and that of what it sleeps on */
 }
 END_TEST
 
@@ -482,6 +487,15 @@ START_TEST(queues)
     ck_assert(!store_next_wake(store, 200, &wake));
     pop_expect(0, "y");
     pop_expect(0, "z");
+    /* and goes to one who came to wait meanwhile */
+    ck_assert_int_eq(store_queue_pop(store, 4, "q", 1000, &data, &len, &left, &err), 1);
+    ck_assert_int_eq(store_queue_push(store, "q", "w", 1, 0, &length, &err), 0);
+    ck_assert_int_eq(store_queue_pop(store, 5, "q", 1000, &data, &len, &left, &err), 1);
+    store_wait_cancel(store, 4);
+    ck_assert(store_next_wake(store, 200, &wake));
+    ck_assert_uint_eq(wake.id, 5);
+    ck_assert_mem_eq(wake.data, "w", 1);
+    free(wake.data);
     /* one value wakes one of those who wait for the key of the queue */
     ck_assert_int_eq(store_wait(store, 1, (const char *[]){"q"}, 1, 1000, &err), 1);
     ck_assert_int_eq(store_wait(store, 2, (const char *[]){"q"}, 1, 1000, &err), 1);
