@@ -436,6 +436,29 @@ START_TEST(leases_take_their_keys)
 }
 END_TEST
 
+/* Whatever the addition says: a durable counter stays durable, and one with a lease goes with it. */
+START_TEST(additions_keep_the_kind_of_a_counter)
+{
+    struct err err = {0};
+    struct store_value value;
+    uint64_t lease;
+    ck_assert_int_eq(put_durable("d", "1", &err), 0);
+    ck_assert_int_eq(store_add(store, "d", 1, true, "", NULL, NULL, &err), 0);
+    ck_assert_int_eq(get("d", &value), 0);
+    ck_assert(value.durable);
+    ck_assert_int_eq(store_lease_grant(store, 1000, 0, &lease, &err), 0);
+    struct store_put p = {.key = "l", .data = "1", .len = 1, .ephemeral = true, .lease = lease};
+    ck_assert_int_eq(store_set(store, &p, NULL, &err), 0);
+    ck_assert_int_eq(store_add(store, "l", 1, false, "", NULL, NULL, &err), 0);
+    ck_assert_int_eq(get("l", &value), 0);
+    ck_assert(!value.durable);
+    ck_assert_uint_eq(value.lease, lease);
+    ck_assert_int_eq(store_lease_end(store, lease, &err), 0);
+    expect("l", NULL);
+    expect("d", "2");
+}
+END_TEST
+
 static void pop_expect(uint64_t deadline, const char *text)
 {
     void *data;
@@ -730,6 +753,7 @@ int main(void)
     tcase_add_test(tc, multi_set_is_all_or_nothing);
     tcase_add_test(tc, append_and_clear);
     tcase_add_test(tc, leases_take_their_keys);
+    tcase_add_test(tc, additions_keep_the_kind_of_a_counter);
     tcase_add_test(tc, queues);
     tcase_add_test(tc, history_has_no_gaps);
     tcase_add_test(tc, batches);
