@@ -113,12 +113,17 @@ static void send_or_receive(struct plain *p, ncclComm_t comm, bool send, void *a
                send ? "send" : "receive");
 }
 
-/* The end of a group of operations, and its time since begin. */
+static void group_end(struct plain *p, ncclComm_t comm)
+{
+    check_nccl(p, comm, p->nccl.ncclGroupEnd(), "launch a group");
+    settle(p, comm, "launch a group");
+}
+
+/* The end of a group of operations, and the time since begin. */
 static uint64_t launch(struct plain *p, ncclComm_t comm, uint64_t begin)
 {
     if (comm) {
-        check_nccl(p, comm, p->nccl.ncclGroupEnd(), "launch a group");
-        settle(p, comm, "launch a group");
+        group_end(p, comm);
         check_cuda(p, p->device->driver.cuStreamSynchronize(p->streams[0]), "wait for a group");
     }
     return bench_longest(p->stage, p->self, clock_now_ns() - begin);
@@ -138,10 +143,20 @@ uint64_t plain_group(struct plain *p, ncclComm_t comm, uint32_t senders, void *r
 {
     const uint64_t part = bytes / senders / 8 * 8;
     uint64_t begin = start(p, comm);
-    for (uint32_t i = 0; i < senders; i++)
-        for (uint32_t r = senders; r < p->stage->parties; r++)
-            if (i == p->self || r == p->self)
-                send_or_receive(p, comm, i == p->self, (char *)region + i * part, part, i == p->self ? r : i);
+    uint32_t pairs = senders * (p->stage->parties - senders), ops = 0;
+    for (uint64_t at = 0; at < part; at += PLAIN_OP_BYTES) {
+        const uint64_t len = part - at < PLAIN_OP_BYTES ? part - at : PLAIN_OP_BYTES;
+        if (ops + pairs > PLAIN_GROUP_OPS && ops > 0) {
+            group_end(p, comm);
+            check_nccl(p, comm, p->nccl.ncclGroupStart(), "begin a group");
+            ops = 0;
+        }
+        ops += pairs;
+        for (uint32_t i = 0; i < senders; i++)
+            for (uint32_t r = senders; r < p->stage->parties; r++)
+                if (i == p->self || r == p->self)
+                    send_or_receive(p, comm, i == p->self, (char *)region + i * part + at, len, i == p->self ? r : i);
+    }
     return launch(p, comm, begin);
 }
 

@@ -29,8 +29,10 @@ void plain_close(struct plain *p);
  */
 uint64_t plain_communicator(struct plain *p, const uint32_t *ranks, uint32_t n, ncclComm_t *ret_comm);
 uint64_t plain_abort(struct plain *p, ncclComm_t comm);
-/* One group: bytes / senders from each of parties [0, senders) to each of the others, a send and a receive for a pair.
- */
+/* bytes / senders from each of parties [0, senders) to each of the others, in operations of PLAIN_OP_BYTES, at most
+ * PLAIN_GROUP_OPS of all pairs in a group, group after group. */
+#define PLAIN_OP_BYTES  4718592u /* the mean of the two parts of an expert of Qwen3-30B-A3B */
+#define PLAIN_GROUP_OPS 1024u
 uint64_t plain_group(struct plain *p, ncclComm_t comm, uint32_t senders, void *region, uint64_t bytes);
 /* One group: 8 bytes between all pairs of n. */
 uint64_t plain_exchange(struct plain *p, ncclComm_t comm, uint32_t n, void *region);

@@ -8,8 +8,8 @@
 #             fewer GPUs 1 -> 2 -> 4 -> 3 (not the first) -> 2 -> 4, or 1 -> 2 -> 1 (not the first) -> 2; every slot is verified after each
 #   shared    2 -> 4 -> 8 -> 6 -> 4 -> 8 with agents that share the GPUs, 8 layers (where there are fewer than 8 GPUs)
 #   deepseek  DeepSeek-V3 shaped layers over all GPUs, and back
-#   plain     for the shapes and bytes of all these operations: plain groups of ncclSend and ncclRecv, ncclBroadcast, and plain
-#             copies, beside the transports alone.  Wants one of the parts before; otherwise half of the GPUs to the others
+#   plain     for the shapes and bytes of all these operations: plain groups of ncclSend and ncclRecv (of 4.5 MiB each, the mean of
+#             an expert's parts, 1024 a group), ncclBroadcast, and plain copies, beside the transports alone.  Wants one of the parts before; otherwise half of the GPUs to the others
 #   sweep     channels of NCCL; groupings of both transports; the best is chosen and set beside what agents use
 #   comm      communicators made, warmed, ended, by the number of ranks (more than GPUs: they share)
 #   beside    matrix products on every GPU while weights move by cuda_peer, by nccl, and with a throttle (python3 with PyTorch)
