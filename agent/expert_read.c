@@ -76,12 +76,22 @@ static int source_wait(struct expert_sources *s, struct rpc_client *client, uint
     }
 }
 
-static int source_call(struct expert_sources *s, struct rpc_client *client, const struct expert_read *read,
-                       void *ret_data, struct err *err)
+static int source_failed(struct expert_sources *s, uint32_t i, int rc, struct err *err)
 {
+    struct source *source = &s->sources[i];
+    err_wrap(err, "agent %s", s->config.members[i].id);
+    if (!source->client || rc == ERR_TIMEOUT || rc == ERR_PROTOCOL || rc == ERR_UNREACHABLE)
+        source->lost = *err;
+    return rc;
+}
+
+int expert_sources_begin(struct expert_sources *s, uint32_t i, const struct expert_read *read, uint64_t *ret_call,
+                         struct err *err)
+{
+    struct source *source = &s->sources[i];
     Pb__ReadExpertRequest request = PB__READ_EXPERT_REQUEST__INIT;
-    ProtobufCMessage *reply;
-    uint64_t call;
+    if (source->lost.code < 0)
+        return err_set(err, source->lost.code, "%s", source->lost.text);
     request.manifest = read->manifest;
     request.slots = read->slots;
     request.layer = read->layer;
@@ -89,33 +99,27 @@ static int source_call(struct expert_sources *s, struct rpc_client *client, cons
     request.offset = read->offset;
     request.length = read->length;
     request.memory_only = read->memory_only;
-    int rc = rpc_client_start(client, METHOD_READ_EXPERT, &request.base, &call, err);
+    int rc = source->client ? 0 : source_connect(s, i, err);
     if (rc == 0)
-        rc = source_wait(s, client, call, &reply, err);
+        rc = rpc_client_start(source->client, METHOD_READ_EXPERT, &request.base, ret_call, err);
+    return rc < 0 ? source_failed(s, i, rc, err) : 0;
+}
+
+int expert_sources_end(struct expert_sources *s, uint32_t i, uint64_t call, const struct expert_read *read, void *ret_data,
+                       struct err *err)
+{
+    struct source *source = &s->sources[i];
+    ProtobufCMessage *reply;
+    if (source->lost.code < 0)
+        return err_set(err, source->lost.code, "%s", source->lost.text);
+    int rc = source_wait(s, source->client, call, &reply, err);
     if (rc < 0)
-        return rc;
+        return source_failed(s, i, rc, err);
     const Pb__ReadExpertReply *got = (const Pb__ReadExpertReply *)reply;
     if (got->data.len != read->length)
         rc = err_set(err, ERR_PROTOCOL, "it sent %zu bytes instead of %u", got->data.len, read->length);
     else
         memcpy(ret_data, got->data.data, read->length);
     rpc_unpack_free(reply);
-    return rc;
-}
-
-int expert_sources_read(struct expert_sources *s, uint32_t i, const struct expert_read *read, void *ret_data,
-                        struct err *err)
-{
-    struct source *source = &s->sources[i];
-    if (source->lost.code < 0)
-        return err_set(err, source->lost.code, "%s", source->lost.text);
-    int rc = source->client ? 0 : source_connect(s, i, err);
-    if (rc == 0)
-        rc = source_call(s, source->client, read, ret_data, err);
-    if (rc == 0)
-        return 0;
-    err_wrap(err, "agent %s", s->config.members[i].id);
-    if (!source->client || rc == ERR_TIMEOUT || rc == ERR_PROTOCOL || rc == ERR_UNREACHABLE)
-        source->lost = *err;
-    return rc;
+    return rc < 0 ? source_failed(s, i, rc, err) : 0;
 }

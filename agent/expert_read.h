@@ -33,8 +33,11 @@ struct expert_sources;
 /* Connects to nobody yet.  ERR_NOMEM. */
 int expert_sources_open(const struct expert_sources_config *config, struct expert_sources **ret_sources, struct err *err) MUST_CHECK;
 void expert_sources_close(struct expert_sources *s); /* takes NULL */
-/* From member i.  Blocks.  ERR_NOTFOUND: it does not have it; ERR_ABORTED: cancelled.  A member that cannot be reached, or
- * does not answer in time, is not asked again: the same error at once. */
-int expert_sources_read(struct expert_sources *s, uint32_t i, const struct expert_read *read, void *ret_data, struct err *err) MUST_CHECK;
+/* Asks member i; at most EXPERT_READS_AHEAD are to be under way.  Blocks for a connection. */
+#define EXPERT_READS_AHEAD 4u
+int expert_sources_begin(struct expert_sources *s, uint32_t i, const struct expert_read *read, uint64_t *ret_call, struct err *err) MUST_CHECK;
+/* The answer to the oldest of them.  Blocks.  ERR_NOTFOUND: it does not have it; ERR_ABORTED: cancelled.  A member that cannot
+ * be reached, or does not answer in time, is not asked again: the same error at once, also for what is under way. */
+int expert_sources_end(struct expert_sources *s, uint32_t i, uint64_t call, const struct expert_read *read, void *ret_data, struct err *err) MUST_CHECK;
 
 #endif

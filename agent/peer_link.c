@@ -28,7 +28,7 @@ struct peer_read {
     struct rpc_conn *conn; /* NULL: gone */
     struct peer_read *next;
 };
-#define READS_MAX RANKS_MAX /* open at a time: a reader has one */
+#define READS_MAX (RANKS_MAX * EXPERT_READS_AHEAD) /* open at a time */
 
 struct peer_links {
     struct peer_links_config config;

@@ -37,34 +37,73 @@ static bool reload_progress(void *user, uint64_t bytes)
     return worker_cancelled(r->w);
 }
 
+/* The reads of one expert from one source, some of them ahead of the one whose bytes are taken. */
+struct reads {
+    struct expert_read next;
+    uint64_t end; /* bytes of the expert */
+    struct expert_read ahead[EXPERT_READS_AHEAD];
+    uint64_t calls[EXPERT_READS_AHEAD];
+    unsigned first, n;
+};
+
+static int reads_ask(struct reload *r, struct reads *x, uint32_t source, struct err *err)
+{
+    int rc = 0;
+    while (x->n < EXPERT_READS_AHEAD && x->next.offset < x->end && rc == 0) {
+        unsigned at = (x->first + x->n) % EXPERT_READS_AHEAD;
+        uint64_t left = x->end - x->next.offset;
+        x->next.length = left < EXPERT_READ_MAX ? (uint32_t)left : EXPERT_READ_MAX;
+        rc = expert_sources_begin(r->sources, source, &x->next, &x->calls[at], err);
+        if (rc < 0)
+            return rc;
+        x->ahead[at] = x->next;
+        x->next.offset += x->next.length;
+        x->n++;
+    }
+    return rc;
+}
+
+/* The oldest one. */
+static int reads_take(struct reload *r, struct reads *x, uint32_t source, struct expert_read *ret_read, struct err *err)
+{
+    *ret_read = x->ahead[x->first];
+    uint64_t call = x->calls[x->first];
+    x->first = (x->first + 1) % EXPERT_READS_AHEAD;
+    x->n--;
+    return expert_sources_end(r->sources, source, call, ret_read, r->buffer, err);
+}
+
 /* One expert from one source, compared with the digest that the model was started with. */
 static int expert_copy(struct reload *r, uint32_t source, bool memory_only, uint32_t layer, uint32_t slot, uint32_t expert,
                        struct err *err)
 {
     struct weights *weights = r->w->weights;
-    uint64_t bytes = weights_slot_bytes(weights, layer);
-    struct expert_read read = {
-        .manifest = weights->model->manifest_digest,
-        .slots = weights->manifest.slots,
-        .layer = layer,
-        .expert = expert,
-        .memory_only = memory_only,
-    };
-    int rc = 0;
-    for (; read.offset < bytes && rc == 0; read.offset += read.length) {
-        read.length = bytes - read.offset < EXPERT_READ_MAX ? (uint32_t)(bytes - read.offset) : EXPERT_READ_MAX;
-        rc = expert_sources_read(r->sources, source, &read, r->buffer, err);
+    struct expert_read read;
+    struct err ignored;
+    struct reads x = {.next = {.manifest = weights->model->manifest_digest,
+                               .slots = weights->manifest.slots,
+                               .layer = layer,
+                               .expert = expert,
+                               .memory_only = memory_only},
+                      .end = weights_slot_bytes(weights, layer)};
+    int rc;
+    do {
+        rc = reads_ask(r, &x, source, err);
+        if (rc == 0)
+            rc = reads_take(r, &x, source, &read, err);
         if (rc == 0)
             rc = weights_slot_write(weights, layer, slot, read.offset, r->buffer, read.length, err);
         if (rc == 0)
             (void)reload_progress(r, read.offset + read.length);
-    }
+    } while (rc == 0 && (x.n > 0 || x.next.offset < x.end));
+    while (x.n > 0 && rc != ERR_ABORTED) /* the same answer, most likely; the connection may be asked for others */
+        (void)reads_take(r, &x, source, &read, &ignored);
     if (rc == 0)
         rc = weights_slot_verify(weights, layer, slot, expert, err);
     if (rc == ERR_CORRUPT)
         err_wrap(err, "as read from agent %s", r->job->work.sources[source].id);
     if (rc == 0)
-        r->bytes += bytes;
+        r->bytes += x.end;
     return rc;
 }
 

@@ -81,6 +81,13 @@ static void lender_stop(struct lender *l)
     libevent_global_shutdown();
 }
 
+static int expert_sources_read(struct expert_sources *s, uint32_t i, const struct expert_read *read, void *ret_data, struct err *err)
+{
+    uint64_t call;
+    int rc = expert_sources_begin(s, i, read, &call, err);
+    return rc < 0 ? rc : expert_sources_end(s, i, call, read, ret_data, err);
+}
+
 static struct expert_sources *sources_of(const struct member *members, uint32_t n, bool (*cancelled)(void *))
 {
     struct expert_sources *s;
@@ -110,6 +117,15 @@ START_TEST(bytes_come_and_what_is_missing_is_said)
         ck_assert_int_eq(expert_sources_read(s, 0, &read, text, &err), i % 3 ? 0 : ERR_NOTFOUND);
     }
     read.expert = 7;
+    uint64_t calls[EXPERT_READS_AHEAD];
+    for (unsigned k = 0; k < EXPERT_READS_AHEAD; k++) { /* several under way */
+        read.offset = 2 * k;
+        ck_assert_int_eq(expert_sources_begin(s, 0, &read, &calls[k], &err), 0);
+    }
+    for (unsigned k = 0; k < EXPERT_READS_AHEAD; k++) {
+        ck_assert_int_eq(expert_sources_end(s, 0, calls[k], &read, text, &err), 0);
+        ck_assert_mem_eq(text, "hello, world" + 2 * k, 5);
+    }
     read.length = EXPERT_READ_MAX + 1;
     ck_assert_int_eq(expert_sources_read(s, 0, &read, text, &err), ERR_INVALID);
     read.length = 0;
