@@ -19,12 +19,12 @@
 #define MS              1000000ULL
 #define RELOAD_RETRY_NS (30000 * MS) /* an agent from which nothing could be read is asked again after this */
 
-/* This agent can read experts of the model that serves. */
+/* This agent can read experts of the model that serves.  A sealed one is in no checkpoint, whoever has one of its shape. */
 static bool reload_can(const struct coordinator *c, uint32_t peer)
 {
     const struct peer *p = &c->peers[peer];
     const struct model *m = c->durable.model;
-    return p->conn && p->can_load && m && p->layers == m->layers && p->logical == m->logical &&
+    return p->conn && p->can_load && m && !m->sealed && p->layers == m->layers && p->logical == m->logical &&
            c->now_ns >= p->reload_ns;
 }
 
