@@ -34,7 +34,7 @@ static void lender_read(void *user, uint64_t id, const struct expert_read *read)
         peer_links_answer(l->links, l->late, ERR_STALE, "too late", NULL);
     l->late = read->expert == 9 ? id : 0;
     if (read->expert == 7) {
-        struct blob *data = blob_new("hello, world" + read->offset, read->length);
+        struct blob *data = blob_new(&"hello, world"[read->offset], read->length);
         peer_links_answer(l->links, id, 0, NULL, data);
         blob_unref(data);
     } else if (read->expert < 8) {
