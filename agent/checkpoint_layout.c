@@ -11,7 +11,6 @@
 #include "agent/checkpoint_internal.h"
 
 #define DENSE_ALIGN 256u
-#define PRODUCER    "loader"
 
 static uint64_t dense_align(uint64_t offset)
 {
@@ -87,7 +86,7 @@ static int expert_lay_out(const struct checkpoint *c, uint32_t layer, const stru
 
 int checkpoint_manifest(const struct checkpoint *c, uint32_t slots, struct manifest *ret_m, struct err *err)
 {
-    struct manifest m = {.producer = PRODUCER, .layers = c->layers, .logical = c->experts, .slots = slots};
+    struct manifest m = {.producer = MANIFEST_LOADER, .layers = c->layers, .logical = c->experts, .slots = slots};
     size_t parts = (size_t)c->layers * c->n_parts;
     m.regions = calloc(parts + 1, sizeof *m.regions);
     m.tensors = calloc(parts + c->n_dense + 1, sizeof *m.tensors);

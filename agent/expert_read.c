@@ -9,6 +9,7 @@
 
 #define METHOD_READ_EXPERT 0u
 #define CANCEL_MS          100
+#define CONNECT_FIRST_MS   1000 /* then twice as long each time: an attempt cannot be cancelled */
 
 struct source {
     struct rpc_client *client; /* NULL: not connected yet, or lost */
@@ -44,13 +45,26 @@ void expert_sources_close(struct expert_sources *s)
     free(s);
 }
 
+static bool source_cancelled(const struct expert_sources *s)
+{
+    return s->config.cancelled && s->config.cancelled(s->config.user);
+}
+
 static int source_connect(struct expert_sources *s, uint32_t i, struct err *err)
 {
     const struct member *m = &s->config.members[i];
+    uint64_t until_ms = clock_now_ms() + s->config.timeout_ms;
     char who[AGENT_ID_MAX + 8];
     snprintf(who, sizeof who, "agent/%s", m->id);
-    return rpc_client_connect_tls(m->address, s->config.self, &pb__peer__descriptor, s->config.tls, who,
-                                  (int)s->config.timeout_ms, &s->sources[i].client, err);
+    for (uint64_t attempt_ms = CONNECT_FIRST_MS;; attempt_ms *= 2) {
+        uint64_t now_ms = clock_now_ms(), left_ms = until_ms > now_ms ? until_ms - now_ms : 1;
+        int rc = rpc_client_connect_tls(m->address, s->config.self, &pb__peer__descriptor, s->config.tls, who,
+                                        (int)(left_ms < attempt_ms ? left_ms : attempt_ms), &s->sources[i].client, err);
+        if (rc != ERR_TIMEOUT || clock_now_ms() >= until_ms)
+            return rc;
+        if (source_cancelled(s))
+            return err_set(err, ERR_ABORTED, "cancelled");
+    }
 }
 
 /* The answer to a call, or ERR_ABORTED, or ERR_TIMEOUT. */
@@ -63,13 +77,16 @@ static int source_wait(struct expert_sources *s, struct rpc_client *client, uint
         int rc = rpc_client_next(client, call, CANCEL_MS, ret_reply, err);
         if (rc == 0)
             return err_set(err, ERR_PROTOCOL, "it answered without a reply");
-        if (rc == 1 && rpc_client_next(client, call, 0, &more, err) != 0) { /* one reply, which ends the call */
+        int end = rc == 1 ? rpc_client_next(client, call, 0, &more, err) : 0;
+        if (end == 1)
+            rpc_unpack_free(more);
+        if (end != 0) { /* one reply, which ends the call */
             rpc_unpack_free(*ret_reply);
             return err_set(err, ERR_PROTOCOL, "it answered with a stream");
         }
         if (rc != ERR_TIMEOUT)
             return rc < 0 ? rc : 0;
-        if (s->config.cancelled && s->config.cancelled(s->config.user))
+        if (source_cancelled(s))
             return err_set(err, ERR_ABORTED, "cancelled");
         if (clock_now_ms() >= until_ms)
             return err_set(err, ERR_TIMEOUT, "no answer within %u ms", s->config.timeout_ms);

@@ -26,7 +26,7 @@ struct expert_sources_config {
     const struct member *members;    /* [n] who may be asked; borrowed */
     uint32_t n;
     unsigned timeout_ms; /* of a connection, and of a call */
-    bool (*cancelled)(void *user); /* looked at every 100 ms */
+    bool (*cancelled)(void *user); /* looked at every 100 ms, less often while connecting; it may do reads for others */
     void *user;
 };
 struct expert_sources;

@@ -222,6 +222,7 @@ int manifest_model(const struct manifest *m, struct model **ret_model, struct er
     model->manifest_digest = manifest_digest(blob);
     model->expert_bytes = manifest_expert_bytes(m);
     model->dense_bytes = manifest_dense_bytes(m);
+    model->sealed = strcmp(m->producer, MANIFEST_LOADER) != 0;
     *ret_model = model;
     return 0;
 }

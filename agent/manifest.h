@@ -36,8 +36,10 @@ struct tensor {
     uint32_t dims;
     uint64_t shape[TENSOR_DIMS_MAX]; /* expert regions: of one slot */
 };
+#define MANIFEST_LOADER "loader" /* the producer whose bytes are those of a checkpoint */
+
 struct manifest {
-    char producer[64];          /* "loader" or the engine's word: layouts of two producers never match by chance */
+    char producer[64];          /* MANIFEST_LOADER or the engine's word: layouts of two producers never match by chance */
     uint32_t layers, logical, slots; /* MoE layers, experts per layer, slots per rank */
     uint32_t n_regions, n_tensors;
     struct region *regions;

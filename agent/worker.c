@@ -16,6 +16,7 @@
 #include "common/clock.h"
 
 #define TRANSFER_TIMEOUT_MS 60000u
+#define LEND_MAX            16 /* reads between two looks of a reload */
 #define HEALTH_S            5 /* between two looks while there is nothing to do */
 
 static void bell_ring(int fd)
@@ -248,6 +249,48 @@ static void worker_health(struct worker *w)
     pthread_mutex_unlock(&w->lock);
 }
 
+static struct worker_result job_result(const struct job *job)
+{
+    return (struct worker_result){
+        .id = job->work.id,
+        .kind = job->kind == JOB_SEAL ? WORK_LOAD : job->work.kind,
+        .op = job->work.op,
+        .round = job->work.round,
+        .expert = job->kind == JOB_EXPERT_READ,
+    };
+}
+
+/* The first read that is queued for another agent; NULL: none is. */
+static struct job *job_take_read(struct worker *w)
+{
+    pthread_mutex_lock(&w->lock);
+    struct job **at = &w->first;
+    while (*at && (*at)->kind != JOB_EXPERT_READ)
+        at = &(*at)->next;
+    struct job *job = *at;
+    if (job)
+        *at = job->next;
+    if (job && !job->next)
+        w->last = at;
+    pthread_mutex_unlock(&w->lock);
+    return job;
+}
+
+void worker_lend(struct worker *w)
+{
+    struct job *job;
+    for (int i = 0; i < LEND_MAX && (job = job_take_read(w)); i++) {
+        struct worker_result result = job_result(job);
+        uint64_t began_ns = clock_now_ns();
+        worker_job_run(w, job, &result);
+        result.ns = clock_now_ns() - began_ns;
+        pthread_mutex_lock(&w->lock);
+        result_push(w, &result);
+        pthread_mutex_unlock(&w->lock);
+        job_free(job);
+    }
+}
+
 static void *worker_main(void *arg)
 {
     struct worker *w = arg;
@@ -258,13 +301,7 @@ static void *worker_main(void *arg)
             atomic_store(&w->due_ns, 0);
             continue;
         }
-        struct worker_result result = {
-            .id = job->work.id,
-            .kind = job->kind == JOB_SEAL ? WORK_LOAD : job->work.kind,
-            .op = job->work.op,
-            .round = job->work.round,
-            .expert = job->kind == JOB_EXPERT_READ,
-        };
+        struct worker_result result = job_result(job);
         uint64_t began_ns = clock_now_ns();
         worker_job_run(w, job, &result);
         result.ns = clock_now_ns() - began_ns;

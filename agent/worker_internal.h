@@ -99,6 +99,10 @@ int worker_dense_verify(struct worker *w, int (*found)(void *user, int rc, struc
 int worker_job_verify(struct worker *w, const struct job *job, struct worker_result *ret_result,
                       struct err *err) MUST_CHECK;
 
+/* In the middle of a reload: does reads for other agents that are queued, a few.  Two agents that read from each other
+ * would wait for each other, and a third for all that an agent reads for itself. */
+void worker_lend(struct worker *w);
+
 /* worker_reload.c */
 int worker_job_reload(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err) MUST_CHECK;
 int worker_job_expert_read(struct worker *w, const struct job *job, struct worker_result *ret_result, struct err *err) MUST_CHECK;

@@ -30,6 +30,7 @@ int worker_model_update(struct worker *w, struct model *model, struct err *err)
     merged->manifest_digest = mine->manifest_digest;
     merged->expert_bytes = mine->expert_bytes;
     merged->dense_bytes = mine->dense_bytes;
+    merged->sealed = mine->sealed;
     int rc = model_merge(merged, model, err);
     if (rc == 0)
         rc = model_merge(merged, mine, err);

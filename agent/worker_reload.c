@@ -21,9 +21,11 @@ struct reload {
     struct err last; /* why a source has not given what it was asked for */
 };
 
+/* Looked at again and again; meanwhile others read here, who may be asked for something themselves. */
 static bool reload_cancelled(void *user)
 {
     const struct reload *r = user;
+    worker_lend(r->w);
     return worker_cancelled(r->w);
 }
 
@@ -34,7 +36,7 @@ static bool reload_progress(void *user, uint64_t bytes)
         r->reported = r->bytes + bytes;
         worker_progress(r->w, r->job, r->reported, r->total);
     }
-    return worker_cancelled(r->w);
+    return reload_cancelled(r);
 }
 
 /* The reads of one expert from one source, some of them ahead of the one whose bytes are taken. */

@@ -107,6 +107,7 @@ struct model {
     uint64_t expert_bytes;      /* all parts of one expert of one layer */
     uint64_t dense_bytes;
     uint32_t n_dense;           /* dense regions */
+    bool sealed;                /* filled by an engine, in a layout of its own: no checkpoint has its bytes */
     uint64_t *dense_digest;     /* [n_dense]; 0 = not known here */
     uint64_t *expert_digest;    /* [layers][logical]; 0 = not known here (a rank knows what it loaded) */
 };

@@ -295,6 +295,7 @@ Pb__Model *model_to_pb(const struct model *model)
     pb->expert_bytes = model->expert_bytes;
     pb->dense_bytes = model->dense_bytes;
     pb->n_dense = model->n_dense;
+    pb->has_sealed = pb->sealed = model->sealed;
     if (!words64_to_bytes(model->dense_digest, model->n_dense, &pb->dense_digest) ||
         !words64_to_bytes(model->expert_digest, (size_t)model->layers * model->logical, &pb->expert_digest)) {
         pb_free(pb);
@@ -325,6 +326,7 @@ int model_from_pb(const Pb__Model *pb, struct model **ret_model, struct err *err
     model->manifest_digest = pb->manifest_digest;
     model->expert_bytes = pb->expert_bytes;
     model->dense_bytes = pb->dense_bytes;
+    model->sealed = pb->has_sealed && pb->sealed;
     words64_from_bytes(&pb->dense_digest, model->dense_digest);
     words64_from_bytes(&pb->expert_digest, model->expert_digest);
     *ret_model = model;

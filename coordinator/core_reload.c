@@ -19,12 +19,12 @@
 #define MS              1000000ULL
 #define RELOAD_RETRY_NS (30000 * MS) /* an agent from which nothing could be read is asked again after this */
 
-/* This agent can read experts of the model that serves. */
+/* This agent can read experts of the model that serves.  A sealed one is in no checkpoint, whoever has one of its shape. */
 static bool reload_can(const struct coordinator *c, uint32_t peer)
 {
     const struct peer *p = &c->peers[peer];
     const struct model *m = c->durable.model;
-    return p->conn && p->can_load && m && p->layers == m->layers && p->logical == m->logical &&
+    return p->conn && p->can_load && m && !m->sealed && p->layers == m->layers && p->logical == m->logical &&
            c->now_ns >= p->reload_ns;
 }
 
@@ -223,7 +223,7 @@ bool reload_place(struct coordinator *c, const uint32_t *peers, uint32_t n, cons
     free(copied);
     c->op.masked = extent == RELOAD_COPIES ? unplaced : 0;
     c->mask.unplaced = extent == RELOAD_WHAT_FITS && somebody ? unplaced : 0;
-    if (extent == RELOAD_COPIES ? placed == lent && (somebody || !unplaced) : extent == RELOAD_ALL ? !unplaced : placed > 0)
+    if (extent == RELOAD_COPIES ? placed == lent : extent == RELOAD_ALL ? !unplaced : placed > 0)
         return true;
     reload_say_why(c, left, unplaced, somebody);
     expert_map_unref(*ret_load);
@@ -240,11 +240,17 @@ static bool reload_possible(struct coordinator *c, const uint32_t *peers, uint32
     return true;
 }
 
+/* It lacks nothing that it has not been serving without: a step of a masked view was torn. */
+static bool reload_masked_before(struct coordinator *c, const struct expert_map *left)
+{
+    return expert_map_missing(left) <= mask_count(c);
+}
+
 /* How it goes on without waiting for the checkpoint, if the policy says so; else with it, if that is due. */
 static bool reload_choose(struct coordinator *c, const uint32_t *peers, uint32_t n, const struct expert_map *left,
                           struct expert_map **ret_load)
 {
-    if (mask_allowed(c, peers, n) && reload_possible(c, peers, n, left) &&
+    if (mask_allowed(c, peers, n) && (reload_masked_before(c, left) || reload_possible(c, peers, n, left)) &&
         reload_place(c, peers, n, left, RELOAD_COPIES, ret_load)) {
         if (c->op.reloads == 0) {
             expert_map_unref(*ret_load);
@@ -364,7 +370,7 @@ void reload_failed(struct coordinator *c, uint32_t peer, int code, const char *t
 {
     char why[256];
     struct peer *p = &c->peers[peer];
-    bool never = code == ERR_NOTFOUND || code == ERR_CONFLICT || code == ERR_INVALID;
+    bool never = code == ERR_CONFLICT || code == ERR_INVALID; /* a folder that is not there may be mounted again */
     if (reload_can(c, peer))
         p->reload_ns = never ? UINT64_MAX : c->now_ns + RELOAD_RETRY_NS;
     else

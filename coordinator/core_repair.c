@@ -202,7 +202,9 @@ static void repair_reload(struct coordinator *c, const uint32_t *peers, uint32_t
 {
     uint64_t lost;
     struct expert_map *left = repair_left(c, &lost);
-    (void)reload_begin(c, peers, n, left); /* what keeps it from that is in c->degraded */
+    bool begun = reload_begin(c, peers, n, left); /* what keeps it from that is in c->degraded */
+    if (begun && n == c->view->n) /* a step of a view with masked experts was torn */
+        repair_pace(c);
     expert_map_unref(left);
 }
 
@@ -225,7 +227,7 @@ void repair_check(struct coordinator *c)
         n = repair_survivors(c, peers, &whole);
         faults = repair_faults(c);
     }
-    bool again = n == c->view->n && whole;
+    bool again = n == c->view->n; /* it may lack experts even so: masked ones */
     if (whole)
         c->unwhole_ns = 0;
     if (c->durable.open.kind == OP_REPAIR && c->op.phase != PHASE_NONE && repair_fits(c, peers, n)) {

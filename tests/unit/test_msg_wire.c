@@ -64,6 +64,7 @@ static struct model *model_make(void)
     model->manifest_digest = 5;
     model->expert_bytes = 1u << 20;
     model->dense_bytes = 7;
+    model->sealed = true;
     for (uint32_t i = 0; i < 15; i++)
         model->expert_digest[i] = 0x0102030405060708u * i;
     model->dense_digest[1] = UINT64_MAX;
@@ -112,7 +113,7 @@ static void same_view(const struct view *a, const struct view *b)
 static void same_model(const struct model *a, const struct model *b)
 {
     ck_assert_ptr_nonnull(b);
-    EQ(manifest_digest), EQ(layers), EQ(logical), EQ(slots), EQ(expert_bytes), EQ(dense_bytes), EQ(n_dense);
+    EQ(manifest_digest), EQ(layers), EQ(logical), EQ(slots), EQ(expert_bytes), EQ(dense_bytes), EQ(n_dense), EQ(sealed);
     EQ(manifest->len);
     ck_assert_mem_eq(a->manifest->data, b->manifest->data, a->manifest->len);
     ck_assert_mem_eq(a->dense_digest, b->dense_digest, a->n_dense * 8);

@@ -311,6 +311,50 @@ START_TEST(by_policy_lost_experts_are_masked_and_read_meanwhile)
 }
 END_TEST
 
+/* Every engine that is left has failed in a step of the present view. */
+static void tear(struct rig *r)
+{
+    uint64_t epoch = status(r).view->epoch;
+    for (int k = 0; k < 4; k++) {
+        struct msg m = {.type = MSG_ENGINE, .engine = {.attached = true, .dispatch = DISPATCH_SOURCE_ROUTED, .can_load = true, .masks = true, .layers = 2, .logical = 8, .torn_epoch = epoch, .why = "the step failed"}};
+        snprintf(m.engine.endpoint, sizeof(m.engine.endpoint), "engine%d.0", k);
+        if (r->a[k].up)
+            rig_send(r, k, &m);
+    }
+}
+
+/* The folder of the checkpoint is away, for everybody: a torn step is retried without the same experts, and the folder is
+ * looked for again and again. */
+START_TEST(a_masked_view_outlives_a_torn_step_while_nobody_can_read)
+{
+    struct rig r;
+    mask_on_four(&r, false);
+    CK_RANKS(&r, 2);
+    uint64_t masked = status(&r).masked, epoch = status(&r).view->epoch;
+    for (int k = 0; k < 4; k++) {
+        r.a[k].fails = STAGE_RELOAD;
+        r.a[k].fails_with = ERR_NOTFOUND;
+        r.a[k].silent = 0;
+    }
+    rig_advance(&r, 100000);
+    ck_assert_ptr_nonnull(strstr(status(&r).degraded, "no agent can read them now"));
+    tear(&r);
+    rig_advance(&r, 2000);
+    CK_RANKS(&r, 2);
+    ck_assert_msg(status(&r).view->epoch > epoch, "%s", status(&r).degraded);
+    ck_assert_uint_gt(masked, 0);
+    ck_assert_uint_eq(status(&r).masked, masked);
+    tear(&r); /* again and again: not in a loop */
+    tear(&r);
+    ck_assert_msg(strstr(status(&r).degraded, "it is retried soon"), "%s; %s", status(&r).degraded, r.phases);
+    for (int k = 0; k < 4; k++)
+        r.a[k].fails = 0;
+    rig_advance(&r, 62000);
+    check_whole(&r);
+    rig_stop(&r);
+}
+END_TEST
+
 START_TEST(engines_that_cannot_mask_are_held)
 {
     struct rig r;
@@ -400,6 +444,7 @@ int main(void)
     tcase_add_test(tc, who_cannot_read_is_done_without_for_a_while);
     tcase_add_test(tc, an_agent_that_lacks_only_an_engine_is_waited_for);
     tcase_add_test(tc, by_policy_lost_experts_are_masked_and_read_meanwhile);
+    tcase_add_test(tc, a_masked_view_outlives_a_torn_step_while_nobody_can_read);
     tcase_add_test(tc, engines_that_cannot_mask_are_held);
     tcase_add_test(tc, the_memory_of_an_agent_without_an_engine_comes_first);
     tcase_add_test(tc, a_spare_agent_lends_its_checkpoint);

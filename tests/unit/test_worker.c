@@ -37,7 +37,9 @@ static struct worker *worker_make(uint32_t i, const char *checkpoint, uint32_t t
     *m = (struct member){.incarnation = 7 + i};
     snprintf(m->id, sizeof m->id, "gpu%u", i);
     ck_assert_msg(address_listen("127.0.0.1:0", 0, &fd, m->data_address, &err) == 0, "%s", err.text);
+    static const struct rpc_identity peer = {.role = RPC_ROLE_PEER, .cluster = "west", .agent = "gpu", .incarnation = 5, .software = "test"};
     struct worker_config config = {
+        .peer = &peer,
         .memory = memory_open("host", &err),
         .transport = transport_host_open(fd, &err),
         .checkpoint = checkpoint,
@@ -714,6 +716,45 @@ START_TEST(an_engine_that_dies_before_sealing_leaves_nothing)
 }
 END_TEST
 
+/* Two that read from each other would wait for each other: here the other end does not answer at all. */
+START_TEST(who_waits_for_another_agent_answers_reads_meanwhile)
+{
+    struct expert_map *map = map_of_two(2, 10), *load = expert_map_new(LAYERS, EXPERTS, 2, 10);
+    struct model *model = cold_start(map);
+    struct worker *w = world.workers[0];
+    struct work reload = work_new(WORK_RELOAD, 0);
+    struct err err;
+    int fd;
+    reload.sources = calloc(1, sizeof *reload.sources);
+    strcpy(reload.sources->id, "mute");
+    ck_assert_int_eq(address_listen("127.0.0.1:0", 0, &fd, reload.sources->address, &err), 0);
+    reload.n_sources = reload.n_holders = 1;
+    reload.model = model_ref(model);
+    load->held[expert_map_at(load, 0, 0, 9)] = 1;
+    reload.map = load;
+    worker_submit(w, &reload);
+    const struct expert_read memory = {.manifest = model->manifest_digest, .slots = 10, .expert = 4, .length = 64}, file = {.manifest = model->manifest_digest, .slots = 10, .expert = 1, .length = 64};
+    const struct work after = work_new(WORK_GROUP_ID, 0);
+    worker_submit(w, &after);
+    worker_expert_read(w, 1001, &memory, 2);
+    worker_expert_read(w, 1002, &file, -1);
+    for (uint64_t id = 1001; id <= 1002; id++) {
+        struct worker_result r = result_wait(w, id);
+        ck_assert_msg(r.code == 0 && r.expert && r.blob->len == 64, "%s", r.text);
+        worker_result_done(&r);
+    }
+    worker_cancel(w, reload.op);
+    refused(result_wait(w, reload.id), ERR_ABORTED, "cancelled");
+    struct worker_result r = result_wait(w, after.id); /* the queue is whole */
+    worker_result_done(&r);
+    worker_expert_read(w, 1003, &memory, 2);
+    ok(result_wait(w, 1003));
+    close(fd);
+    model_unref(model);
+    expert_map_unref(map);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("worker");
@@ -732,6 +773,7 @@ int main(void)
     tcase_add_test(t, stopping_ends_everything);
     tcase_add_test(t, an_engine_seals_its_own_layout);
     tcase_add_test(t, an_engine_that_dies_before_sealing_leaves_nothing);
+    tcase_add_test(t, who_waits_for_another_agent_answers_reads_meanwhile);
     suite_add_tcase(s, t);
     t = tcase_create("impatient");
     tcase_add_checked_fixture(t, setup_impatient, teardown);
