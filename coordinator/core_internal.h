@@ -15,6 +15,7 @@ struct peer {
     bool silent;                /* it took no part in a repair: the next one does without it, if it can */
     bool outcast;               /* of a view that is given up: it hears of it when that is durable */
     bool evicted;               /* this incarnation was put out of a view: it may only come back as another */
+    uint64_t zombie;            /* the incarnation that was evicted last, which has been said; 0 = none */
     bool leaves;                /* it is being stopped, and asks to be drained before */
     bool engine;                /* an engine is attached */
     bool can_load;

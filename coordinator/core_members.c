@@ -80,7 +80,9 @@ void members_evict(struct coordinator *c, uint32_t peer, const char *why)
     if (p->evicted)
         return;
     p->evicted = true;
-    core_log(c, CORE_WARN, "agent %s is evicted: %s", p->member.id, why);
+    if (p->zombie != p->member.incarnation) /* it may come again and again */
+        core_log(c, CORE_WARN, "agent %s is evicted: %s", p->member.id, why);
+    p->zombie = p->member.incarnation;
     struct msg *m = core_send(c, peer, MSG_EVICTED);
     if (m)
         snprintf(m->evicted.why, sizeof(m->evicted.why), "%s", why);
@@ -113,7 +115,8 @@ void members_disconnected(struct coordinator *c, uint32_t peer)
     p->heard_ns = c->now_ns;
     c->changed = true;
     bool matters = members_rank(c, peer) >= 0 || operation_party(c, peer) >= 0;
-    core_log(c, matters ? CORE_WARN : CORE_INFO, "agent %s disconnected", p->member.id);
+    if (p->zombie != p->member.incarnation)
+        core_log(c, matters ? CORE_WARN : CORE_INFO, "agent %s disconnected", p->member.id);
     commit_peer_gone(c, peer, "disconnected");
     operation_peer_gone(c, peer, "disconnected");
     if (!matters)
@@ -184,8 +187,10 @@ void members_hello(struct coordinator *c, uint64_t conn, const struct msg_hello 
         return;
     }
     bool evicted = known && (p->evicted || put_out);
+    uint64_t zombie = p->zombie;
     if (!known)
         memset(p, 0, sizeof(*p));
+    p->zombie = zombie;
     snprintf(p->member.id, sizeof(p->member.id), "%s", hello->id);
     snprintf(p->member.address, sizeof(p->member.address), "%s", hello->address);
     snprintf(p->member.data_address, sizeof(p->member.data_address), "%s", hello->data_address);

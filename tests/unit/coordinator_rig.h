@@ -51,6 +51,7 @@ struct rig {
     int reply_code;
     uint64_t reply_op;
     uint32_t reply_outcome;
+    unsigned zombies_said; /* lines about gpu3 that is gone */
     unsigned replies, go_before_commit, prepares, leads[16];
     uint64_t epochs[16], grace;
     struct durable pending[64];
@@ -266,6 +267,8 @@ static inline void rig_event(struct rig *r, struct coordinator_event *ev)
             r->reply_op = x->op;
             r->reply_outcome = x->outcome;
             snprintf(r->reply, sizeof(r->reply), "%s", x->text);
+        } else if (x->type == CA_LOG) {
+            r->zombies_said += strstr(x->text, "gpu3") && (strstr(x->text, "evicted") || strstr(x->text, "disconnected"));
         } else if (x->type == CA_JOURNAL) {
             ck_assert_uint_lt(r->n_pending, 64);
             ck_assert_int_eq(durable_copy(&r->pending[r->n_pending], x->durable), 0);

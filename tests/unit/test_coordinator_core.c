@@ -362,6 +362,39 @@ START_TEST(who_connects_while_a_view_without_it_is_written_is_out)
 }
 END_TEST
 
+/* A process that was given up, and does not believe it: refused each time, and said once. */
+START_TEST(a_zombie_is_refused_and_logged_once)
+{
+    struct rig r;
+    rig_start(&r, 4);
+    rig_scale(&r, 4, NULL);
+    rig_cut(&r, 3);
+    rig_advance(&r, 6000); /* its lease, and the repair */
+    CK_RANKS(&r, 3);
+    uint64_t epoch = status(&r).view->epoch;
+    r.a[3].got[MSG_EVICTED] = 0;
+    r.zombies_said = 0;
+    for (unsigned i = 1; i <= 5; i++) {
+        rig_hello(&r, 3); /* a rank of the view of before */
+        ck_assert_uint_eq(r.a[3].got[MSG_EVICTED], i);
+        struct msg late = {.type = MSG_PROMISE, .promise = {.epoch = epoch, .incarnation = r.a[3].incarnation, .limit = 1}};
+        rig_send(&r, 3, &late);
+        rig_cut(&r, 3);
+    }
+    ck_assert_uint_le(r.zombies_said, 1);
+    CK_RANKS(&r, 3);
+    ck_assert_uint_eq(status(&r).view->epoch, epoch);
+    ck_assert(!status(&r).op_running);
+    r.a[3].incarnation++; /* begun anew, it is a spare like any other */
+    r.a[3].has_view = false;
+    r.a[3].applied = 0;
+    rig_hello(&r, 3);
+    rig_scale(&r, 4, NULL);
+    CK_RANKS(&r, 4);
+    rig_stop(&r);
+}
+END_TEST
+
 static void rig_torn(struct rig *r, int i, uint64_t epoch)
 {
     struct msg m = {.type = MSG_ENGINE, .engine = {.attached = true, .dispatch = DISPATCH_SOURCE_ROUTED}};
@@ -605,6 +638,7 @@ int main(void)
     tcase_add_test(t, an_engine_that_is_back_before_the_decision_keeps_its_rank);
     tcase_add_test(t, the_view_that_is_decided_names_the_engines_of_now);
     tcase_add_test(t, who_connects_while_a_view_without_it_is_written_is_out);
+    tcase_add_test(t, a_zombie_is_refused_and_logged_once);
     tcase_add_test(t, a_promise_to_a_repair_is_never_aborted_while_the_view_is_torn);
     tcase_add_test(t, a_step_that_fails_is_retried_by_the_same_ranks);
     tcase_add_test(t, ranks_that_do_not_flip_are_taken_out_of_their_steps_not_out_of_the_view);
