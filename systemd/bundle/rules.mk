@@ -10,7 +10,7 @@ BUNDLE_OPT   = $(OPT) -ffile-prefix-map=$(CURDIR)=. -ffile-prefix-map=$(BUILD)/b
 BUNDLE_MAKE  = $(MAKE) --no-print-directory -s -j2 BUILD=$(BUILD)/bundle LINK=static OPT='$(BUNDLE_OPT)'
 # what is to run on a machine where nothing can be built: instruments
 BUNDLE_TESTS = eep-engine eep-feeder eep-demo eep-make-checkpoint eep-idle-engine nccl_abort test_memory test_transport_gpu \
-               test_libeep_gpu test_reference_model itest_checkpoint itest_gpu_faults itest_readopt $(GPU_BENCH:$(BUILD)/tests/%=%) \
+               test_libeep_gpu test_reference_model itest_checkpoint itest_gpu_faults itest_readopt itest_chaos $(GPU_BENCH:$(BUILD)/tests/%=%) \
                $(BENCH_BIN:$(BUILD)/tests/%=%)
 
 .PHONY: bundle bundle-test check-bundle bundle-programs bundle-test-programs
