@@ -29,6 +29,7 @@
 #include "common/rpc_parts.h"
 
 #define REFUSED_LINGER_MS 1000
+#define SEND_PIECES       16 /* of an output buffer, in one system call */
 
 static void conn_free(struct rpc_conn *conn)
 {
@@ -375,9 +376,13 @@ static void conn_flush(struct rpc_conn *conn)
     int error = 0;
     evbuffer_unfreeze(output, 1); /* bufferevents keep others from taking bytes out */
     while (evbuffer_get_length(output) > 0 && !error) {
-        struct evbuffer_iovec piece;
-        (void)evbuffer_peek(output, -1, NULL, &piece, 1); /* nearly always all there is */
-        ssize_t n = send(bufferevent_getfd(conn->bev), piece.iov_base, piece.iov_len, MSG_NOSIGNAL);
+        struct evbuffer_iovec pieces[SEND_PIECES];
+        int n_pieces = evbuffer_peek(output, -1, NULL, pieces, SEND_PIECES);
+        const struct msghdr msg = {.msg_iov = pieces,
+                                   .msg_iovlen = (size_t)(n_pieces < SEND_PIECES ? n_pieces : SEND_PIECES)};
+        int fd = bufferevent_getfd(conn->bev);
+        ssize_t n = n_pieces > 1 ? sendmsg(fd, &msg, MSG_NOSIGNAL)
+                                 : send(fd, pieces[0].iov_base, pieces[0].iov_len, MSG_NOSIGNAL);
         if (n < 0)
             error = errno;
         else
