@@ -157,7 +157,9 @@ struct store_op {
     size_t len;
     uint64_t revision;
 };
-/* Changes of one loop turn, to be written in one transaction. */
+/* Changes of one loop turn, to be on disk all or none.  In memory and in the log each is u8 kind, u32 key_len, u32 len,
+ * u64 revision, the key, the value. */
+#define STORE_OP_HEAD (1 + 4 + 4 + 8)
 struct store_batch {
     uint64_t number;
     uint64_t first_revision, last_revision; /* of its changes */

@@ -1,6 +1,4 @@
-/* Batches of the store's changes for the disk, and the memory of additions that carry an id.  Pure; the loop thread.
- *
- * A change in a batch: u8 kind, u32 key_len, u32 len, u64 revision, the key, the value. */
+/* Batches of the store's changes for the disk, and the memory of additions that carry an id.  Pure; the loop thread. */
 #include <stdlib.h>
 #include <string.h>
 #include <utlist.h>
@@ -8,13 +6,11 @@
 #include "common/digest.h"
 #include "coordinator/store_internal.h"
 
-#define OP_HEAD (1 + 4 + 4 + 8)
-
 void store_batch_add(struct store *s, enum store_op_kind kind, const char *key, const void *data, size_t len,
                uint64_t revision)
 {
     struct store_batch *b = &s->batch;
-    size_t key_len = strlen(key), need = b->bytes + OP_HEAD + key_len + len;
+    size_t key_len = strlen(key), need = b->bytes + STORE_OP_HEAD + key_len + len;
     if (need > b->cap) {
         size_t cap = b->cap ? b->cap : 4096;
         while (cap < need)
@@ -30,9 +26,9 @@ void store_batch_add(struct store *s, enum store_op_kind kind, const char *key, 
     at[0] = (uint8_t)kind;
     memcpy(at + 1, lens, sizeof lens);
     memcpy(at + 9, &revision, sizeof revision);
-    memcpy(at + OP_HEAD, key, key_len);
+    memcpy(at + STORE_OP_HEAD, key, key_len);
     if (len)
-        memcpy(at + OP_HEAD + key_len, data, len);
+        memcpy(at + STORE_OP_HEAD + key_len, data, len);
     if (!b->n++)
         b->first_revision = revision;
     b->last_revision = revision;
@@ -48,11 +44,11 @@ bool store_batch_next(const struct store_batch *batch, size_t *at, struct store_
     memcpy(lens, p + 1, sizeof lens);
     ret_op->kind = (enum store_op_kind)p[0];
     memcpy(&ret_op->revision, p + 9, sizeof ret_op->revision);
-    ret_op->key = (const char *)p + OP_HEAD;
+    ret_op->key = (const char *)p + STORE_OP_HEAD;
     ret_op->key_len = lens[0];
-    ret_op->data = p + OP_HEAD + lens[0];
+    ret_op->data = p + STORE_OP_HEAD + lens[0];
     ret_op->len = lens[1];
-    *at += OP_HEAD + lens[0] + lens[1];
+    *at += STORE_OP_HEAD + lens[0] + lens[1];
     return true;
 }
 

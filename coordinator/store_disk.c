@@ -1,9 +1,13 @@
-/* The store's durable keys on disk.  `queue` guards the lists between the loop and the writer; it is never held during
- * a transaction.  The environment is the writer's alone once it runs.
+/* The store's durable keys on disk: the threads between the loop, the log and the records.  `queue` guards what they
+ * share; it is never held during a write.
  *
- * A commit writes pages, flushes them, and writes the page that makes them valid, which has to be flushed as well.  With
- * MDB_NOMETASYNC LMDB leaves that second flush to whatever flush comes next: to that of the next commit when there is one,
- * which saves it, or to one of its own when nobody else writes.  Until then the batch is *settling*, and not reported. */
+ *     loop --batches--> writer: into the log, one transaction for all that wait --> reported
+ *                          | a generation of the log is full, or nothing has come for a while
+ *                          v
+ *                       applier: its changes into the records, in large transactions --> its entries can be dropped
+ *
+ * Entries of the log are written and dropped by the writer alone, the records are the applier's alone, once they run.
+ * One generation is applied at a time: while it is, the writer fills the next one, and then waits for it. */
 #include "coordinator/store_disk.h"
 
 #include <errno.h>
@@ -12,44 +16,36 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 #include <utlist.h>
 
 #include "common/clock.h"
-#include "common/digest.h"
-#include "coordinator/mdb_file.h"
+#include "coordinator/store_log.h"
+#include "coordinator/store_records.h"
 
-#define FILE_NAME "store.mdb"
-#define RECORD_VERSION 1
-#define RECORD_HEADER 24
-/* Keys in the file: what they are, then their name. */
-#define KEY_VALUE 'k'
-#define KEY_REQUEST 'r'
-#define KEY_REVISION 'v' /* one: revisions of the next start begin here */
-/* Revisions are not written one by one: a start begins so far ahead that none is used twice. */
-#define REVISION_AHEAD ((uint64_t)1 << 32)
-
-struct waiting {
-    struct store_batch batch;
-    struct waiting *prev, *next;
-};
+#define WRITE_BYTES ((size_t)2 << 20) /* of changes in one transaction: its dirty pages are in memory */
+#define IDLE_S      1                 /* without a change: then the log goes into the records */
 
 struct store_disk {
-    MDB_env *env;
-    MDB_dbi dbi;
+    char *dir;
+    bool sync;
+    struct store_log *log;
+    struct store_records records;
     int event_fd;
-    uint64_t revision_next; /* as written, of the next start; the writer's */
 
     pthread_mutex_t queue;
-    pthread_cond_t more;
-    bool started, stop;
-    pthread_t writer;
-    struct waiting *waiting, *writing; /* oldest first; writing: in the transaction now */
-    uint64_t settling, settling_first; /* committed and not flushed: its last batch, 0 = none; its first revision */
-    bool settles;                      /* commits have to settle (STORE_FSYNC) */
-    size_t waiting_bytes;
-    uint64_t done; /* number of the last batch on disk */
-    uint64_t busy_since_ns; /* the writer is at a transaction or a flush; 0: it waits */
+    pthread_cond_t more, turned; /* for the writer, for the applier */
+    bool started, stop, apply_stop;
+    pthread_t writer, applier;
+    struct store_changes *waiting; /* oldest first */
+    size_t waiting_bytes;          /* and of what is being written */
+    uint64_t writing;              /* first revision of what is being written; 0 = nothing is */
+    uint64_t done;                 /* number of the last batch on disk */
+    uint64_t busy_since_ns;        /* the writer is at a write, or waits for the applier; 0: it waits for work */
+    bool applying;
+    struct store_log_part part; /* what is being applied */
+    uint64_t applied;           /* entries of the log below it are in the records */
     struct err failed;
 };
 
@@ -65,136 +61,138 @@ int store_durability_parse(const char *text, enum store_durability *ret_durabili
     return ERR_INVALID;
 }
 
-/* ---- records ---- */
+/* ---- from the log into the records ---- */
 
-static uint64_t checksum(uint64_t version, uint64_t revision, const char *key, size_t key_len, const void *data,
-                         size_t len)
+static int apply(struct store_disk *d, struct store_log_part part, struct err *err)
 {
-    uint64_t head[3] = {version, revision, key_len};
-    return digest_bytes(head, sizeof head, 0) + digest_bytes(key, key_len, 3) +
-           digest_bytes(data, len, 3 + digest_words(key_len));
-}
-
-static int record_put(MDB_txn *txn, MDB_dbi dbi, char *key, size_t key_len, uint64_t revision, const void *data,
-                      size_t len)
-{
-    MDB_val k = {key_len, key}, v = {RECORD_HEADER + len, NULL};
-    int rc = mdb_put(txn, dbi, &k, &v, MDB_RESERVE);
-    if (rc != 0)
-        return rc;
-    uint64_t head[3] = {RECORD_VERSION, checksum(RECORD_VERSION, revision, key, key_len, data, len), revision};
-    memcpy(v.mv_data, head, sizeof head);
-    if (len)
-        memcpy((uint8_t *)v.mv_data + RECORD_HEADER, data, len);
-    return 0;
-}
-
-static int op_write(MDB_txn *txn, MDB_dbi dbi, const struct store_op *op)
-{
-    char key[1 + STORE_KEY_DURABLE_MAX];
-    bool request = op->kind == STORE_OP_REQUEST || op->kind == STORE_OP_REQUEST_END;
-    key[0] = request ? KEY_REQUEST : KEY_VALUE;
-    memcpy(key + 1, op->key, op->key_len);
-    if (op->kind == STORE_OP_PUT || op->kind == STORE_OP_REQUEST)
-        return record_put(txn, dbi, key, 1 + op->key_len, op->revision, op->data, op->len);
-    MDB_val k = {1 + op->key_len, key};
-    int rc = mdb_del(txn, dbi, &k, NULL);
-    return rc == MDB_NOTFOUND ? 0 : rc;
-}
-
-static int revision_write(MDB_txn *txn, MDB_dbi dbi, uint64_t revision)
-{
-    char key[] = {KEY_REVISION};
-    return record_put(txn, dbi, key, 1, revision, NULL, 0);
-}
-
-/* What is in these batches, in one transaction. */
-static int write_once(struct store_disk *d, const struct waiting *list, uint64_t revision_next)
-{
-    MDB_txn *txn;
-    int rc = mdb_txn_begin(d->env, NULL, 0, &txn);
-    if (rc != 0)
-        return rc;
-    const struct waiting *w;
-    DL_FOREACH(list, w) {
-        size_t at = 0;
-        struct store_op op;
-        while (rc == 0 && store_batch_next(&w->batch, &at, &op))
-            rc = op_write(txn, d->dbi, &op);
-    }
-    if (rc == 0 && revision_next != d->revision_next)
-        rc = revision_write(txn, d->dbi, revision_next);
-    if (rc != 0) {
-        mdb_txn_abort(txn);
-        return rc;
-    }
-    rc = mdb_txn_commit(txn);
-    if (rc == 0)
-        d->revision_next = revision_next;
-    return rc;
-}
-
-static int write_list(struct store_disk *d, const struct waiting *list, uint64_t revision_next)
-{
+    struct store_changes *list;
     int rc;
-    while ((rc = write_once(d, list, revision_next)) == MDB_MAP_FULL) {
-        rc = mdb_file_grow(d->env);
-        if (rc != 0)
+    while ((rc = store_log_read(d->log, &part, WRITE_BYTES, &list, err)) == 0 && list) {
+        rc = store_records_write(&d->records, list, err);
+        store_changes_free(list);
+        if (rc < 0)
             break;
     }
-    return rc;
+    return rc == 0 ? store_records_sync(&d->records, err) : rc;
 }
 
-/* ---- the writer ---- */
-
-static void writer_tell(struct store_disk *d)
+static void disk_tell(struct store_disk *d)
 {
     ssize_t ignored = write(d->event_fd, &(uint64_t){1}, sizeof(uint64_t));
     (void)ignored; /* fails only when the counter is full: readable all the same */
 }
 
-/* With the queue locked, also on return: what waits, in one transaction.  Its flush is also that of what was settling. */
-static void writer_commit(struct store_disk *d)
+static void disk_failed(struct store_disk *d, const struct err *err)
 {
-    struct waiting *w, *next, *list = d->writing = d->waiting;
-    d->waiting = NULL;
-    pthread_mutex_unlock(&d->queue);
-    uint64_t number = list->prev->batch.number, revision = d->revision_next;
-    if (list->prev->batch.last_revision + REVISION_AHEAD / 2 > revision)
-        revision += REVISION_AHEAD;
-    int rc = write_list(d, list, revision);
-
-    pthread_mutex_lock(&d->queue);
-    if (rc != 0) {
-        mdb_file_err(&d->failed, rc, FILE_NAME, "a write has failed");
-    } else if (d->settles) {
-        d->done = d->settling ? d->settling : d->done;
-        d->settling = number;
-        d->settling_first = list->batch.first_revision;
-    } else {
-        d->done = number;
-    }
-    d->writing = NULL;
-    DL_FOREACH_SAFE(list, w, next) {
-        d->waiting_bytes -= w->batch.bytes;
-        store_batch_done(&w->batch);
-        free(w);
-    }
-    writer_tell(d);
+    if (!d->failed.code)
+        d->failed = *err;
+    disk_tell(d);
 }
 
-/* With the queue locked, also on return: nobody else writes. */
-static void writer_settle(struct store_disk *d)
+static void *applier_main(void *arg)
 {
-    pthread_mutex_unlock(&d->queue);
-    int rc = mdb_env_sync(d->env, 1);
+    struct store_disk *d = arg;
     pthread_mutex_lock(&d->queue);
-    if (rc == 0)
-        d->done = d->settling;
-    else
-        mdb_file_err(&d->failed, rc, FILE_NAME, "a write has failed");
-    d->settling = 0;
-    writer_tell(d);
+    for (;;) {
+        if (!d->applying && d->apply_stop)
+            break;
+        if (!d->applying) {
+            pthread_cond_wait(&d->turned, &d->queue);
+            continue;
+        }
+        struct store_log_part part = d->part;
+        struct err err;
+        pthread_mutex_unlock(&d->queue);
+        int rc = apply(d, part, &err);
+        pthread_mutex_lock(&d->queue);
+        if (rc < 0)
+            disk_failed(d, &err);
+        else
+            d->applied = part.end;
+        d->applying = false;
+        pthread_cond_signal(&d->more);
+    }
+    pthread_mutex_unlock(&d->queue);
+    return NULL;
+}
+
+/* ---- the writer: all of it with the queue locked, also on return ---- */
+
+static struct store_changes *waiting_take(struct store_disk *d)
+{
+    struct store_changes *list = NULL;
+    for (size_t bytes = 0; d->waiting && bytes < WRITE_BYTES;) {
+        struct store_changes *c = d->waiting;
+        DL_DELETE(d->waiting, c);
+        DL_APPEND(list, c);
+        bytes += c->batch.bytes;
+    }
+    return list;
+}
+
+/* What waits, in one transaction. */
+static void writer_commit(struct store_disk *d)
+{
+    struct store_changes *c, *list = waiting_take(d);
+    uint64_t number = list->prev->batch.number, applied = d->applied;
+    size_t bytes = 0;
+    struct err err;
+    DL_FOREACH(list, c)
+    bytes += c->batch.bytes;
+    d->writing = list->batch.first_revision;
+    pthread_mutex_unlock(&d->queue);
+    int rc = store_log_write(d->log, list, applied, &err);
+    store_changes_free(list);
+    pthread_mutex_lock(&d->queue);
+    d->writing = 0;
+    d->waiting_bytes -= bytes;
+    if (rc < 0) {
+        disk_failed(d, &err);
+        return;
+    }
+    d->done = number;
+    pthread_mutex_unlock(&d->queue); /* who is told will take it */
+    disk_tell(d);
+    pthread_mutex_lock(&d->queue);
+}
+
+/* The generation goes to the applier, which has none.  All of it is on the medium: a log that ends before what is in
+ * the records would undo half of a batch. */
+static void writer_turn(struct store_disk *d)
+{
+    d->part = store_log_turn(d->log);
+    d->applying = true;
+    pthread_cond_signal(&d->turned);
+}
+
+static void writer_drop(struct store_disk *d)
+{
+    uint64_t applied = d->applied;
+    struct err err;
+    d->busy_since_ns = clock_now_ns();
+    pthread_mutex_unlock(&d->queue);
+    int rc = store_log_write(d->log, NULL, applied, &err);
+    pthread_mutex_lock(&d->queue);
+    d->busy_since_ns = 0;
+    if (rc < 0)
+        disk_failed(d, &err);
+}
+
+static void writer_idle(struct store_disk *d)
+{
+    if (store_log_droppable(d->log, d->applied) && !d->failed.code) {
+        writer_drop(d);
+        return;
+    }
+    if (!store_log_bytes(d->log) || d->applying || d->failed.code) {
+        pthread_cond_wait(&d->more, &d->queue);
+        return;
+    }
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += IDLE_S;
+    if (pthread_cond_timedwait(&d->more, &d->queue, &until) == ETIMEDOUT && !d->waiting && !d->stop && !d->failed.code)
+        writer_turn(d);
 }
 
 static void *writer_main(void *arg)
@@ -202,15 +200,23 @@ static void *writer_main(void *arg)
     struct store_disk *d = arg;
     pthread_mutex_lock(&d->queue);
     for (;;) {
-        d->busy_since_ns = (d->waiting || d->settling) && !d->failed.code ? clock_now_ns() : 0;
-        if (d->waiting && !d->failed.code)
+        bool full = store_log_bytes(d->log) >= STORE_LOG_BYTES, ok = !d->failed.code;
+        if (!ok || !d->waiting)
+            d->busy_since_ns = 0;
+        else if (!d->busy_since_ns)
+            d->busy_since_ns = clock_now_ns();
+        if (ok && d->waiting && !full) {
             writer_commit(d);
-        else if (d->settling && !d->failed.code)
-            writer_settle(d);
-        else if (d->stop)
-            break;
-        else
+            d->busy_since_ns = 0;
+        } else if (ok && d->waiting && !d->applying) {
+            writer_turn(d);
+        } else if (ok && d->waiting) {
             pthread_cond_wait(&d->more, &d->queue);
+        } else if (d->stop) {
+            break;
+        } else {
+            writer_idle(d);
+        }
     }
     pthread_mutex_unlock(&d->queue);
     return NULL;
@@ -218,18 +224,18 @@ static void *writer_main(void *arg)
 
 int store_disk_submit(struct store_disk *d, struct store_batch *batch, struct err *err)
 {
-    struct waiting *w = calloc(1, sizeof *w);
-    if (!w) {
+    struct store_changes *c = calloc(1, sizeof *c);
+    if (!c) {
         store_batch_done(batch);
         return err_set(err, ERR_NOMEM, "no memory to queue a write of the store");
     }
-    w->batch = *batch;
+    c->batch = *batch;
     batch->data = NULL;
     pthread_mutex_lock(&d->queue);
-    d->waiting_bytes += w->batch.bytes;
-    DL_APPEND(d->waiting, w);
-    pthread_cond_signal(&d->more);
+    d->waiting_bytes += c->batch.bytes;
+    DL_APPEND(d->waiting, c);
     pthread_mutex_unlock(&d->queue);
+    pthread_cond_signal(&d->more);
     return 0;
 }
 
@@ -261,14 +267,13 @@ int store_disk_done(struct store_disk *d, uint64_t *ret_batch, uint64_t *ret_fir
     ssize_t ignored = read(d->event_fd, &count, sizeof count);
     (void)ignored; /* not readable: it is clear already */
     pthread_mutex_lock(&d->queue);
-    const struct waiting *first = d->writing ? d->writing : d->waiting;
     int rc = d->failed.code;
     if (rc != 0) {
         if (err)
             *err = d->failed;
     } else {
         *ret_batch = d->done;
-        *ret_first_revision = d->settling ? d->settling_first : first ? first->batch.first_revision : UINT64_MAX;
+        *ret_first_revision = d->writing ? d->writing : d->waiting ? d->waiting->batch.first_revision : UINT64_MAX;
     }
     pthread_mutex_unlock(&d->queue);
     return rc;
@@ -276,83 +281,61 @@ int store_disk_done(struct store_disk *d, uint64_t *ret_batch, uint64_t *ret_fir
 
 /* ---- opening ---- */
 
-/* A key as people may read it, for a sentence. */
-static void key_text(const MDB_val *key, char *text, size_t size)
+/* What an earlier process has left in its log goes into the records; then the log is made anew. */
+static int log_open(struct store_disk *d, struct err *err)
 {
-    size_t n = key->mv_size ? key->mv_size - 1 : 0;
-    if (n > size - 1)
-        n = size - 1;
-    for (size_t i = 0; i < n; i++) {
-        char c = ((const char *)key->mv_data)[1 + i];
-        text[i] = c >= 32 && c < 127 ? c : '?';
-    }
-    text[n] = '\0';
-}
-
-static int record_load(struct store_disk *d, struct store *store, const MDB_val *key, const MDB_val *value,
-                       struct err *err)
-{
-    char name[128], whole[1 + STORE_KEY_DURABLE_MAX + 1];
-    uint64_t head[3];
-    key_text(key, name, sizeof name);
-    if (key->mv_size < 1 || key->mv_size >= sizeof whole || value->mv_size < sizeof head)
-        return err_set(err, ERR_CORRUPT, FILE_NAME ": the record of key '%s' is cut off", name);
-    memcpy(head, value->mv_data, sizeof head);
-    const uint8_t *data = (const uint8_t *)value->mv_data + RECORD_HEADER;
-    size_t len = value->mv_size - RECORD_HEADER;
-    if (head[1] != checksum(head[0], head[2], key->mv_data, key->mv_size, data, len))
-        return err_set(err, ERR_CORRUPT,
-                       FILE_NAME ": the record of key '%s' does not fit its checksum; restore the file from a backup, "
-                       "or move it away and start without the keys", name);
-    if (head[0] != RECORD_VERSION)
-        return err_set(err, ERR_UNSUPPORTED, FILE_NAME ": the record of key '%s' has version %llu, this program knows %d",
-                       name, (unsigned long long)head[0], RECORD_VERSION);
-    memcpy(whole, key->mv_data, key->mv_size);
-    whole[key->mv_size] = '\0';
-    if (whole[0] == KEY_REVISION) {
-        d->revision_next = head[2];
+    int rc = store_log_open(d->dir, d->sync, &d->log, err);
+    if (rc < 0)
+        return rc;
+    const struct store_log_part part = store_log_turn(d->log);
+    if (part.first == part.end)
         return 0;
-    }
-    if (whole[0] != KEY_VALUE && whole[0] != KEY_REQUEST)
-        return err_set(err, ERR_UNSUPPORTED, FILE_NAME ": a record of an unknown kind, key '%s'", name);
-    const struct store_op op = {.kind = whole[0] == KEY_VALUE ? STORE_OP_PUT : STORE_OP_REQUEST, .key = whole + 1,
-                                .key_len = key->mv_size - 1, .data = data, .len = len, .revision = head[2]};
-    int rc = store_load(store, &op, err);
-    return rc < 0 ? err_wrap(err, FILE_NAME ": key '%s'", name) : 0;
+    rc = apply(d, part, err);
+    store_log_close(d->log);
+    d->log = NULL;
+    if (rc == 0)
+        rc = store_log_remove(d->dir, err);
+    return rc == 0 ? store_log_open(d->dir, d->sync, &d->log, err) : rc;
 }
 
 static int load(struct store_disk *d, struct store *store, struct err *err)
 {
-    MDB_txn *txn;
-    MDB_cursor *cursor;
-    MDB_val key, value;
-    int mdb = mdb_txn_begin(d->env, NULL, MDB_RDONLY, &txn), rc = 0;
-    if (mdb != 0)
-        return mdb_file_err(err, mdb, FILE_NAME, "cannot read");
-    mdb = mdb_cursor_open(txn, d->dbi, &cursor);
-    if (mdb == 0) {
-        while (rc == 0 && (mdb = mdb_cursor_get(cursor, &key, &value, MDB_NEXT)) == 0)
-            rc = record_load(d, store, &key, &value, err);
-        mdb_cursor_close(cursor);
-    }
-    mdb_txn_abort(txn);
-    if (rc == 0 && mdb != MDB_NOTFOUND)
-        rc = mdb_file_err(err, mdb, FILE_NAME, "cannot read");
-    return rc;
+    int rc = store_records_open(d->dir, d->sync, &d->records, err);
+    if (rc == 0)
+        rc = log_open(d, err);
+    if (rc == 0)
+        rc = store_records_load(&d->records, store, err);
+    return rc == 0 ? store_records_start(&d->records, store_revision(store), err) : rc;
 }
 
 /* Signals are the loop thread's. */
-static int writer_start(struct store_disk *d, struct err *err)
+static int thread_start(pthread_t *thread, void *(*run)(void *), struct store_disk *d, struct err *err)
 {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    int rc = pthread_create(&d->writer, NULL, writer_main, d);
+    int rc = pthread_create(thread, NULL, run, d);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (rc != 0)
-        return err_set(err, ERR_NOMEM, "cannot start the store's writer: %s", strerror(rc));
-    d->started = true;
-    return 0;
+    return rc == 0 ? 0 : err_set(err, ERR_NOMEM, "cannot start the store's writer: %s", strerror(rc));
+}
+
+static int threads_start(struct store_disk *d, struct err *err)
+{
+    int rc = thread_start(&d->applier, applier_main, d, err);
+    if (rc == 0 && (rc = thread_start(&d->writer, writer_main, d, err)) == 0)
+        d->started = true;
+    return rc;
+}
+
+static void queue_init(struct store_disk *d)
+{
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_mutex_init(&d->queue, NULL);
+    pthread_cond_init(&d->more, &attributes);
+    pthread_cond_init(&d->turned, &attributes);
+    pthread_condattr_destroy(&attributes);
 }
 
 int store_disk_open(const char *dir, enum store_durability durability, struct store *store,
@@ -366,25 +349,17 @@ int store_disk_open(const char *dir, enum store_durability durability, struct st
     struct store_disk *d = calloc(1, sizeof *d);
     if (!d)
         return err_set(err, ERR_NOMEM, "no memory for the store's file");
-    d->settles = durability == STORE_FSYNC;
-    pthread_mutex_init(&d->queue, NULL);
-    pthread_cond_init(&d->more, NULL);
+    d->sync = durability == STORE_FSYNC;
+    queue_init(d);
     d->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     int rc = d->event_fd < 0 ? err_set(err, ERR_NOMEM, "eventfd: %s", strerror(errno)) : 0;
-    if (rc == 0)
-        rc = mdb_file_open(dir, FILE_NAME, durability == STORE_OS ? MDB_NOSYNC : MDB_NOMETASYNC, &d->env, &d->dbi, err);
+    d->dir = strdup(dir);
+    if (rc == 0 && !d->dir)
+        rc = err_set(err, ERR_NOMEM, "no memory for the store's file");
     if (rc == 0)
         rc = load(d, store, err);
-    if (rc == 0) {
-        store_load_end(store, d->revision_next);
-        int mdb = write_list(d, NULL, store_revision(store) + REVISION_AHEAD);
-        if (mdb == 0 && d->settles)
-            mdb = mdb_env_sync(d->env, 1);
-        if (mdb != 0)
-            rc = mdb_file_err(err, mdb, FILE_NAME, "cannot write");
-    }
     if (rc == 0)
-        rc = writer_start(d, err);
+        rc = threads_start(d, err);
     if (rc < 0) {
         store_disk_close(d);
         return rc;
@@ -393,29 +368,50 @@ int store_disk_open(const char *dir, enum store_durability durability, struct st
     return 0;
 }
 
+/* ---- closing ---- */
+
+static void threads_stop(struct store_disk *d)
+{
+    pthread_mutex_lock(&d->queue);
+    d->stop = true;
+    pthread_cond_signal(&d->more);
+    pthread_mutex_unlock(&d->queue);
+    pthread_join(d->writer, NULL);
+    pthread_mutex_lock(&d->queue);
+    d->apply_stop = true;
+    pthread_cond_signal(&d->turned);
+    pthread_mutex_unlock(&d->queue);
+    pthread_join(d->applier, NULL);
+}
+
+/* The rest of the log, into the records; then there is no log.  If it fails, the next start does it. */
+static void log_end(struct store_disk *d)
+{
+    struct err err;
+    int rc = apply(d, store_log_turn(d->log), &err);
+    store_log_close(d->log);
+    d->log = NULL;
+    if (rc == 0)
+        (void)!store_log_remove(d->dir, &err);
+}
+
 void store_disk_close(struct store_disk *d)
 {
     if (!d)
         return;
     if (d->started) {
-        pthread_mutex_lock(&d->queue);
-        d->stop = true;
-        pthread_cond_signal(&d->more);
-        pthread_mutex_unlock(&d->queue);
-        pthread_join(d->writer, NULL);
+        threads_stop(d);
+        if (!d->failed.code)
+            log_end(d);
     }
-    struct waiting *w, *next;
-    DL_FOREACH_SAFE(d->waiting, w, next) { /* after a failure */
-        store_batch_done(&w->batch);
-        free(w);
-    }
-    if (d->env) {
-        (void)mdb_env_sync(d->env, 1); /* what the operating system still has; too late to tell anybody */
-        mdb_env_close(d->env);
-    }
+    store_changes_free(d->waiting); /* after a failure */
+    store_log_close(d->log);
+    store_records_close(&d->records);
     if (d->event_fd >= 0)
         close(d->event_fd);
     pthread_cond_destroy(&d->more);
+    pthread_cond_destroy(&d->turned);
     pthread_mutex_destroy(&d->queue);
+    free(d->dir);
     free(d);
 }

@@ -83,7 +83,7 @@ START_TEST(a_disk_that_does_not_answer)
     static const struct {
         const char *fault, *what, *says;
     } cases[] = {{"state/journal.mdb:sync:1:stall", "pause", "a write of the journal takes "},
-                 {"state/store.mdb:sync:3:stall", "kv put a 1", "a write of the store takes "}};
+                 {"state/store.log:sync:2:stall", "kv put a 1", "a write of the store takes "}};
     unsigned words;
     char last[512];
     start(cases[_i].fault);
