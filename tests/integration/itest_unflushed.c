@@ -36,7 +36,7 @@ START_TEST(nobody_is_told_what_the_disk_could_forget)
     d.extra[1] = address;
     ck_assert(daemon_process_start(&d)); /* the file is made */
     daemon_process_stop(&d, SIGTERM);
-    snprintf(fault, sizeof fault, "state/store.mdb:sync:3:stall"); /* a start needs two */
+    snprintf(fault, sizeof fault, "state/store.log.mdb:sync:2:stall"); /* a start needs one */
     snprintf(library, sizeof library, "%s/tests/fault_disk.so", bin && *bin ? bin : "build");
     setenv("EEP_FAULT", fault, 1);
     d.preload = library;
