@@ -15,10 +15,11 @@
 #define LINEAR_WORDS (LINEAR_OPS_MAX / 64)
 #define LINEAR_STEPS_MAX 2000000u
 
-enum linear_kind { LINEAR_SET, LINEAR_GET, LINEAR_CAS, LINEAR_DELETE };
+enum linear_kind { LINEAR_SET, LINEAR_GET, LINEAR_CAS, LINEAR_DELETE, LINEAR_APPEND, LINEAR_ADD };
 struct linear_op {
     enum linear_kind kind;
-    uint32_t value;    /* SET, CAS: the new one, unique; GET: what was read */
+    uint32_t value;    /* SET, CAS: the new one, unique; GET: what was read; APPEND: the word; ADD: the sum, as answered */
+    uint32_t amount;   /* ADD: more than 0 */
     uint32_t expected; /* CAS */
     bool swapped;      /* CAS: as answered; then `seen` is what was there */
     uint32_t seen;
@@ -26,6 +27,14 @@ struct linear_op {
     uint64_t begin_ns, end_ns; /* end: UINT64_MAX when not known */
 };
 
+/* A value of several words, as one number: that of a single word is the word. */
+static inline uint32_t linear_append(uint32_t value, uint32_t word)
+{
+    if (value == LINEAR_MISSING)
+        return word;
+    uint64_t h = ((uint64_t)value << 32 | word) * 0x9e3779b97f4a7c15ull;
+    return (uint32_t)((h ^ h >> 29) * 0xbf58476d1ce4e5b9ull >> 32) | 0x80000000u; /* no word of a short test */
+}
 
 struct linear {
     const struct linear_op *ops;
@@ -48,6 +57,8 @@ static inline bool linear_apply(const struct linear_op *op, uint32_t value, uint
     case LINEAR_SET: *ret_value = op->value; return true;
     case LINEAR_DELETE: *ret_value = LINEAR_MISSING; return true;
     case LINEAR_GET: *ret_value = value; return !op->known || op->value == value;
+    case LINEAR_APPEND: *ret_value = linear_append(value, op->value); return true;
+    case LINEAR_ADD: *ret_value = value + op->amount; return !op->known || op->value == *ret_value;
     case LINEAR_CAS:
         if (!op->known || op->swapped) {
             *ret_value = op->value;
@@ -135,10 +146,14 @@ static inline int linear_by_begin(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
-/* An unanswered change whose value nobody ever saw may as well never have happened. */
+/* An unanswered change whose value nobody ever saw may as well never have happened; where values build on others, all
+ * stay. */
 static inline size_t linear_prune(struct linear_op *ops, size_t n)
 {
     size_t kept = 0;
+    for (size_t i = 0; i < n; i++)
+        if (ops[i].kind == LINEAR_APPEND || ops[i].kind == LINEAR_ADD)
+            return n;
     for (size_t i = 0; i < n; i++) {
         bool keep = ops[i].known;
         if (!ops[i].known && ops[i].kind == LINEAR_DELETE)

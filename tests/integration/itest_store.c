@@ -377,6 +377,41 @@ static uint32_t mix(uint64_t *state)
     return (uint32_t)(*state >> 33);
 }
 
+/* All keys of the history in one call: each key's part is a change of its own in that key's history. */
+static bool operate_on_all(struct rpc_client *c, struct recorder *r)
+{
+    Pb__KvMultiSetRequest request = PB__KV_MULTI_SET_REQUEST__INIT;
+    Pb__KvSetRequest sets[LKEYS], *pointers[LKEYS];
+    char keys[LKEYS][8];
+    struct linear_op op = {.kind = LINEAR_SET, .value = ++next_value, .begin_ns = clock_now_ns(), .end_ns = UINT64_MAX};
+    ProtobufCMessage *reply = NULL;
+    for (unsigned k = 0; k < LKEYS; k++) {
+        snprintf(keys[k], sizeof keys[k], "l%u", k);
+        sets[k] = (Pb__KvSetRequest)PB__KV_SET_REQUEST__INIT;
+        sets[k].key = keys[k];
+        sets[k].value.data = (uint8_t *)&op.value;
+        sets[k].value.len = 4;
+        pointers[k] = &sets[k];
+    }
+    request.sets = pointers;
+    request.n_sets = LKEYS;
+    op.known = rpc_client_call(c, CONTROL_KV_MULTI_SET, &request.base, 10000, &reply, NULL) == 0;
+    rpc_unpack_free(reply);
+    if (op.known)
+        op.end_ns = clock_now_ns();
+    for (unsigned k = 0; k < LKEYS; k++)
+        r->ops[k][r->n[k]++] = op;
+    return op.known;
+}
+
+static bool any_full(const struct recorder *r)
+{
+    for (unsigned k = 0; k < LKEYS; k++)
+        if (r->n[k] == OPS_EACH)
+            return true;
+    return false;
+}
+
 /* One operation, recorded.  false: the connection is gone. */
 static bool operate(struct rpc_client *c, struct recorder *r, unsigned k, uint32_t dice)
 {
@@ -443,9 +478,9 @@ static void *recorder_main(void *arg)
             continue;
         }
         unsigned k = mix(&state) % LKEYS;
-        if (r->n[k] == OPS_EACH)
+        if (any_full(r))
             break;
-        if (!operate(c, r, k, mix(&state) % 100)) {
+        if (mix(&state) % 12 == 0 ? !operate_on_all(c, r) : !operate(c, r, k, mix(&state) % 100)) {
             rpc_client_free(c);
             c = NULL;
         }
@@ -475,6 +510,19 @@ START_TEST(checker_finds_mistakes)
         {.kind = LINEAR_CAS, .value = 1, .swapped = true, .known = true, .begin_ns = 1, .end_ns = 9},
         {.kind = LINEAR_CAS, .value = 2, .swapped = true, .known = true, .begin_ns = 2, .end_ns = 8}};
     ck_assert_int_eq(linear_check(twice, 2), 0);
+    struct linear_op appended[] = {
+        {.kind = LINEAR_SET, .value = 1, .known = true, .begin_ns = 1, .end_ns = 2},
+        {.kind = LINEAR_APPEND, .value = 2, .known = true, .begin_ns = 3, .end_ns = 4},
+        {.kind = LINEAR_GET, .value = linear_append(1, 2), .known = true, .begin_ns = 5, .end_ns = 6}};
+    ck_assert_int_eq(linear_check(appended, 3), 1);
+    appended[2].value = linear_append(linear_append(1, 2), 2); /* twice */
+    ck_assert_int_eq(linear_check(appended, 3), 0);
+    struct linear_op sums[] = {
+        {.kind = LINEAR_ADD, .amount = 2, .value = 2, .known = true, .begin_ns = 1, .end_ns = 9},
+        {.kind = LINEAR_ADD, .amount = 3, .value = 5, .known = true, .begin_ns = 2, .end_ns = 8}};
+    ck_assert_int_eq(linear_check(sums, 2), 1);
+    sums[1].value = 3; /* one of them is lost */
+    ck_assert_int_eq(linear_check(sums, 2), 0);
 }
 END_TEST
 
@@ -509,6 +557,198 @@ START_TEST(histories_are_linearizable)
         ck_assert_msg(linear_check(all, n) == 1, "the history of key l%u, %zu operations, is not linearizable", k, n);
     }
     ck_assert_uint_gt(answered, 200);
+}
+END_TEST
+
+/* ---- TCPStore's clients beside native ones, their connections cut ---- */
+
+#define BOTH_CLIENTS 3 /* of each protocol */
+#define BOTH_OPS 150
+#define BOTH_KEYS 3 /* two of words, one counter */
+#define BOTH_COUNTER 2
+
+struct both_client {
+    pthread_t thread;
+    uint64_t state;
+    bool native;
+    struct rpc_client *rpc;
+    struct tcpclient tcp;
+    struct linear_op ops[BOTH_KEYS][BOTH_OPS];
+    size_t n[BOTH_KEYS];
+    uint32_t seen[BOTH_KEYS];
+};
+
+static uint32_t words_of(const void *data, size_t len)
+{
+    uint32_t value = LINEAR_MISSING, word;
+    for (size_t i = 0; i + 4 <= len; i += 4) {
+        memcpy(&word, (const char *)data + i, 4);
+        value = linear_append(value, word);
+    }
+    return value;
+}
+
+/* Sends the command of `op`, which may never be answered. */
+static void both_send(struct both_client *b, const char *key, const struct linear_op *op)
+{
+    static const uint8_t queries[] = {[LINEAR_SET] = TCPSTORE_SET, [LINEAR_GET] = TCPSTORE_GET,
+                                      [LINEAR_CAS] = TCPSTORE_COMPARE_SET, [LINEAR_DELETE] = TCPSTORE_DELETE_KEY,
+                                      [LINEAR_APPEND] = TCPSTORE_APPEND, [LINEAR_ADD] = TCPSTORE_ADD};
+    tcpclient_begin(&b->tcp, queries[op->kind]);
+    tcpclient_text(&b->tcp, key);
+    if (op->kind == LINEAR_CAS)
+        tcpclient_bytes(&b->tcp, &op->expected, op->expected == LINEAR_MISSING ? 0 : 4);
+    if (op->kind == LINEAR_SET || op->kind == LINEAR_APPEND || op->kind == LINEAR_CAS)
+        tcpclient_bytes(&b->tcp, &op->value, 4);
+    if (op->kind == LINEAR_ADD)
+        tcpclient_u64(&b->tcp, op->amount);
+    tcpclient_flush(&b->tcp);
+}
+
+static void both_answer(struct both_client *b, const char *key, struct linear_op *op)
+{
+    size_t len = 0;
+    if (op->kind == LINEAR_GET || op->kind == LINEAR_CAS) {
+        char *data = tcpclient_value(&b->tcp, &len);
+        uint32_t got = data ? words_of(data, len) : LINEAR_MISSING;
+        free(data);
+        if (op->kind == LINEAR_GET)
+            op->value = got;
+        op->swapped = op->kind == LINEAR_CAS && got == op->value;
+        op->seen = got;
+        if (op->kind == LINEAR_CAS && got == op->expected && got != op->value)
+            op->seen = LINEAR_MISSING; /* of a missing key the expectation comes back: it was not there */
+    } else if (op->kind == LINEAR_ADD) {
+        op->value = (uint32_t)tcpclient_i64(&b->tcp);
+    } else if (op->kind == LINEAR_DELETE) {
+        if (tcpclient_i64(&b->tcp) == 0) {
+            op->kind = LINEAR_GET;
+            op->value = LINEAR_MISSING;
+        }
+    } else {
+        (void)tcpclient_check(&b->tcp, key); /* SET and APPEND have no answer: that of the next command says that they are done */
+    }
+    op->known = !b->tcp.broken;
+}
+
+static void both_tcp(struct both_client *b, const char *key, struct linear_op *op)
+{
+    both_send(b, key, op);
+    if (mix(&b->state) % 50 == 0)
+        b->tcp.broken = true; /* cut, with a command under way */
+    else
+        both_answer(b, key, op);
+}
+
+static void both_native(struct both_client *b, const char *key, struct linear_op *op)
+{
+    char full[64];
+    ProtobufCMessage *reply = NULL;
+    int rc;
+    snprintf(full, sizeof full, "tcpstore/both/%s", key);
+    if (op->kind == LINEAR_GET) {
+        Pb__KvGetRequest request = PB__KV_GET_REQUEST__INIT;
+        request.key = full;
+        rc = rpc_client_call(b->rpc, CONTROL_KV_GET, &request.base, 10000, &reply, NULL);
+        const Pb__KvValue *value = rc == 0 ? (const Pb__KvValue *)reply : NULL;
+        op->value = value ? words_of(value->value.data, value->value.len) : LINEAR_MISSING;
+        rc = rc == ERR_NOTFOUND ? 0 : rc;
+    } else if (op->kind == LINEAR_ADD) {
+        Pb__KvAddRequest request = PB__KV_ADD_REQUEST__INIT;
+        request.key = full;
+        request.amount = op->amount;
+        request.has_ephemeral = request.ephemeral = true;
+        rc = rpc_client_call(b->rpc, CONTROL_KV_ADD, &request.base, 10000, &reply, NULL);
+        op->value = rc == 0 ? (uint32_t)((const Pb__KvAddReply *)reply)->value : 0;
+    } else {
+        Pb__KvSetRequest request = PB__KV_SET_REQUEST__INIT;
+        op->kind = LINEAR_SET;
+        request.key = full;
+        request.value.data = (uint8_t *)&op->value;
+        request.value.len = 4;
+        request.has_ephemeral = request.ephemeral = true;
+        rc = rpc_client_call(b->rpc, CONTROL_KV_SET, &request.base, 10000, &reply, NULL);
+    }
+    rpc_unpack_free(reply);
+    ck_assert_msg(rc == 0, "%s: native call %d: %d", key, op->kind, rc);
+    op->known = true;
+}
+
+static void both_step(struct both_client *b, unsigned k)
+{
+    static const enum linear_kind kinds[] = {LINEAR_SET, LINEAR_GET, LINEAR_GET,    LINEAR_GET,    LINEAR_CAS,
+                                             LINEAR_CAS, LINEAR_APPEND, LINEAR_APPEND, LINEAR_DELETE};
+    struct linear_op op = {.kind = kinds[mix(&b->state) % (sizeof kinds / sizeof *kinds)], .value = ++next_value,
+                           .expected = b->seen[k], .amount = 1 + mix(&b->state) % 9, .end_ns = UINT64_MAX};
+    char key[8];
+    snprintf(key, sizeof key, "k%u", k);
+    if (k == BOTH_COUNTER)
+        op.kind = LINEAR_ADD;
+    /* a client can only expect words that it can send: those of one word */
+    if (op.kind == LINEAR_CAS && op.expected & 0x80000000u)
+        op.kind = LINEAR_SET;
+    op.begin_ns = clock_now_ns();
+    if (b->native)
+        both_native(b, key, &op);
+    else
+        both_tcp(b, key, &op);
+    if (op.known) {
+        op.end_ns = clock_now_ns();
+        b->seen[k] = op.kind == LINEAR_CAS && !op.swapped ? op.seen : op.kind == LINEAR_GET ? op.value : b->seen[k];
+    }
+    b->ops[k][b->n[k]++] = op;
+}
+
+static void *both_main(void *arg)
+{
+    struct both_client *b = arg;
+    b->tcp.fd = -1;
+    for (int i = 0; i < BOTH_OPS; i++) {
+        if (b->native && !b->rpc)
+            ck_assert_ptr_nonnull(b->rpc = client_open(5000));
+        if (!b->native && (b->tcp.fd < 0 || b->tcp.broken)) {
+            tcpclient_close(&b->tcp);
+            ck_assert(tcpclient_open(&b->tcp, d.tcpstore));
+        }
+        both_step(b, mix(&b->state) % BOTH_KEYS);
+    }
+    rpc_client_free(b->rpc);
+    tcpclient_close(&b->tcp);
+    return NULL;
+}
+
+START_TEST(histories_of_both_protocols_are_linearizable)
+{
+    static struct both_client clients[2 * BOTH_CLIENTS];
+    static struct linear_op all[2 * BOTH_CLIENTS * BOTH_OPS];
+    struct tcpclient keeper; /* while it is connected the namespace stays */
+    size_t unanswered = 0;
+    memset(clients, 0, sizeof clients);
+    const char *extra[] = {"--tcpstore-listen", "127.0.0.1:0/both"};
+    memcpy(d.extra, extra, sizeof extra);
+    start();
+    strcpy(socket_address, d.address);
+    ck_assert(tcpclient_open(&keeper, d.tcpstore));
+    for (unsigned i = 0; i < 2 * BOTH_CLIENTS; i++) {
+        clients[i].native = i % 2;
+        clients[i].state = 7 + i + 100 * (unsigned)_i;
+        pthread_create(&clients[i].thread, NULL, both_main, &clients[i]);
+    }
+    for (unsigned i = 0; i < 2 * BOTH_CLIENTS; i++)
+        pthread_join(clients[i].thread, NULL);
+    for (unsigned k = 0; k < BOTH_KEYS; k++) {
+        size_t n = 0;
+        for (unsigned i = 0; i < 2 * BOTH_CLIENTS; i++)
+            for (size_t o = 0; o < clients[i].n[k]; o++) {
+                unanswered += !clients[i].ops[k][o].known;
+                all[n++] = clients[i].ops[k][o];
+            }
+        int rc = linear_check(all, n);
+        ck_assert_msg(rc == 1, "the history of key k%u, %zu operations: %s", k, n, rc ? "given up" : "not linearizable");
+    }
+    ck_assert_uint_gt(unanswered, 0);
+    tcpclient_close(&keeper);
+    ck_assert_int_eq(daemon_process_stop(&d, SIGTERM), 0);
 }
 END_TEST
 
@@ -829,6 +1069,32 @@ static bool loopback(bool up)
     return ok;
 }
 
+/* A port that everyone may reach, taken with the option that says so, and served. */
+START_TEST(tcpstore_beyond_the_loopback)
+{
+    if (unshare(CLONE_NEWNET) < 0 && unshare(CLONE_NEWUSER | CLONE_NEWNET) < 0) {
+        printf("tcpstore_beyond_the_loopback: not tested: no network namespaces here (%s)\n", strerror(errno));
+        return;
+    }
+    ck_assert(loopback(true));
+    const char *extra[] = {"--tcpstore-listen", "0.0.0.0:0/job"};
+    memcpy(d.extra, extra, sizeof extra);
+    ck_assert(!daemon_process_start(&d));
+    ck_assert_msg(strstr(log_text(), "will not listen for TCPStore on 0.0.0.0:0: its protocol has no authentication") != NULL,
+                  "%s", log_text());
+    d.extra[2] = "--tcpstore-insecure";
+    start();
+    ck_assert_msg(strncmp(d.tcpstore, "0.0.0.0:", 8) == 0, "%s", d.tcpstore);
+    struct tcpclient c;
+    char address[160];
+    snprintf(address, sizeof address, "127.0.0.1:%s", d.tcpstore + 8);
+    ck_assert(tcpclient_open(&c, address));
+    ck_assert_int_eq(tcpclient_add(&c, "n", 2), 2);
+    tcpclient_close(&c);
+    ck_assert_int_eq(daemon_process_stop(&d, SIGTERM), 0);
+}
+END_TEST
+
 static size_t arrived(struct rpc_client *c, const char *barrier)
 {
     Pb__BarrierShowRequest request = PB__BARRIER_SHOW_REQUEST__INIT;
@@ -923,6 +1189,13 @@ int main(void)
     tcase_add_test(tc, many_slow_readers);
     tcase_add_test(tc, blackhole);
     tcase_add_test(tc, out_of_descriptors);
+    suite_add_tcase(suite, tc);
+    tc = tcase_create("tcpstore");
+    tcase_add_checked_fixture(tc, setup, teardown);
+    tcase_set_timeout(tc, 180);
+    tcase_add_test(tc, checker_finds_mistakes);
+    tcase_add_loop_test(tc, histories_of_both_protocols_are_linearizable, 0, 3);
+    tcase_add_test(tc, tcpstore_beyond_the_loopback);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

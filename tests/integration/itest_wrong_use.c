@@ -29,6 +29,9 @@ START_TEST(wrong_options_of_the_daemons)
     REFUSED("eep-coordinator --slots x", 2, "whole number");
     REFUSED("eep-coordinator --listen nonsense", 2, "host:port");
     REFUSED("eep-coordinator --listen 192.0.2.1:1", 2, "--insecure");
+    REFUSED("eep-coordinator --tcpstore-listen 192.0.2.1:0", 2,
+            "will not listen for TCPStore on 192.0.2.1:0: its protocol has no authentication");
+    REFUSED("eep-coordinator --tcpstore-listen 0.0.0.0:0/job --insecure", 2, "or --tcpstore-insecure in a network");
     REFUSED("eep-coordinator --state ''", 2, "needs the name of a folder");
     REFUSED("eep-coordinator --state /nonexistent/x/y --listen 127.0.0.1:0", 1, "--state names another");
     REFUSED("eep-coordinator --cluster 'a b'", 2, "must be 1 to");

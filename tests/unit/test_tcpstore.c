@@ -283,6 +283,63 @@ START_TEST(queues_and_barriers)
 }
 END_TEST
 
+static void send_keys(struct tcpclient *c, uint8_t query, const char *first, const char *second)
+{
+    tcpclient_begin(c, query);
+    tcpclient_u64(c, 2);
+    tcpclient_text(c, first);
+    tcpclient_text(c, second);
+    tcpclient_flush(c);
+}
+
+static void send_barrier(struct tcpclient *c, const char *key)
+{
+    tcpclient_begin(c, TCPSTORE_BARRIER);
+    tcpclient_text(c, key);
+    tcpclient_u64(c, 2);
+    tcpclient_flush(c);
+}
+
+/* All of the keys, that barrier only, and how many items there were. */
+START_TEST(several_at_once)
+{
+    struct tcpclient c, d;
+    ck_assert(tcpclient_open(&c, port));
+    ck_assert(tcpclient_open(&d, port));
+    tcpclient_set(&d, "a", "1");
+    ck_assert(tcpclient_check(&d, "a"));
+    send_keys(&c, TCPSTORE_CHECK, "a", "b");
+    ck_assert_uint_eq(tcpclient_u8(&c), 1);
+    send_keys(&c, TCPSTORE_WAIT, "a", "b");
+    ck_assert(!tcpclient_readable(&c, 50));
+    tcpclient_set(&d, "b", "1");
+    ck_assert_uint_eq(tcpclient_u8(&c), 0);
+    send_keys(&c, TCPSTORE_CHECK, "a", "b");
+    ck_assert_uint_eq(tcpclient_u8(&c), 0);
+    for (int i = 0; i < 2; i++) {
+        tcpclient_begin(&c, TCPSTORE_QUEUE_PUSH);
+        tcpclient_text(&c, "q");
+        tcpclient_text(&c, i ? "second" : "first");
+        tcpclient_flush(&c);
+    }
+    ck_assert_int_eq(tcpclient_number(&c, TCPSTORE_QUEUE_POP, "q"), 2); /* with the one that it brings */
+    expect_text(tcpclient_value(&c, NULL), "first");
+    send_barrier(&c, "one");
+    ck_assert(!tcpclient_readable(&c, 50));
+    send_barrier(&d, "two");
+    ck_assert(!tcpclient_readable(&d, 50));
+    struct tcpclient e;
+    ck_assert(tcpclient_open(&e, port));
+    send_barrier(&e, "two");
+    ck_assert_uint_eq(tcpclient_u8(&e), 0);
+    ck_assert_uint_eq(tcpclient_u8(&d), 0);
+    ck_assert(!tcpclient_readable(&c, 50)); /* at another barrier */
+    tcpclient_close(&c);
+    tcpclient_close(&d);
+    tcpclient_close(&e);
+}
+END_TEST
+
 START_TEST(one_byte_at_a_time)
 {
     struct tcpclient c, d;
@@ -431,6 +488,7 @@ int main(void)
     tcase_add_test(served, every_command);
     tcase_add_test(served, waits_and_cancels);
     tcase_add_test(served, queues_and_barriers);
+    tcase_add_test(served, several_at_once);
     tcase_add_test(served, one_byte_at_a_time);
     tcase_add_test(served, idle_connections_live_on);
     tcase_add_test(served, a_namespace_empties_itself);
