@@ -1180,7 +1180,6 @@ int main(void)
     tcase_add_test(tc, acknowledged_after_the_flush);
     tcase_add_test(tc, damaged_files_are_refused);
     tcase_add_test(tc, damaged_log);
-    tcase_add_test(tc, checker_finds_mistakes);
     tcase_add_loop_test(tc, histories_are_linearizable, 0, 3);
     tcase_add_test(tc, retried_additions_count_once);
     tcase_add_test(tc, ugly_network);
