@@ -35,6 +35,7 @@ for t in "$@"; do
         for f in ${FUZZ:-}; do
             mutations=20000
             [ "$f" = checkpoint ] && mutations=4000 # it writes files
+            [ "$f" = tcpstore_run ] && mutations=200 # each is a connection
             run "fuzz corpus: $f" "$BUILD/tests/replay_$f" "tests/fuzz/corpus/$f" "$mutations"
         done
         if [ "${SIM_SEEDS:-0}" -gt 0 ]; then
