@@ -1,8 +1,8 @@
 /* PyTorch's TCPStore against ours, with one client for both that speaks PyTorch's own bytes: PyTorch's client in Python takes
  * longer for a call than either server.  Against them, the same through our own protocol, where a get is one round trip.
  *
- * The generator is one thread with an epoll set; a connection has one call under way.  As PyTorch's client does it, a get is
- * WAIT, its answer, GET, its answer.  Each case runs ROUNDS times, the servers in turn; the medians are shown.
+ * The generator is one thread with an epoll set; a connection has one call under way, as PyTorch's client has it, and by our
+ * own protocol also DEPTH of them.  As PyTorch's client does it, a get is WAIT, its answer, GET, its answer.  Each case runs ROUNDS times, the servers in turn; the medians are shown.
  *
  * usage: bench_tcpstore EEP_TCPSTORE EEP PYTORCH [SECONDS]      addresses: host:port */
 #include <fcntl.h>
@@ -18,6 +18,7 @@
 #define VALUE_BYTES 100
 #define ROUNDS 5
 #define CONNS_MAX 50
+#define DEPTH 16
 
 enum op { OP_GET, OP_ADD, OP_CHECK, OPS };
 static const char *const op_names[] = {"get", "add", "check"};
@@ -36,12 +37,14 @@ struct conn {
     int fd;
     const struct call *call;
     unsigned step;
-    uint8_t in[1024];
+    uint8_t in[16384];
     size_t have;
 };
+#define SIDES 4 /* eep by TCPStore's protocol, by its own, PyTorch, eep by its own with DEPTH calls under way */
 struct side {
     const char *address;
     bool tcpstore;
+    unsigned depth; /* calls under way on a connection; more than 1: of our own protocol */
     struct call calls[OPS][KEYS];
 };
 
@@ -118,12 +121,13 @@ static void set_own(int fd, char *key, const char *value)
 }
 
 /* The requests of a side, and the keys that they get. */
-static void side_open(struct side *side, const char *address, bool tcpstore)
+static void side_open(struct side *side, const char *address, bool tcpstore, unsigned depth)
 {
     struct tcpclient c = {.fd = -1};
     char value[VALUE_BYTES + 1], key[32];
     side->address = address;
     side->tcpstore = tcpstore;
+    side->depth = depth;
     memset(value, 'v', VALUE_BYTES);
     value[VALUE_BYTES] = '\0';
     int fd = tcpstore ? -1 : caller_connect(address);
@@ -186,25 +190,85 @@ static void call_next(struct conn *c, const struct side *side, enum op op)
     step_send(c);
 }
 
-/* true: a call has ended, and the next one is under way. */
-static bool conn_read(struct conn *c, const struct side *side, enum op op)
+/* Puts a random call, as call `id`, into out; how many bytes. */
+static size_t call_put(const struct side *side, enum op op, uint64_t id, uint8_t *out, size_t room)
+{
+    seed = seed * 1664525 + 1013904223;
+    const struct step *s = &side->calls[op][seed / 65536 % KEYS].steps[0];
+    struct frame frame;
+    size_t size;
+    if (s->len > room || frame_parse(s->bytes, s->len, FRAME_LIMIT, &frame, &size, NULL) != 1)
+        die("a request that is no frame");
+    memcpy(out, s->bytes, s->len);
+    frame.header.call = id;
+    frame_header_put(out, &frame.header);
+    return s->len;
+}
+
+static void bytes_send(const struct conn *c, const uint8_t *bytes, size_t len)
+{
+    if (send(c->fd, bytes, len, MSG_NOSIGNAL) != (ssize_t)len)
+        die("send");
+}
+
+/* The calls that have ended; as many others are under way. */
+static unsigned conn_read_frames(struct conn *c, const struct side *side, enum op op)
+{
+    uint8_t out[DEPTH * 256];
+    size_t at = 0, put = 0, size;
+    unsigned ended = 0;
+    struct frame frame;
+    int rc;
+    while ((rc = frame_parse(c->in + at, c->have - at, FRAME_LIMIT, &frame, &size, NULL)) == 1) {
+        if (frame.header.kind != FRAME_REPLY)
+            die("an answer that is no reply");
+        at += size;
+        put += call_put(side, op, frame.header.call, out + put, sizeof out - put);
+        ended++;
+    }
+    if (rc < 0)
+        die("an answer that is no frame");
+    memmove(c->in, c->in + at, c->have - at);
+    c->have -= at;
+    if (put)
+        bytes_send(c, out, put);
+    return ended;
+}
+
+static void conn_begin(struct conn *c, const struct side *side, enum op op)
+{
+    uint8_t out[DEPTH * 256];
+    size_t put = 0;
+    if (side->depth == 1) {
+        call_next(c, side, op);
+        return;
+    }
+    for (unsigned i = 1; i <= side->depth; i++)
+        put += call_put(side, op, i, out + put, sizeof out - put);
+    bytes_send(c, out, put);
+}
+
+/* How many calls have ended; the next ones are under way. */
+static unsigned conn_read(struct conn *c, const struct side *side, enum op op)
 {
     ssize_t n = recv(c->fd, c->in + c->have, sizeof c->in - c->have, 0);
     if (n <= 0)
         die("recv");
     c->have += (size_t)n;
+    if (side->depth > 1)
+        return conn_read_frames(c, side, op);
     size_t size = answer_bytes(c->call->steps[c->step].answer, c->in, c->have);
     if (!size)
-        return false;
+        return 0;
     if (size != c->have)
         die("more came than was asked for");
     c->have = 0;
     if (++c->step < c->call->n) {
         step_send(c);
-        return false;
+        return 0;
     }
     call_next(c, side, op);
-    return true;
+    return 1;
 }
 
 static int conn_open(const struct side *side)
@@ -230,7 +294,7 @@ static double load(const struct side *side, enum op op, unsigned n_conns, double
     }
     uint64_t begin = clock_now_ns(), end = begin + (uint64_t)(seconds * 1e9);
     for (unsigned i = 0; i < n_conns; i++)
-        call_next(&conns[i], side, op);
+        conn_begin(&conns[i], side, op);
     while (clock_now_ns() < end) {
         struct epoll_event events[CONNS_MAX];
         int n = epoll_wait(epoll, events, CONNS_MAX, 5000);
@@ -254,30 +318,31 @@ static int by_value(const void *a, const void *b)
 
 int main(int argc, char **argv)
 {
-    static struct side sides[3];
+    static struct side sides[SIDES];
     double seconds = argc > 4 ? atof(argv[4]) : 0.5;
     if (argc < 4) {
         fprintf(stderr, "usage: bench_tcpstore EEP_TCPSTORE EEP PYTORCH [SECONDS]\n");
         return 2;
     }
-    for (int i = 0; i < 3; i++) {
-        side_open(&sides[i], argv[1 + i], i != 1);
+    for (int i = 0; i < SIDES; i++) {
+        side_open(&sides[i], argv[i == SIDES - 1 ? 2 : 1 + i], i == 0 || i == 2, i == SIDES - 1 ? DEPTH : 1);
         if (conn_open(&sides[i]) < 0) /* stays: a namespace without connections is emptied after its grace */
             die(sides[i].address);
     }
-    printf("| calls a second, client in C | PyTorch's server | eep, the same bytes | ratio | eep, its own protocol | ratio |\n"
-           "|---|---|---|---|---|---|\n");
+    printf("| calls a second, client in C | PyTorch's server | eep, the same bytes | ratio | eep, its own protocol | ratio | 16 under way | ratio |\n"
+           "|---|---|---|---|---|---|---|---|\n");
     for (unsigned n = 1; n <= CONNS_MAX; n += CONNS_MAX - 1)
         for (enum op op = OP_GET; op < OPS; op++) {
-            double rates[3][ROUNDS];
+            double rates[SIDES][ROUNDS];
             for (int round = 0; round < ROUNDS; round++)
-                for (int s = 0; s < 3; s++)
+                for (int s = 0; s < SIDES; s++)
                     rates[s][round] = load(&sides[s], op, n, seconds);
-            for (int s = 0; s < 3; s++)
+            for (int s = 0; s < SIDES; s++)
                 qsort(rates[s], ROUNDS, sizeof *rates[s], by_value);
             double eep = rates[0][ROUNDS / 2], own = rates[1][ROUNDS / 2], torch = rates[2][ROUNDS / 2];
-            printf("| %s, %u connection%s | %.0f | %.0f | %.2f | %.0f | %.2f |\n", op_names[op], n, n > 1 ? "s" : "", torch, eep,
-                   eep / torch, own, own / torch);
+            double many = rates[3][ROUNDS / 2];
+            printf("| %s, %u connection%s | %.0f | %.0f | %.2f | %.0f | %.2f | %.0f | %.2f |\n", op_names[op], n, n > 1 ? "s" : "", torch, eep,
+                   eep / torch, own, own / torch, many, many / torch);
             fflush(stdout);
         }
     return 0;
