@@ -70,7 +70,7 @@ if [ $part = integration ]; then
         EEP_TEST_MEMORY=cuda EEP_TEST_TRANSPORT=cuda_peer)
     if [ -e "$fakecuda/libcuda.so.1" ]; then
         # A sanitizer sees the same code in the demos, and needs minutes for these.
-        for t in itest_scale itest_readopt itest_reload; do
+        for t in itest_scale itest_readopt; do
             [ -n "${SANITIZE:-}" ] || run "$t, cuda_peer" "${on_gpu[@]}" timeout 900 "$BUILD/tests/$t"
         done
         run "demo, cuda_peer" "${on_gpu[@]}" timeout 900 "$BUILD/tests/eep-demo" --sequence 2,4,3,2 --settle-ms 200
