@@ -39,6 +39,8 @@ struct checkpoint_info {
 void checkpoint_info(const struct checkpoint *c, struct checkpoint_info *ret_info);
 /* The manifest of the loader's layout with this many slots per rank; config is config.json as it is. */
 int checkpoint_manifest(const struct checkpoint *c, uint32_t slots, struct manifest *ret_m, struct err *err) MUST_CHECK;
+/* Its digest: the same for whoever has that checkpoint and so many slots. */
+int checkpoint_manifest_digest(const struct checkpoint *c, uint32_t slots, uint64_t *ret_digest, struct err *err) MUST_CHECK;
 /* All dense tensors, and expert held[layer][slot] (map at `rank`) into its slot.  Sets the digests of what it loaded in
  * w->model.  progress may be NULL; a true return cancels (ERR_ABORTED); it is also called while nothing comes from the
  * disk.  Buffers for a GPU (up to 64 MiB of pinned memory) are freed at the end. */

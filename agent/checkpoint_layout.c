@@ -108,3 +108,19 @@ int checkpoint_manifest(const struct checkpoint *c, uint32_t slots, struct manif
     *ret_m = m;
     return 0;
 }
+
+int checkpoint_manifest_digest(const struct checkpoint *c, uint32_t slots, uint64_t *ret_digest, struct err *err)
+{
+    struct manifest m;
+    struct blob *blob;
+    int rc = checkpoint_manifest(c, slots, &m, err);
+    if (rc < 0)
+        return rc;
+    rc = manifest_encode(&m, &blob, err);
+    manifest_done(&m);
+    if (rc < 0)
+        return rc;
+    *ret_digest = manifest_digest(blob);
+    blob_unref(blob);
+    return 0;
+}

@@ -295,18 +295,11 @@ uint64_t checkpoint_reload_bytes(const struct checkpoint *c, const struct expert
 static int load_check(const struct checkpoint *c, const struct weights *w, const struct expert_map *map, uint32_t rank,
                       struct err *err)
 {
-    struct manifest m;
-    struct blob *blob;
-    int rc = checkpoint_manifest(c, w->manifest.slots, &m, err);
+    uint64_t digest;
+    int rc = checkpoint_manifest_digest(c, w->manifest.slots, &digest, err);
     if (rc < 0)
         return rc;
-    rc = manifest_encode(&m, &blob, err);
-    manifest_done(&m);
-    if (rc < 0)
-        return rc;
-    bool same = manifest_digest(blob) == w->model->manifest_digest;
-    blob_unref(blob);
-    if (!same)
+    if (digest != w->model->manifest_digest)
         return err_set(err, ERR_CONFLICT, "%s: the regions were allocated for another checkpoint or layout", c->dir);
     if (map->layers != c->layers || map->logical != c->experts || map->slots != w->manifest.slots || rank >= map->ranks)
         return err_set(err, ERR_INVALID,

@@ -229,23 +229,11 @@ void worker_lent_close(struct worker *w)
 
 static int lent_open(struct worker *w, const struct expert_read *read, struct err *err)
 {
-    struct manifest m;
-    struct blob *blob;
     if (!w->config.checkpoint)
         return err_set(err, ERR_NOTFOUND, "it does not hold that expert, and has no checkpoint");
-    int rc = checkpoint_open(w->config.checkpoint, &w->lent, err);
-    if (rc == 0)
-        rc = checkpoint_manifest(w->lent, read->slots, &m, err);
-    if (rc < 0)
-        return rc;
-    rc = manifest_encode(&m, &blob, err);
-    manifest_done(&m);
-    if (rc < 0)
-        return rc;
     w->lent_slots = read->slots;
-    w->lent_manifest = manifest_digest(blob);
-    blob_unref(blob);
-    return 0;
+    int rc = checkpoint_open(w->config.checkpoint, &w->lent, err);
+    return rc < 0 ? rc : checkpoint_manifest_digest(w->lent, read->slots, &w->lent_manifest, err);
 }
 
 static int read_checkpoint(struct worker *w, const struct expert_read *read, void *ret_data, struct err *err)
