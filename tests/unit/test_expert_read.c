@@ -125,7 +125,7 @@ START_TEST(bytes_come_and_what_is_missing_is_said)
     }
     for (unsigned k = 0; k < EXPERT_READS_AHEAD; k++) {
         ck_assert_int_eq(expert_sources_end(s, 0, calls[k], &read, text, &err), 0);
-        ck_assert_mem_eq(text, "hello, world" + 2 * k, 5);
+        ck_assert_mem_eq(text, &"hello, world"[2 * k], 5);
     }
     read.length = EXPERT_READ_MAX + 1;
     ck_assert_int_eq(expert_sources_read(s, 0, &read, text, &err), ERR_INVALID);
