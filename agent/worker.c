@@ -249,15 +249,19 @@ static void worker_health(struct worker *w)
     pthread_mutex_unlock(&w->lock);
 }
 
-static struct worker_result job_result(const struct job *job)
+static struct worker_result job_do(struct worker *w, struct job *job)
 {
-    return (struct worker_result){
+    struct worker_result result = {
         .id = job->work.id,
         .kind = job->kind == JOB_SEAL ? WORK_LOAD : job->work.kind,
         .op = job->work.op,
         .round = job->work.round,
         .expert = job->kind == JOB_EXPERT_READ,
     };
+    uint64_t began_ns = clock_now_ns();
+    worker_job_run(w, job, &result);
+    result.ns = clock_now_ns() - began_ns;
+    return result;
 }
 
 /* The first read that is queued for another agent; NULL: none is. */
@@ -280,10 +284,7 @@ void worker_lend(struct worker *w)
 {
     struct job *job;
     for (int i = 0; i < LEND_MAX && (job = job_take_read(w)); i++) {
-        struct worker_result result = job_result(job);
-        uint64_t began_ns = clock_now_ns();
-        worker_job_run(w, job, &result);
-        result.ns = clock_now_ns() - began_ns;
+        struct worker_result result = job_do(w, job);
         pthread_mutex_lock(&w->lock);
         result_push(w, &result);
         pthread_mutex_unlock(&w->lock);
@@ -301,10 +302,7 @@ static void *worker_main(void *arg)
             atomic_store(&w->due_ns, 0);
             continue;
         }
-        struct worker_result result = job_result(job);
-        uint64_t began_ns = clock_now_ns();
-        worker_job_run(w, job, &result);
-        result.ns = clock_now_ns() - began_ns;
+        struct worker_result result = job_do(w, job);
         worker_sign(w, 0);
         job_end(w, job, &result);
         worker_health(w);

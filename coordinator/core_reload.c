@@ -219,11 +219,11 @@ bool reload_place(struct coordinator *c, const uint32_t *peers, uint32_t n, cons
         abort();
     c->op.reloads = placed;
     c->op.copied = reload_copied(*ret_load, copied);
-    uint64_t lent = lost_copied(left, copied); /* of those that are lost */
+    bool enough = extent == RELOAD_COPIES ? placed == lost_copied(left, copied) : extent == RELOAD_ALL ? !unplaced : placed > 0;
     free(copied);
     c->op.masked = extent == RELOAD_COPIES ? unplaced : 0;
     c->mask.unplaced = extent == RELOAD_WHAT_FITS && somebody ? unplaced : 0;
-    if (extent == RELOAD_COPIES ? placed == lent : extent == RELOAD_ALL ? !unplaced : placed > 0)
+    if (enough)
         return true;
     reload_say_why(c, left, unplaced, somebody);
     expert_map_unref(*ret_load);
