@@ -15,6 +15,7 @@
 #include "agent/service.h"
 #include "common/clock.h"
 #include "common/daemon.h"
+#include "common/loop.h"
 #include "common/metrics_http.h"
 #include "common/options.h"
 #include "common/tls.h"
@@ -473,8 +474,7 @@ static void process_done(struct process *p)
         if (events[i])
             event_free(events[i]);
     }
-    if (p->base)
-        event_base_free(p->base);
+    loop_free(p->base);
 }
 
 int main(int argc, char **argv)

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "common/daemon.h"
+#include "common/loop.h"
 #include "common/metrics_http.h"
 #include "common/options.h"
 #include "common/tls.h"
@@ -505,8 +506,7 @@ int main(int argc, char **argv)
     if (rc == 0)
         log_event(p.log, LOG_LEVEL_INFO, "stopped", NULL);
     log_free(p.log);
-    if (p.base)
-        event_base_free(p.base);
+    loop_free(p.base);
     options_free(p.sources);
     tls_free(p.tls);
     if (rc < 0)

@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "common/address.h"
+#include "common/loop.h"
 
 #define LINE_MAX_BYTES (1u << 20)
 #define TOKENS_MAX     (1u << 16)
@@ -327,8 +328,7 @@ void server_close(struct server *s)
     event_free_any(s->quit);
     event_free_any(s->term);
     event_free_any(s->interrupt);
-    if (s->base)
-        event_base_free(s->base);
+    loop_free(s->base);
     pthread_mutex_destroy(&s->lock);
     free(s);
 }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "common/clock.h"
+#include "common/loop.h"
 #include "tests/feeder/feeder.h"
 
 #define TICK_MS   20
@@ -168,8 +169,7 @@ static void feeder_close(struct feeder *f)
         event_free(f->term);
     if (f->interrupt)
         event_free(f->interrupt);
-    if (f->base)
-        event_base_free(f->base);
+    loop_free(f->base);
 }
 
 int main(int argc, char **argv)

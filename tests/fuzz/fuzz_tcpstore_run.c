@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/loop.h"
 #include "coordinator/server.h"
 #include "coordinator/store_edge.h"
 #include "tests/harness/tcpclient.h"
@@ -32,7 +33,7 @@ static void finish(void)
     char command[80];
     tcpclient_close(&witness);
     server_close(server);
-    event_base_free(base);
+    loop_free(base);
     libevent_global_shutdown();
     snprintf(command, sizeof command, "rm -rf '%s'", dir);
     (void)!system(command);

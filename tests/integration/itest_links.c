@@ -5,6 +5,7 @@
 #include <sys/un.h>
 
 #include "agent/coordinator_link.h"
+#include "common/loop.h"
 #include "common/rand.h"
 #include "tests/harness/proxy.h"
 #include "tests/integration/itest.h"
@@ -141,7 +142,7 @@ START_TEST(a_thousand_agents_reconnect_at_once)
         coordinator_link_free(s.link[i]);
     rpc_free(rpc);
     log_free(log);
-    event_base_free(s.base);
+    loop_free(s.base);
     ck_assert_int_eq(cluster_stop(&c, false), 0);
 }
 END_TEST

@@ -24,6 +24,7 @@
 #include "agent/manifest.h"
 #include "agent/weights.h"
 #include "common/clock.h"
+#include "common/loop.h"
 
 #define WAIT_S 5
 #define QUEUE 256u
@@ -245,7 +246,7 @@ static inline void agent_stop(struct agent *agent)
     engine_socket_close(agent->socket);
     event_free(agent->worker_event);
     worker_stop(agent->worker);
-    event_base_free(agent->base);
+    loop_free(agent->base);
     ck_assert_int_ne(access(agent->path, F_OK), 0);
 }
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "common/control_methods.h"
+#include "common/loop.h"
 #include "common/rpc.h"
 #include "control.pb-c.h"
 #include "coordinator/server.h"
@@ -61,7 +62,7 @@ static void teardown(void)
     pthread_join(thread, NULL);
     server_close(server);
     event_free(stop);
-    event_base_free(base);
+    loop_free(base);
     libevent_global_shutdown();
     snprintf(command, sizeof command, "rm -rf '%s'", dir);
     ck_assert_int_eq(system(command), 0);
@@ -530,7 +531,7 @@ START_TEST(second_coordinator_is_refused)
     config.listen = listen;
     config.cluster = "a b";
     ck_assert_int_eq(server_open(&config, &second, &err), ERR_INVALID);
-    event_base_free(b);
+    loop_free(b);
 }
 END_TEST
 

@@ -11,6 +11,7 @@
 #include "agent/expert_read.h"
 #include "agent/peer_link.h"
 #include "common/address.h"
+#include "common/loop.h"
 
 static const struct rpc_identity reader = {.role = RPC_ROLE_PEER, .cluster = "west", .agent = "gpu0", .incarnation = 5, .software = "test"};
 
@@ -77,7 +78,7 @@ static void lender_stop(struct lender *l)
     pthread_join(l->thread, NULL);
     peer_links_close(l->links);
     rpc_free(l->rpc);
-    event_base_free(l->base);
+    loop_free(l->base);
     libevent_global_shutdown();
 }
 

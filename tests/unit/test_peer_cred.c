@@ -10,6 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "common/loop.h"
 #include "common/rpc.h"
 #include "control.pb-c.h"
 
@@ -75,7 +76,7 @@ static int result(uid_t uid, gid_t gid, gid_t supplementary, int *ret_refused)
         event_base_dispatch(base);
     }
     rpc_free(rpc);
-    event_base_free(base);
+    loop_free(base);
     ck_assert(WIFEXITED(status));
     return -WEXITSTATUS(status);
 }

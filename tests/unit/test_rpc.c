@@ -16,6 +16,7 @@
 #include "common/address.h"
 #include "common/budget.h"
 #include "common/control_methods.h"
+#include "common/loop.h"
 #include "common/rpc.h"
 #include "control.pb-c.h"
 
@@ -133,7 +134,7 @@ static void world_connect(struct world *w, const char *address, const struct rpc
 static void world_close(struct world *w)
 {
     rpc_free(w->rpc);
-    event_base_free(w->base);
+    loop_free(w->base);
     ck_assert_int_ne(access(unix_address + strlen("unix:"), F_OK), 0); /* the socket file is gone */
 }
 

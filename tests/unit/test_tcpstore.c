@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <stdio.h>
 
+#include "common/loop.h"
 #include "common/rpc.h"
 #include "control.pb-c.h"
 #include "coordinator/server.h"
@@ -152,7 +153,7 @@ static void teardown(void)
     pthread_join(thread, NULL);
     server_close(server);
     event_free(stop);
-    event_base_free(base);
+    loop_free(base);
     libevent_global_shutdown();
     snprintf(command, sizeof command, "rm -rf '%s'", dir);
     ck_assert_int_eq(system(command), 0);
