@@ -101,6 +101,28 @@ void rpc_conn_fail(struct rpc_conn *conn, int code, const char *fmt, ...) __attr
 /* As rpc_conn_send, in any state that has a connection. */
 int rpc_conn_put(struct rpc_conn *conn, enum frame_kind kind, uint16_t method, uint64_t call,
                  const ProtobufCMessage *msg);
+/* Counts in the budget what the buffers of its bev hold from now on. */
+int rpc_conn_count(struct rpc_conn *conn) MUST_CHECK;
+void rpc_on_event(struct bufferevent *bev, short what, void *arg); /* arg: the connection, as below */
+
+/* ---- input (rpc_input.c) ---- */
+
+int rpc_conn_listen(struct rpc_conn *conn) MUST_CHECK; /* it is connected, without TLS: its socket is read */
+void rpc_conn_hear(struct rpc_conn *conn, bool on);    /* whether its socket is read */
+void rpc_conn_input(struct rpc_conn *conn);            /* hands on the frames in conn->in */
+void rpc_on_tls_read(struct bufferevent *bev, void *arg);
+
+/* ---- output (rpc_output.c) ---- */
+
+void rpc_on_write(struct bufferevent *bev, void *arg);        /* all output is with the kernel */
+void rpc_on_flush(evutil_socket_t fd, short what, void *arg); /* arg: struct rpc */
+
+/* ---- TLS (rpc_secure.c) ---- */
+
+/* Puts TLS on a connected socket, in place of the plain bufferevent if there is one.  fd stays the caller's on failure.
+ */
+int rpc_conn_secure(struct rpc_conn *conn, int fd) MUST_CHECK;
+void rpc_on_tls_event(struct rpc_conn *conn, short what);
 
 /* ---- handshake (rpc_handshake.c) ---- */
 
