@@ -295,7 +295,7 @@ static int engine_attach(struct engine *e, struct err *err)
         return err_set(err, ERR_LIMIT, "the endpoint is longer than %zu bytes", sizeof endpoint - 1);
     struct eep_options o = {.socket = e->options.socket,
                             .endpoint = endpoint,
-                            .masks = true,
+                            .masks = !e->options.no_masks,
                             .dispatch = e->options.dispatch,
                             .kv_bytes = e->options.kv_bytes,
                             .on_event = engine_event,

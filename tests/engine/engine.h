@@ -24,6 +24,7 @@ struct engine_options {
     bool fused;
     enum eep_dispatch dispatch;
     uint32_t step_ms, busy_us, stall_ms, attach_ms;
+    bool no_masks;
     bool mute_prepare, mute_prepare_again, mute_drain; /* never answered; again: but for the first time */
     uint32_t max_batch, prefill;
     uint64_t kv_bytes;

@@ -19,6 +19,7 @@ enum {
     KEY_BUSY,
     KEY_STALL,
     KEY_MUTE,
+    KEY_NO_MASKS,
     KEY_ATTACH,
     KEY_BATCH,
     KEY_PREFILL,
@@ -41,6 +42,7 @@ static const struct argp_option option_table[] = {
      "agent may hold its engine for 30 s)",
      0},
     {"mute", KEY_MUTE, "prepare|prepare-again|drain", 0, "never answer that, or not but the first time (for tests)", 0},
+    {"no-masks", KEY_NO_MASKS, NULL, 0, "not able to serve without masked experts (for tests)", 0},
     {"attach-ms", KEY_ATTACH, "MS", 0, "how long to try to attach (default 10000)", 0},
     {"max-batch", KEY_BATCH, "N", 0, "sequences at once, at most 256 (default 8)", 0},
     {"prefill", KEY_PREFILL, "N", 0, "tokens of one prompt per step (default 16)", 0},
@@ -94,6 +96,9 @@ static error_t parse(int key, char *arg, struct argp_state *state)
         return 0;
     case KEY_STALL:
         o->stall_ms = (uint32_t)options_number(state, "--stall-ms", arg, 100, 3600000);
+        return 0;
+    case KEY_NO_MASKS:
+        o->no_masks = true;
         return 0;
     case KEY_ATTACH:
         o->attach_ms = (uint32_t)options_number(state, "--attach-ms", arg, 0, 3600000);

@@ -166,6 +166,17 @@ static void wait_restored(struct cluster *c)
     ck_assert_msg(!strstr(ctl_out, "degraded"), "%s; logs in %s", ctl_out, c->dir);
 }
 
+/* What was answered meanwhile is not the reference's; from now on everything is. */
+static void right_again(struct cluster *c)
+{
+    CTL(c, 0, "verify");
+    (void)cluster_feeder_stop(c, 60000);
+    itest_feed(c, "4");
+    cluster_sleep_ms(500);
+    itest_fed(c);
+    ck_assert_int_eq(cluster_stop(c, false), 0);
+}
+
 /* The disk with the checkpoint is away: until it is back, also over a restart of the coordinator, the others are served; also
  * where every rank routes every token, and an engine is lost and comes back meanwhile. */
 START_TEST(by_policy_the_view_serves_on_without_them)
@@ -195,12 +206,81 @@ START_TEST(by_policy_the_view_serves_on_without_them)
     ck_assert_int_eq(cluster_coordinator_start(&c), 0);
     wait_restored(&c);
     wait_answers(&c, 8);
-    CTL(&c, 0, "verify");
-    (void)cluster_feeder_stop(&c, 60000); /* what was answered meanwhile is not the reference's */
-    itest_feed(&c, "4");
-    cluster_sleep_ms(500);
-    itest_fed(&c);
-    ck_assert_int_eq(cluster_stop(&c, false), 0);
+    right_again(&c);
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    ck_assert_int_eq(system(command), 0);
+}
+END_TEST
+
+/* 2 ranks of 4 are left, and serve without experts: the checkpoint, path, is at away. */
+static void serve_masked(struct cluster *c, const char *path, const char *away)
+{
+    copy_checkpoint(QWEN, path);
+    serve(c, (struct cluster_options){
+                 .model = path, .coordinator_args = {"--on-lost-experts", "mask", "--lease-ms", "3000", NULL}});
+    ck_assert_int_eq(rename(path, away), 0);
+    kill(c->agent[1], SIGSTOP);
+    kill_rank(c, 3);
+    kill_rank(c, 1);
+    itest_wait_ranks(c, 2, 30000);
+    itest_wait_status(c, "experts (of all layers), which are masked", 10000);
+}
+
+/* While they are read, which takes long because an agent stands still, an operator aborts, or pauses operations and the
+ * coordinator is lost: a pause is for what operators ask for, as with a repair. */
+START_TEST(masked_experts_come_back_whatever_happens_meanwhile)
+{
+    struct cluster c;
+    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], away[160], command[256];
+    ck_assert_ptr_nonnull(mkdtemp(dir));
+    snprintf(path, sizeof path, "%s/model", dir);
+    snprintf(away, sizeof away, "%s.away", path);
+    serve_masked(&c, path, away);
+    kill(c.agent[0], SIGSTOP);
+    itest_wait_status(&c, "awaited: gpu0", 10000);
+    CTL_SAYS("masked until they have been read again");
+    ck_assert_int_eq(rename(away, path), 0);
+    if (_i) {
+        CTL(&c, 0, "pause", "--reason", "a try");
+        cluster_signal(&c.coordinator, SIGKILL);
+        ck_assert_int_eq(cluster_coordinator_start(&c), 0);
+    } else {
+        CTL(&c, 0, "abort");
+    }
+    kill(c.agent[0], SIGCONT);
+    wait_restored(&c);
+    if (_i) {
+        CTL(&c, 7, "scale", "--to", "1");
+        CTL_SAYS("operations are paused");
+        CTL(&c, 0, "resume");
+    }
+    right_again(&c);
+    snprintf(command, sizeof command, "rm -r %s", dir);
+    ck_assert_int_eq(system(command), 0);
+}
+END_TEST
+
+/* It is held, and with it the view, until nothing is masked any more; it never gets a token wrong. */
+START_TEST(an_engine_that_cannot_do_without_is_not_given_a_masked_view)
+{
+    struct cluster c;
+    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], away[160], command[256];
+    ck_assert_ptr_nonnull(mkdtemp(dir));
+    snprintf(path, sizeof path, "%s/model", dir);
+    snprintf(away, sizeof away, "%s.away", path);
+    serve_masked(&c, path, away);
+    cluster_signal(&c.engine[0], SIGKILL);
+    c.options.engine_args[0] = "--no-masks";
+    ck_assert_int_eq(cluster_engine_start(&c, 0), 0);
+    itest_wait_status(&c, "no copy on the 2 ranks that are left", 20000);
+    double before = answered(&c);
+    cluster_sleep_ms(1500);
+    ck_assert_msg(answered(&c) <= before + 8, "%.0f answers, %.0f before: it serves", answered(&c), before);
+    ck_assert_int_eq(rename(away, path), 0);
+    itest_wait_ranks(&c, 2, 20000);
+    CTL(&c, 0, "status");
+    ck_assert_msg(!strstr(ctl_out, "masked"), "%s", ctl_out);
+    right_again(&c);
     snprintf(command, sizeof command, "rm -r %s", dir);
     ck_assert_int_eq(system(command), 0);
 }
@@ -273,6 +353,8 @@ static void add(TCase *t)
     tcase_add_test(t, from_the_checkpoint_of_another_agent);
     tcase_add_test(t, from_another_agent_by_tls);
     tcase_add_loop_test(t, by_policy_the_view_serves_on_without_them, 0, 2);
+    tcase_add_loop_test(t, masked_experts_come_back_whatever_happens_meanwhile, 0, 2);
+    tcase_add_test(t, an_engine_that_cannot_do_without_is_not_given_a_masked_view);
     tcase_add_test(t, by_policy_nothing_is_read_again);
     tcase_add_test(t, without_room_the_view_waits_and_says_so);
     tcase_add_test(t, a_checkpoint_that_was_changed_is_not_read_again);
