@@ -10,6 +10,7 @@
 #include "engine.pb-c.h"
 #include "journal.pb-c.h"
 #include "peer.pb-c.h"
+#include "record.pb-c.h"
 
 static const ProtobufCMessageDescriptor *const messages_others[] = {
     &pb__hello__descriptor,
@@ -29,17 +30,27 @@ static const ProtobufCMessageDescriptor *const messages_others[] = {
 };
 #define MESSAGES_OTHERS ((unsigned)(sizeof messages_others / sizeof *messages_others))
 
+/* Behind the calls of the service Control. */
+static const ProtobufCMessageDescriptor *const messages_late[] = {
+    &pb__read_expert_request__descriptor,
+    &pb__read_expert_reply__descriptor,
+    &pb__record__descriptor,
+};
+#define MESSAGES_LATE ((unsigned)(sizeof messages_late / sizeof *messages_late))
+
 static inline unsigned messages_count(void)
 {
-    return MESSAGES_OTHERS + 2 * pb__control__descriptor.n_methods;
+    return MESSAGES_OTHERS + 2 * pb__control__descriptor.n_methods + MESSAGES_LATE;
 }
 
-/* New calls of the service come last, so that a number goes on meaning what it means. */
 static inline const ProtobufCMessageDescriptor *messages_at(unsigned k)
 {
+    unsigned calls = 2 * pb__control__descriptor.n_methods;
     if (k < MESSAGES_OTHERS)
         return messages_others[k];
     k -= MESSAGES_OTHERS;
+    if (k >= calls)
+        return messages_late[k - calls];
     return k % 2 ? pb__control__descriptor.methods[k / 2].output : pb__control__descriptor.methods[k / 2].input;
 }
 
