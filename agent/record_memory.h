@@ -23,7 +23,8 @@ int record_memory_adopt(int fd, const char *cluster, const char *memory, struct 
 void record_memory_close(struct record_memory *memory); /* takes NULL */
 int record_memory_fd(const struct record_memory *memory); /* borrowed */
 
-/* ERR_NOTFOUND: never written. */
+/* Once after record_memory_adopt, before the first write, which would not know else which copy is good.
+ * ERR_NOTFOUND: never written. */
 int record_memory_read(struct record_memory *memory, struct agent_record *ret_record, struct err *err) MUST_CHECK;
 /* On failure (a noun is too long, out of memory) nothing can be re-adopted from here: both copies are void. */
 int record_memory_write(struct record_memory *memory, const struct agent_record *record, struct err *err) MUST_CHECK;
