@@ -12,7 +12,15 @@ fakecuda=$(cd "$BUILD" && pwd)/fakecuda
 on_fakecuda=(env "LD_LIBRARY_PATH=$fakecuda${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" FAKECUDA_GPUS=2 "FAKECUDA_STATE=run$$"
     FAKECUDA_DELAY_US=200)
 results=$(mktemp) # a line for each: how it ended, its name
-trap 'rm -f "$results"' EXIT
+# Ends a process and what it has started.
+end_tree() {
+    local child
+    for child in $(cat "/proc/$1/task/$1/children" 2>/dev/null); do end_tree "$child"; done
+    kill "$1" 2>/dev/null
+}
+lane=
+trap '[ -z "$lane" ] || end_tree "$lane"; rm -f "$results"' EXIT
+trap 'exit 130' INT TERM # seen between two tests
 run() { # name, command...
     local name=$1 begin=$SECONDS out state text
     shift
@@ -77,6 +85,7 @@ if [ $integration -gt 0 ]; then
     done
 fi
 wait $lane
+lane=
 
 if [ $integration -gt 0 ]; then
     if [ "${SIM_SEEDS:-0}" -gt 0 ]; then
