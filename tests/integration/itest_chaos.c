@@ -263,7 +263,7 @@ static void watch_check(struct chaos *x, const struct watched *w, const char *na
            w->rss[2] >> 10, w->fds[2]);
     if (!w->rss[1] || !w->rss[2])
         return; /* too short a run */
-    if (w->rss[2] > w->rss[1] + MEMORY_MORE && !strstr(x->c.bin, "asan"))
+    if (w->rss[2] > w->rss[1] + MEMORY_MORE && !CLUSTER_RSS_MEANS_LITTLE)
         supervisor_fail(&x->s, "%s grows: %ld bytes of memory, then %ld", name, w->rss[1], w->rss[2]);
     if (w->fds[2] > w->fds[1] + FDS_MORE + 2 * x->agents)
         supervisor_fail(&x->s, "%s keeps descriptors: %d, then %d", name, w->fds[1], w->fds[2]);
