@@ -166,10 +166,7 @@ static void cell_check_exit(struct matrix *x, const struct cell *e, int actor, i
 {
     char id[16];
     snprintf(id, sizeof id, "gpu%d", actor);
-    /* An agent may end the rebalance before after its command: the fault at that edge comes first, and this one is refused. */
-    bool refused = code == 7 && e->kind == KIND_REBALANCE && e->event == ME_END &&
-                   strstr(x->s.out, "is being repaired: try again later");
-    if (code != 0 && code != 6 && !refused)
+    if (code != 0 && code != 6)
         supervisor_fail(&x->s, "exit %d: %.1500s", code, x->s.out);
     x->done += code == 0;
     x->aborted += code == 6;
