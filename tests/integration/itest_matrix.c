@@ -261,9 +261,7 @@ static bool cell_try(struct matrix *x, const struct cell *e)
     if (!supervisor_look(&x->s, &look) || look.ranks != cell_before(e))
         matrix_failed(x, "not the ranks to begin with");
     if (e->world == WORLD_SKEWED && !(e->event == ME_END && e->from == MS_PREPARE))
-        cluster_sleep_ms(400); /* a load that the placement does not fit is counted */
-    else if (e->world == WORLD_SKEWED) /* the next one has nothing to move */
-        (void)cluster_ctl(&x->c, x->s.out, sizeof x->s.out, "rebalance", NULL);
+        cluster_sleep_ms(400); /* a load that the placement does not fit is counted; without, the second try has nothing to move */
     int actor = cell_actor(x, e, &look, leavers);
     pid_t op = 0;
     (void)cell_fired(x);
