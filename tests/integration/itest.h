@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "tests/harness/cluster.h"
+#include "tests/harness/suite.h"
 
 #define QWEN "tests/data/qwen3-moe-tiny"
 #define MIXTRAL "tests/data/mixtral-tiny"
@@ -90,18 +91,32 @@ static inline void itest_wait_ranks(struct cluster *c, int ranks, int timeout_ms
     }
 }
 
-static inline int itest_main(const char *name, void (*add)(TCase *), double seconds)
+/* 4 ranks of 8 slots hold 16 experts a layer twice: two of them have room for everything. */
+static inline void itest_serve_four(struct cluster *c, struct cluster_options o)
 {
-    Suite *s = suite_create(name);
-    TCase *t = tcase_create(name);
-    tcase_set_timeout(t, seconds);
-    add(t);
-    suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    o.agents = 4;
+    o.loaders = o.loaders ? o.loaders : 4;
+    o.step_ms = 5;
+    itest_start(c, o);
+    CTL(c, 0, "scale", "--to", "2");
+    CTL(c, 0, "scale", "--to", "4");
+    itest_feed(c, "4");
+    cluster_sleep_ms(300);
+}
+
+/* A rank with everything that is on its host. */
+static inline void itest_kill_rank(struct cluster *c, int i)
+{
+    cluster_signal(&c->agent[i], SIGKILL);
+    cluster_signal(&c->engine[i], SIGKILL);
+}
+
+/* Ranks 1 and 3, together: the first death alone is repaired without. */
+static inline void itest_kill_two(struct cluster *c)
+{
+    kill(c->agent[1], SIGSTOP);
+    itest_kill_rank(c, 3);
+    itest_kill_rank(c, 1);
 }
 
 #endif

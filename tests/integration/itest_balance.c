@@ -152,5 +152,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("balance", add, 120);
+    return suite_main("balance", add, 120);
 }

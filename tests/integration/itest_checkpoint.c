@@ -16,6 +16,7 @@
 #include "agent/checkpoint.h"
 #include "common/clock.h"
 #include "tests/harness/folder.h"
+#include "tests/harness/suite.h"
 
 #define QWEN "--model", "qwen3-30b-a3b", "--layers", "2", "--experts", "3", "--vocabulary", "100", "--shard-mib", "32"
 #define DEEPSEEK                                                                                                       \
@@ -367,9 +368,5 @@ int main(void)
         tcase_add_test(gpu, a_cancelled_load_can_be_repeated);
         suite_add_tcase(s, gpu);
     }
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

@@ -324,5 +324,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("eepctl", add, 120);
+    return suite_main("eepctl", add, 120);
 }

@@ -1,5 +1,6 @@
 /* Configuration files of the daemons: the shipped ones have every option and are good; mistakes get their line and the
  * nearest name; later files and the command line replace; a reload takes over what it may. */
+#include "tests/harness/suite.h"
 #include "tests/integration/itest_run.h"
 
 #include <fcntl.h>
@@ -262,9 +263,5 @@ int main(void)
     tcase_set_timeout(t, 60);
     add(t);
     suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(s);
 }

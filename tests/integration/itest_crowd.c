@@ -7,6 +7,7 @@
 #include "common/control_methods.h"
 #include "tests/harness/caller.h"
 #include "tests/harness/daemon.h"
+#include "tests/harness/suite.h"
 #include "tests/harness/tcpclient.h"
 
 enum { MEMBERS = 1024 };
@@ -344,9 +345,5 @@ int main(void)
     tcase_add_test(tc, half_commands_and_resets_harm_nobody);
     tcase_add_test(tc, out_of_descriptors_at_the_tcpstore_port);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

@@ -442,5 +442,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("edges", add, 180);
+    return suite_main("edges", add, 180);
 }

@@ -158,5 +158,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("faults", add, 180);
+    return suite_main("faults", add, 180);
 }

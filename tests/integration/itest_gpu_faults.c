@@ -209,5 +209,5 @@ int main(void)
         return 77;
     }
     gpus_fake = strstr(line, "Fake GPU") != NULL;
-    return itest_main("faults of GPU transports", add, 240);
+    return suite_main("faults of GPU transports", add, 240);
 }

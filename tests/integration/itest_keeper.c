@@ -102,5 +102,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("keeper", add, 60);
+    return suite_main("keeper", add, 60);
 }

@@ -155,5 +155,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("links", add, 180);
+    return suite_main("links", add, 180);
 }

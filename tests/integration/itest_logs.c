@@ -333,5 +333,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("logs", add, 120);
+    return suite_main("logs", add, 120);
 }

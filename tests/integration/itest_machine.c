@@ -300,5 +300,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("machine", add, 180);
+    return suite_main("machine", add, 180);
 }

@@ -6,41 +6,15 @@
 
 #define QUICK "--slots", "8", "--lead-ms", "100", "--heartbeat-ms", "200"
 
-/* 4 ranks of 8 slots hold 16 experts a layer twice: two of them have room for everything. */
-static void serve(struct cluster *c, struct cluster_options o)
-{
-    o.agents = o.loaders = 4;
-    o.step_ms = 5;
-    itest_start(c, o);
-    CTL(c, 0, "scale", "--to", "2");
-    CTL(c, 0, "scale", "--to", "4");
-    itest_feed(c, "4");
-    cluster_sleep_ms(300);
-}
-
-static void kill_rank(struct cluster *c, int i)
-{
-    cluster_signal(&c->agent[i], SIGKILL);
-    cluster_signal(&c->engine[i], SIGKILL);
-}
-
-/* Together: the first death alone is repaired without. */
-static void kill_two(struct cluster *c)
-{
-    kill(c->agent[1], SIGSTOP);
-    kill_rank(c, 3);
-    kill_rank(c, 1);
-}
-
 /* Rank 3 is dead, rank 1 has lost its engine, and its agent, the only one that has some experts, stands still while they
  * are to be read from it. */
 static void stand_still(struct cluster *c, const char *dispatch)
 {
-    serve(c, (struct cluster_options){
+    itest_serve_four(c, (struct cluster_options){
                  .layout = "fused", .dispatch = dispatch,
                  .coordinator_args = {QUICK, "--lease-ms", "3000", "--reload-after-ms", "1000", NULL}});
     kill(c->agent[1], SIGSTOP); /* together: the first death alone is repaired without */
-    kill_rank(c, 3);
+    itest_kill_rank(c, 3);
     cluster_signal(&c->engine[1], SIGKILL);
     kill(c->agent[1], SIGCONT);
     itest_wait_status(c, "no copy on the 2 ranks that are left", 10000);
@@ -108,8 +82,8 @@ END_TEST
 START_TEST(what_an_engine_has_sealed_is_not_masked)
 {
     struct cluster c;
-    serve(&c, (struct cluster_options){.layout = "fused", .coordinator_args = {QUICK, "--lease-ms", "1500", "--on-lost-experts", "mask", NULL}});
-    kill_two(&c);
+    itest_serve_four(&c, (struct cluster_options){.layout = "fused", .coordinator_args = {QUICK, "--lease-ms", "1500", "--on-lost-experts", "mask", NULL}});
+    itest_kill_two(&c);
     itest_wait_status(&c, "no agent has the checkpoint", 10000);
     cluster_sleep_ms(500);
     ck_assert_int_eq(itest_ranks(&c), 4);
@@ -130,5 +104,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("mask", add, 120);
+    return suite_main("mask", add, 120);
 }

@@ -1,5 +1,6 @@
 /* Metrics of both daemons: a cluster scales, and what they count is right; who asks for too much, or too slowly, does
  * not disturb; addresses beyond the loopback are refused.  promtool looks at the text where it is installed. */
+#include "tests/harness/suite.h"
 #include "tests/integration/itest.h"
 
 #include <poll.h>
@@ -355,9 +356,5 @@ int main(void)
     tcase_add_test(tc, slow_ones_are_bounded);
     tcase_add_test(tc, beyond_the_loopback_is_refused);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

@@ -10,6 +10,7 @@
 #include <sys/wait.h>
 
 #include "tests/harness/folder.h"
+#include "tests/harness/suite.h"
 
 static char folder[64], said[262144];
 
@@ -136,9 +137,5 @@ int main(void)
     tcase_add_loop_test(t, real_models_are_walked, 0, (int)(sizeof models / sizeof *models));
     tcase_add_test(t, deepseek_v3_with_all_its_shards);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

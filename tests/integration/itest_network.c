@@ -122,7 +122,7 @@ int main(void)
     }
     net.agents = AGENTS;
     snprintf(net.name, sizeof net.name, "eep%d-", (int)getpid() % 100000);
-    int rc = itest_main("network", add, 240);
+    int rc = suite_main("network", add, 240);
     network_stop(&net); /* a test that failed has left them */
     return rc;
 }

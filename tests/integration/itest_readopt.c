@@ -302,5 +302,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("re-adoption", add, 240);
+    return suite_main("re-adoption", add, 240);
 }

@@ -5,31 +5,27 @@
 
 #include "tests/integration/itest.h"
 
-/* 4 ranks of 8 slots hold 16 experts a layer twice: two of them have room for everything. */
-static void serve(struct cluster *c, struct cluster_options o)
-{
-    o.agents = 4;
-    o.loaders = o.loaders ? o.loaders : 4;
-    o.step_ms = 5;
-    itest_start(c, o);
-    CTL(c, 0, "scale", "--to", "2");
-    CTL(c, 0, "scale", "--to", "4");
-    itest_feed(c, "4");
-    cluster_sleep_ms(300);
-}
+/* A copy of the checkpoint that a test may spoil, on a disk that can be taken away. */
+struct disk {
+    char dir[64], path[128], away[160];
+};
 
-/* A copy of the checkpoint that a test may spoil. */
-static void copy_checkpoint(const char *from, const char *to)
+static void disk_make(struct disk *d)
 {
     char command[600];
-    snprintf(command, sizeof command, "cp -r %s %s && chmod -R u+w %s", from, to, to);
+    strcpy(d->dir, "/tmp/eep-reload-XXXXXX");
+    ck_assert_ptr_nonnull(mkdtemp(d->dir));
+    snprintf(d->path, sizeof d->path, "%s/model", d->dir);
+    snprintf(d->away, sizeof d->away, "%s.away", d->path);
+    snprintf(command, sizeof command, "cp -r %s %s && chmod -R u+w %s", QWEN, d->path, d->path);
     ck_assert_int_eq(system(command), 0);
 }
 
-static void kill_rank(struct cluster *c, int i)
+static void disk_done(const struct disk *d)
 {
-    cluster_signal(&c->agent[i], SIGKILL);
-    cluster_signal(&c->engine[i], SIGKILL);
+    char command[256];
+    snprintf(command, sizeof command, "rm -r %s", d->dir);
+    ck_assert_int_eq(system(command), 0);
 }
 
 static void serves_all_from(struct cluster *c, int ranks, const char *from)
@@ -58,10 +54,8 @@ static void serves_all(struct cluster *c, int ranks)
 START_TEST(what_two_dead_ranks_held_is_read_again)
 {
     struct cluster c;
-    serve(&c, (struct cluster_options){0});
-    kill(c.agent[1], SIGSTOP); /* together: the first death alone is repaired without */
-    kill_rank(&c, 3);
-    kill_rank(&c, 1);
+    itest_serve_four(&c, (struct cluster_options){0});
+    itest_kill_two(&c);
     serves_all(&c, 2);
     CTL(&c, 0, "status");
     ck_assert_msg(!strstr(ctl_out, "degraded"), "%s", ctl_out);
@@ -73,15 +67,12 @@ END_TEST
 START_TEST(out_of_the_memory_of_an_agent_whose_engine_does_not_come_back)
 {
     struct cluster c;
-    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], command[512];
-    ck_assert_ptr_nonnull(mkdtemp(dir));
-    snprintf(path, sizeof path, "%s/model", dir);
-    copy_checkpoint(QWEN, path);
-    serve(&c, (struct cluster_options){.model = path, .coordinator_args = {"--reload-after-ms", "1000", NULL}});
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    ck_assert_int_eq(system(command), 0);
+    struct disk disk;
+    disk_make(&disk);
+    itest_serve_four(&c, (struct cluster_options){.model = disk.path, .coordinator_args = {"--reload-after-ms", "1000", NULL}});
+    disk_done(&disk);
     kill(c.agent[1], SIGSTOP);
-    kill_rank(&c, 3);
+    itest_kill_rank(&c, 3);
     cluster_signal(&c.engine[1], SIGKILL);
     kill(c.agent[1], SIGCONT);
     serves_all_from(&c, 2, "out of the memory of agents that do not serve");
@@ -93,10 +84,8 @@ END_TEST
 START_TEST(from_the_checkpoint_of_another_agent)
 {
     struct cluster c;
-    serve(&c, (struct cluster_options){.loaders = 2});
-    kill(c.agent[1], SIGSTOP);
-    kill_rank(&c, 3);
-    kill_rank(&c, 1);
+    itest_serve_four(&c, (struct cluster_options){.loaders = 2});
+    itest_kill_two(&c);
     serves_all(&c, 2);
     ck_assert_int_eq(cluster_stop(&c, false), 0);
 }
@@ -123,10 +112,8 @@ START_TEST(from_another_agent_by_tls)
     snprintf(cert, sizeof cert, "%s/crt", dir);
     snprintf(key, sizeof key, "%s/key", dir);
     snprintf(ca, sizeof ca, "%s/ca.crt", dir);
-    serve(&c, (struct cluster_options){.loaders = 2, .agent_args = {"--tls-cert", cert, "--tls-key", key, "--tls-ca", ca, NULL}});
-    kill(c.agent[1], SIGSTOP);
-    kill_rank(&c, 3);
-    kill_rank(&c, 1);
+    itest_serve_four(&c, (struct cluster_options){.loaders = 2, .agent_args = {"--tls-cert", cert, "--tls-key", key, "--tls-ca", ca, NULL}});
+    itest_kill_two(&c);
     serves_all(&c, 2);
     ck_assert_int_eq(cluster_stop(&c, false), 0);
     snprintf(command, sizeof command, "rm -r %s", dir);
@@ -177,23 +164,27 @@ static void right_again(struct cluster *c)
     ck_assert_int_eq(cluster_stop(c, false), 0);
 }
 
+/* 2 ranks of 4 are left, and serve without experts: the disk is away. */
+static void serve_masked(struct cluster *c, const struct disk *d, const char *dispatch)
+{
+    itest_serve_four(c, (struct cluster_options){
+                 .model = d->path,
+                 .dispatch = dispatch,
+                 .coordinator_args = {"--on-lost-experts", "mask", "--lease-ms", "3000", NULL}});
+    ck_assert_int_eq(rename(d->path, d->away), 0);
+    itest_kill_two(c);
+    itest_wait_ranks(c, 2, 20000);
+    itest_wait_status(c, "experts (of all layers), which are masked", 10000);
+}
+
 /* The disk with the checkpoint is away: until it is back, also over a restart of the coordinator, the others are served; also
  * where every rank routes every token, and an engine is lost and comes back meanwhile. */
 START_TEST(by_policy_the_view_serves_on_without_them)
 {
     struct cluster c;
-    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], away[160], command[256];
-    ck_assert_ptr_nonnull(mkdtemp(dir));
-    snprintf(path, sizeof path, "%s/model", dir);
-    snprintf(away, sizeof away, "%s.away", path);
-    copy_checkpoint(QWEN, path);
-    serve(&c, (struct cluster_options){.model = path, .dispatch = _i ? "replicated" : "source", .coordinator_args = {"--on-lost-experts", "mask", NULL}});
-    ck_assert_int_eq(rename(path, away), 0);
-    kill(c.agent[1], SIGSTOP);
-    kill_rank(&c, 3);
-    kill_rank(&c, 1);
-    itest_wait_ranks(&c, 2, 20000);
-    itest_wait_status(&c, "experts (of all layers), which are masked", 10000);
+    struct disk disk;
+    disk_make(&disk);
+    serve_masked(&c, &disk, _i ? "replicated" : "source");
     wait_answers(&c, 8);
     CTL(&c, 7, "scale", "--to", "1");
     CTL_SAYS("until they have been read again");
@@ -202,44 +193,27 @@ START_TEST(by_policy_the_view_serves_on_without_them)
     wait_answers(&c, 8);
     itest_wait_status(&c, "experts (of all layers), which are masked", 10000);
     cluster_signal(&c.coordinator, SIGKILL);
-    ck_assert_int_eq(rename(away, path), 0);
+    ck_assert_int_eq(rename(disk.away, disk.path), 0);
     ck_assert_int_eq(cluster_coordinator_start(&c), 0);
     wait_restored(&c);
     wait_answers(&c, 8);
     right_again(&c);
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    ck_assert_int_eq(system(command), 0);
+    disk_done(&disk);
 }
 END_TEST
-
-/* 2 ranks of 4 are left, and serve without experts: the checkpoint, path, is at away. */
-static void serve_masked(struct cluster *c, const char *path, const char *away)
-{
-    copy_checkpoint(QWEN, path);
-    serve(c, (struct cluster_options){
-                 .model = path, .coordinator_args = {"--on-lost-experts", "mask", "--lease-ms", "3000", NULL}});
-    ck_assert_int_eq(rename(path, away), 0);
-    kill(c->agent[1], SIGSTOP);
-    kill_rank(c, 3);
-    kill_rank(c, 1);
-    itest_wait_ranks(c, 2, 30000);
-    itest_wait_status(c, "experts (of all layers), which are masked", 10000);
-}
 
 /* While they are read, which takes long because an agent stands still, an operator aborts, or pauses operations and the
  * coordinator is lost: a pause is for what operators ask for, as with a repair. */
 START_TEST(masked_experts_come_back_whatever_happens_meanwhile)
 {
     struct cluster c;
-    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], away[160], command[256];
-    ck_assert_ptr_nonnull(mkdtemp(dir));
-    snprintf(path, sizeof path, "%s/model", dir);
-    snprintf(away, sizeof away, "%s.away", path);
-    serve_masked(&c, path, away);
+    struct disk disk;
+    disk_make(&disk);
+    serve_masked(&c, &disk, NULL);
     kill(c.agent[0], SIGSTOP);
     itest_wait_status(&c, "awaited: gpu0", 10000);
     CTL_SAYS("masked until they have been read again");
-    ck_assert_int_eq(rename(away, path), 0);
+    ck_assert_int_eq(rename(disk.away, disk.path), 0);
     if (_i) {
         CTL(&c, 0, "pause", "--reason", "a try");
         cluster_signal(&c.coordinator, SIGKILL);
@@ -255,8 +229,7 @@ START_TEST(masked_experts_come_back_whatever_happens_meanwhile)
         CTL(&c, 0, "resume");
     }
     right_again(&c);
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    ck_assert_int_eq(system(command), 0);
+    disk_done(&disk);
 }
 END_TEST
 
@@ -264,11 +237,9 @@ END_TEST
 START_TEST(an_engine_that_cannot_do_without_is_not_given_a_masked_view)
 {
     struct cluster c;
-    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], away[160], command[256];
-    ck_assert_ptr_nonnull(mkdtemp(dir));
-    snprintf(path, sizeof path, "%s/model", dir);
-    snprintf(away, sizeof away, "%s.away", path);
-    serve_masked(&c, path, away);
+    struct disk disk;
+    disk_make(&disk);
+    serve_masked(&c, &disk, NULL);
     cluster_signal(&c.engine[0], SIGKILL);
     c.options.engine_args[0] = "--no-masks";
     ck_assert_int_eq(cluster_engine_start(&c, 0), 0);
@@ -276,13 +247,12 @@ START_TEST(an_engine_that_cannot_do_without_is_not_given_a_masked_view)
     double before = answered(&c);
     cluster_sleep_ms(1500);
     ck_assert_msg(answered(&c) <= before + 8, "%.0f answers, %.0f before: it serves", answered(&c), before);
-    ck_assert_int_eq(rename(away, path), 0);
+    ck_assert_int_eq(rename(disk.away, disk.path), 0);
     itest_wait_ranks(&c, 2, 20000);
     CTL(&c, 0, "status");
     ck_assert_msg(!strstr(ctl_out, "masked"), "%s", ctl_out);
     right_again(&c);
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    ck_assert_int_eq(system(command), 0);
+    disk_done(&disk);
 }
 END_TEST
 
@@ -290,10 +260,8 @@ END_TEST
 START_TEST(by_policy_nothing_is_read_again)
 {
     struct cluster c;
-    serve(&c, (struct cluster_options){.coordinator_args = {"--reload-after-ms", "0", NULL}});
-    kill(c.agent[1], SIGSTOP);
-    kill_rank(&c, 3);
-    kill_rank(&c, 1);
+    itest_serve_four(&c, (struct cluster_options){.coordinator_args = {"--reload-after-ms", "0", NULL}});
+    itest_kill_two(&c);
     itest_wait_status(&c, "no copy on the 2 ranks that are left", 10000);
     cluster_sleep_ms(500);
     ck_assert_int_eq(itest_ranks(&c), 4);
@@ -304,12 +272,12 @@ END_TEST
 START_TEST(without_room_the_view_waits_and_says_so)
 {
     struct cluster c;
-    serve(&c, (struct cluster_options){0});
+    itest_serve_four(&c, (struct cluster_options){0});
     kill(c.agent[1], SIGSTOP);
     kill(c.agent[2], SIGSTOP);
-    kill_rank(&c, 3);
-    kill_rank(&c, 2);
-    kill_rank(&c, 1);
+    itest_kill_rank(&c, 3);
+    itest_kill_rank(&c, 2);
+    itest_kill_rank(&c, 1);
     itest_wait_status(&c, "there is no room for", 10000);
     ck_assert_int_eq(cluster_stop(&c, false), 0);
 }
@@ -319,18 +287,16 @@ END_TEST
 START_TEST(a_checkpoint_that_was_changed_is_not_read_again)
 {
     struct cluster c;
-    char dir[64] = "/tmp/eep-reload-XXXXXX", path[128], command[512];
-    ck_assert_ptr_nonnull(mkdtemp(dir));
-    snprintf(path, sizeof path, "%s/model", dir);
-    copy_checkpoint(QWEN, path);
-    serve(&c, (struct cluster_options){.model = path});
+    struct disk disk;
+    char command[512];
+    disk_make(&disk);
+    itest_serve_four(&c, (struct cluster_options){.model = disk.path});
     snprintf(command, sizeof command,
              "for f in %s/*.safetensors; do s=$(stat -c %%s $f); "
-             "dd if=/dev/urandom of=$f bs=4096 seek=$((s / 8192)) count=$((s / 8192)) conv=notrunc status=none; done", path);
+             "dd if=/dev/urandom of=$f bs=4096 seek=$((s / 8192)) count=$((s / 8192)) conv=notrunc status=none; done",
+             disk.path);
     ck_assert_int_eq(system(command), 0);
-    kill(c.agent[1], SIGSTOP);
-    kill_rank(&c, 3);
-    kill_rank(&c, 1);
+    itest_kill_two(&c);
     for (int i = 0; i < 100; i++) {
         CTL(&c, 0, "history");
         if (strstr(ctl_out, "is not what the model was started with"))
@@ -341,8 +307,7 @@ START_TEST(a_checkpoint_that_was_changed_is_not_read_again)
     CTL_SAYS("is not what the model was started with");
     itest_wait_status(&c, "no copy on the 2 ranks that are left", 10000);
     ck_assert_int_eq(cluster_stop(&c, false), 0);
-    snprintf(command, sizeof command, "rm -r %s", dir);
-    ck_assert_int_eq(system(command), 0);
+    disk_done(&disk);
 }
 END_TEST
 
@@ -362,5 +327,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("reload", add, 120);
+    return suite_main("reload", add, 120);
 }

@@ -99,5 +99,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("scaling", add, 300);
+    return suite_main("scaling", add, 300);
 }

@@ -269,6 +269,7 @@ END_TEST
 
 static void add(TCase *tc)
 {
+    tcase_add_checked_fixture(tc, setup, teardown);
     tcase_add_loop_test(tc, every_edge_of_the_file, 0, 9);
     tcase_add_test(tc, acknowledged_after_the_flush);
     tcase_add_test(tc, damaged_files_are_refused);
@@ -277,5 +278,5 @@ static void add(TCase *tc)
 
 int main(void)
 {
-    return itest_store_main("store", add);
+    return suite_main("store", add, 180);
 }

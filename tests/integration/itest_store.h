@@ -13,6 +13,7 @@
 #include "common/rpc.h"
 #include "control.pb-c.h"
 #include "tests/harness/daemon.h"
+#include "tests/harness/suite.h"
 
 static struct daemon_process d;
 static char socket_address[128];
@@ -83,21 +84,6 @@ static inline int kv_get(struct rpc_client *c, const char *key, uint32_t *ret_va
         rpc_unpack_free(reply);
     }
     return rc == 0 ? 1 : rc == ERR_NOTFOUND ? 0 : rc;
-}
-
-static inline int itest_store_main(const char *name, void (*add)(TCase *))
-{
-    Suite *suite = suite_create(name);
-    TCase *tc = tcase_create(name);
-    tcase_add_checked_fixture(tc, setup, teardown);
-    tcase_set_timeout(tc, 180);
-    add(tc);
-    suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
 }
 
 #endif

@@ -468,6 +468,7 @@ END_TEST
 
 static void add(TCase *tc)
 {
+    tcase_add_checked_fixture(tc, setup, teardown);
     tcase_add_test(tc, checker_finds_mistakes);
     tcase_add_loop_test(tc, histories_are_linearizable, 0, 3);
     tcase_add_loop_test(tc, histories_of_both_protocols_are_linearizable, 0, 3);
@@ -476,5 +477,5 @@ static void add(TCase *tc)
 
 int main(void)
 {
-    return itest_store_main("store_histories", add);
+    return suite_main("store_histories", add, 180);
 }

@@ -372,6 +372,7 @@ END_TEST
 
 static void add(TCase *tc)
 {
+    tcase_add_checked_fixture(tc, setup, teardown);
     tcase_add_test(tc, ugly_network);
     tcase_add_test(tc, reset_before_the_acknowledgement);
     tcase_add_test(tc, slow_reader);
@@ -383,5 +384,5 @@ static void add(TCase *tc)
 
 int main(void)
 {
-    return itest_store_main("store_network", add);
+    return suite_main("store_network", add, 180);
 }

@@ -13,6 +13,7 @@
 #include "common/tls.h"
 #include "control.pb-c.h"
 #include "tests/harness/daemon.h"
+#include "tests/harness/suite.h"
 #include "tests/integration/itest_run.h"
 
 static char dir[64]; /* dir/ca: our certificates; dir/other: those of another CA */
@@ -348,9 +349,5 @@ int main(void)
     tcase_add_test(t, deaf_operators);
     tcase_add_test(t, ten_thousand_strangers);
     suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(s);
 }

@@ -7,6 +7,7 @@
 #include "common/rpc.h"
 #include "control.pb-c.h"
 #include "tests/harness/daemon.h"
+#include "tests/harness/suite.h"
 
 static struct daemon_process d;
 static char address[128];
@@ -98,9 +99,5 @@ int main(void)
     tcase_set_timeout(tc, 120);
     tcase_add_test(tc, nobody_is_told_what_the_disk_could_forget);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

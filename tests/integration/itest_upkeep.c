@@ -423,5 +423,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("upkeep", add, 120);
+    return suite_main("upkeep", add, 120);
 }

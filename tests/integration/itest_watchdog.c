@@ -111,5 +111,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("watchdog", add, 60);
+    return suite_main("watchdog", add, 60);
 }

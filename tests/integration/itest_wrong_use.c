@@ -184,5 +184,5 @@ static void add(TCase *t)
 
 int main(void)
 {
-    return itest_main("wrong use", add, 120);
+    return suite_main("wrong use", add, 120);
 }

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "agent/core.h"
+#include "tests/harness/suite.h"
 
 #define STORY_MS 1000000ULL
 #define STORY_TRACE 16384
@@ -472,11 +473,7 @@ static inline int story_run(const char *name, TCase *const *cases, size_t n)
     Suite *suite = suite_create(name);
     for (size_t i = 0; i < n; i++)
         suite_add_tcase(suite, cases[i]);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }
 
 #endif

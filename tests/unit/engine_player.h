@@ -5,6 +5,7 @@
 #define EEP_TESTS_ENGINE_PLAYER_H
 
 #include "engine_harness.h"
+#include "tests/harness/suite.h"
 
 static struct agent agent;
 static struct records said; /* by libeep */
@@ -166,15 +167,6 @@ static inline TCase *group(Suite *suite, const char *name)
     tcase_set_timeout(tc, 60);
     suite_add_tcase(suite, tc);
     return tc;
-}
-
-static inline int suite_run(Suite *suite)
-{
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
 }
 
 #endif

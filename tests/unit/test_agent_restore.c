@@ -1,5 +1,6 @@
 /* The agent's core, saved by one process and restored by the next: each test is a story, and the trace of actions is what it
  * asserts.  One thread. */
+#include "tests/harness/suite.h"
 #include "tests/unit/agent_story.h"
 
 /* kill -9, and the process that follows.  What the last step was about to do is lost with it. */
@@ -143,9 +144,5 @@ int main(void)
     tcase_add_test(tc, a_fence_that_was_not_promised_is_asked_again);
     tcase_add_test(tc, a_spare_is_not_worth_it);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
+    return suite_run(suite);
 }

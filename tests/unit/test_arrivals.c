@@ -6,6 +6,7 @@
 #include "common/err.h"
 #include "coordinator/arrivals.h"
 #include "coordinator/durable.h"
+#include "tests/harness/suite.h"
 
 START_TEST(counts_once_by_incarnation)
 {
@@ -106,9 +107,5 @@ int main(void)
     tcase_add_test(tc, many);
     tcase_add_test(tc, durable_is_copied_deeply);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "coordinator/barriers.h"
+#include "tests/harness/suite.h"
 
 static struct barriers *b;
 static struct err err;
@@ -276,9 +277,5 @@ int main(void)
     tcase_add_test(tc, refuses_nonsense);
     tcase_add_test(tc, size_one_needs_nobody_else);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

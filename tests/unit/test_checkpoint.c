@@ -12,6 +12,7 @@
 #include "agent/checkpoint.h"
 #include "common/digest.h"
 #include "tests/harness/folder.h"
+#include "tests/harness/suite.h"
 
 static const char *data_dir(void)
 {
@@ -784,9 +785,5 @@ int main(void)
     tcase_add_test(t, damaged_folders_get_one_sentence);
     tcase_add_test(t, an_index_that_forgets_a_tensor_is_refused);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

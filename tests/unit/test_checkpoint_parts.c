@@ -10,6 +10,7 @@
 
 #include "agent/checkpoint.h"
 #include "tests/harness/folder.h"
+#include "tests/harness/suite.h"
 
 /* ---- a folder of named tensors ---- */
 
@@ -431,9 +432,5 @@ int main(void)
     tcase_add_test(t, a_huge_expert_number_is_a_hole);
     tcase_add_test(t, all_dtypes);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

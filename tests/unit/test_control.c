@@ -12,6 +12,7 @@
 #include "common/rpc.h"
 #include "control.pb-c.h"
 #include "coordinator/server.h"
+#include "tests/harness/suite.h"
 
 static char dir[64], address[128], state[128];
 static struct event_base *base;
@@ -554,9 +555,5 @@ int main(void)
     tcase_add_test(tc, operation_is_watched_to_its_end);
     tcase_add_test(tc, second_coordinator_is_refused);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

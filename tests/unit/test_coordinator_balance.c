@@ -1,4 +1,5 @@
 /* The coordinator's core: load that is reported, rebalances that are asked for, and those that nobody asks for. */
+#include "tests/harness/suite.h"
 #include "tests/unit/coordinator_rig.h"
 
 /* Rank r's slots get `tokens` where they hold the hot expert, 1 elsewhere. */
@@ -334,9 +335,5 @@ int main(void)
     tcase_add_test(t, not_while_operations_are_paused);
     tcase_add_test(t, only_what_is_worth_its_bytes);
     suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(s);
 }

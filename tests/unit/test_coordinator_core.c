@@ -1,4 +1,5 @@
 /* The coordinator's core against scripted agents: each test is a story, its trace is what the core did. */
+#include "tests/harness/suite.h"
 #include "tests/unit/coordinator_rig.h"
 
 START_TEST(a_scale_up_and_down_pass_through_their_phases)
@@ -649,9 +650,5 @@ int main(void)
     tcase_add_test(t, an_agent_that_stops_is_drained_again_after_an_abort);
     tcase_add_test(t, a_load_tells_how_far_it_is);
     suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(s);
 }

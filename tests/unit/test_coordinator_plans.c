@@ -1,4 +1,5 @@
 /* The coordinator's core while others make its plans: what goes on meanwhile, and which plans are thrown away. */
+#include "tests/harness/suite.h"
 #include "tests/unit/coordinator_rig.h"
 
 static void scale(struct rig *r, uint32_t target, bool dry_run, uint64_t request)
@@ -223,9 +224,5 @@ int main(void)
     tcase_add_test(t, a_pause_while_a_plan_is_made);
     tcase_add_test(t, a_restart_while_a_plan_is_made);
     suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

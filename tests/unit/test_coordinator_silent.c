@@ -1,4 +1,5 @@
 /* The coordinator's core and engines that do not answer: aborted, or without them, by policy. */
+#include "tests/harness/suite.h"
 #include "tests/unit/coordinator_rig.h"
 
 static void ask(struct rig *r, uint32_t target, const char *remove, enum engine_policy policy)
@@ -234,9 +235,5 @@ int main(void)
     tcase_add_test(t, a_new_rank_may_lose_its_engine_before_it_is_asked_to_prepare);
     tcase_add_test(t, a_drain_is_strict_when_it_is_to_abort);
     suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(s);
 }

@@ -25,6 +25,7 @@ int main(void)
 #include "agent/transport_gpu.h"
 #include "agent/weights.h"
 #include "agent/worker.h"
+#include "tests/harness/suite.h"
 
 #define LAYERS  4u
 #define EXPERTS 16u
@@ -380,10 +381,6 @@ int main(void)
     tcase_add_loop_test(t, an_error_that_passes_leaves_nothing_behind, 0, (int)(sizeof fallible / sizeof fallible[0]));
     tcase_set_timeout(t, 300);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }
 #endif

@@ -5,6 +5,7 @@
 
 #include "common/digest.h"
 #include "common/rand.h"
+#include "tests/harness/suite.h"
 
 /* digest.h's definition, slowly. */
 static uint64_t digest_by_hand(const uint8_t *data, size_t len, uint64_t first_word)
@@ -123,9 +124,5 @@ int main(void)
     tcase_add_test(tc, tells_apart);
     tcase_add_test(tc, random_numbers);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

@@ -12,6 +12,7 @@
 #include "agent/peer_link.h"
 #include "common/address.h"
 #include "common/loop.h"
+#include "tests/harness/suite.h"
 
 static const struct rpc_identity reader = {.role = RPC_ROLE_PEER, .cluster = "west", .agent = "gpu0", .incarnation = 5, .software = "test"};
 
@@ -207,9 +208,5 @@ int main(void)
     tcase_add_test(tc, who_does_not_answer_is_asked_once);
     tcase_add_test(tc, nobody_there_and_another_cluster);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
+    return suite_run(suite);
 }

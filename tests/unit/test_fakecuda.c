@@ -18,6 +18,7 @@ int main(void)
 #include <unistd.h>
 
 #include "agent/cuda_driver.h"
+#include "tests/harness/suite.h"
 
 #define MIB           ((size_t)1 << 20)
 
@@ -487,10 +488,6 @@ int main(void)
     tcase_add_test(t, failures_come_when_asked_for);
     suite_add_tcase(s, t);
     tcase_set_timeout(t, 60);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }
 #endif

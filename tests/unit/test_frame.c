@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "common/frame.h"
+#include "tests/harness/suite.h"
 
 static size_t frame_make(uint8_t *out, struct frame_header header, const char *payload)
 {
@@ -103,9 +104,5 @@ int main(void)
     tcase_add_test(tc, garbage_is_found_early);
     tcase_add_test(tc, impossible_headers);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

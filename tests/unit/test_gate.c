@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "agent/libeep/gate.h"
+#include "tests/harness/suite.h"
 
 static struct control_page page;
 static struct gate_local local;
@@ -242,8 +243,6 @@ int main(void)
 {
     Suite *suite = suite_create("gate");
     TCase *tc = tcase_create("gate");
-    SRunner *runner;
-    int failed;
 
     tcase_add_checked_fixture(tc, setup, NULL);
     tcase_add_test(tc, first_step_is_forced_and_flips);
@@ -260,9 +259,5 @@ int main(void)
     tcase_add_test(tc, launched_runs_ahead_of_done);
     tcase_add_test(tc, map_is_applied_once_and_names_its_step);
     suite_add_tcase(suite, tc);
-    runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
+    return suite_run(suite);
 }

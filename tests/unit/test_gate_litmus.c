@@ -14,6 +14,7 @@
 
 #include "agent/libeep/gate.h"
 #include "common/clock.h"
+#include "tests/harness/suite.h"
 
 struct shared {
     struct control_page page;
@@ -154,16 +155,10 @@ int main(void)
 {
     Suite *suite = suite_create("gate_litmus");
     TCase *tc = tcase_create("litmus");
-    SRunner *runner;
-    int failed;
 
     tcase_set_timeout(tc, 30);
     tcase_add_test(tc, promise_is_kept);
     tcase_add_test(tc, without_the_second_read_it_breaks);
     suite_add_tcase(suite, tc);
-    runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
+    return suite_run(suite);
 }

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "agent/gpu_share.h"
+#include "tests/harness/suite.h"
 
 static struct gpu gpu;
 
@@ -109,9 +110,5 @@ int main(void)
     tcase_add_test(t, a_killed_holder_leaves_nothing);
     tcase_add_test(t, each_process_seems_to_be_a_host_of_its_own);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

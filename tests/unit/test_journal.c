@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "coordinator/journal.h"
+#include "tests/harness/suite.h"
 
 static char dir[64];
 
@@ -611,9 +612,5 @@ int main(void)
     tcase_add_test(tc, counters_behind);
     tcase_add_test(tc, kill_9);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

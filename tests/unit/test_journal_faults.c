@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "coordinator/journal.h"
+#include "tests/harness/suite.h"
 
 #define EPOCHS 12 /* of one run */
 #define EXIT_REFUSED 3 /* of the writer: the journal says that it cannot write */
@@ -254,9 +255,5 @@ int main(int argc, char **argv)
     tcase_add_loop_test(tc, every_edge_of_the_file, 0, 9);
     tcase_add_test(tc, damaged_files);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

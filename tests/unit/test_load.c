@@ -5,6 +5,7 @@
 
 #include "agent/load_window.h"
 #include "coordinator/load.h"
+#include "tests/harness/suite.h"
 
 #define MS UINT64_C(1000000)
 
@@ -188,9 +189,5 @@ int main(void)
     tcase_add_test(t, what_does_not_fit_is_left_out);
     tcase_add_test(t, balance_of_a_map);
     suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

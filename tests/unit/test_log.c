@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "common/log.h"
+#include "tests/harness/suite.h"
 
 static int pipe_fds[2];
 static char got[1 << 16];
@@ -308,9 +309,5 @@ int main(void)
     tcase_add_test(tc, message_ids_are_documented);
     tcase_add_test(tc, rates);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

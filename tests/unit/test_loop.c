@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "common/loop.h"
+#include "tests/harness/suite.h"
 
 static void on_read(struct bufferevent *bev, void *user)
 {
@@ -46,9 +47,5 @@ int main(void)
     tcase_add_test(t, a_connection_freed_with_a_callback_put_off);
     tcase_add_test(t, none);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

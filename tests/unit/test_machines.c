@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "agent/machines.h"
+#include "tests/harness/suite.h"
 
 /* Rows are states, columns events; what is not listed is illegal.  By name, so that a state that moves in the enum,
  * or loses its public name, is noticed. */
@@ -164,9 +165,5 @@ int main(void)
     tcase_add_test(tc, documented_order);
     tcase_add_test(tc, out_of_range_is_illegal);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

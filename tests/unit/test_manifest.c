@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "agent/manifest.h"
+#include "tests/harness/suite.h"
 
 /* Two layers of two parts, a dense region with two tensors. */
 static void manifest_make(struct manifest *ret_m)
@@ -336,9 +337,5 @@ int main(void)
     tcase_add_loop_test(t, mutations_are_refused_or_canonical, 0, 3);
     tcase_add_test(t, a_small_blob_cannot_ask_for_much);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

@@ -16,6 +16,7 @@
 #include "agent/memory.h"
 #include "agent/weights.h"
 #include "common/digest.h"
+#include "tests/harness/suite.h"
 
 static const char *const backends[] = {"host", "cuda"};
 #define HOST 1 /* the first ones: without GPU memory */
@@ -594,9 +595,5 @@ int main(void)
     tcase_add_loop_test(t, a_model_that_contradicts_its_manifest_is_refused, 0, n_backends);
     suite_add_tcase(s, t);
     tcase_set_timeout(t, 60);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

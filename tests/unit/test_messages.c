@@ -8,6 +8,7 @@
 #include "common/msg_wire.h"
 #include "common/rpc.h"
 #include "tests/fuzz/messages.h"
+#include "tests/harness/suite.h"
 
 #define DEPTH_MAX 4
 #define CHANGES   400
@@ -187,9 +188,5 @@ int main(void)
     tcase_add_loop_test(tc, there_and_back_and_cut_anywhere, 0, (int)messages_count());
     tcase_add_loop_test(tc, changed_anywhere, 0, (int)messages_count());
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

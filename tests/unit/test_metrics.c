@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "common/metrics.h"
+#include "tests/harness/suite.h"
 
 START_TEST(families_and_samples)
 {
@@ -108,9 +109,5 @@ int main(void)
     tcase_add_test(tc, the_usual_bounds_rise);
     tcase_add_test(tc, too_much_is_nothing);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

@@ -10,6 +10,7 @@
 #include "common/rpc.h"
 #include "common/topology_wire.h"
 #include "control.pb-c.h"
+#include "tests/harness/suite.h"
 
 #define EQ(field) same_number((uint64_t)a->field, (uint64_t)b->field, #field)
 #define EQS(field) same_text(a->field, b->field, #field)
@@ -694,9 +695,5 @@ int main(void)
     tcase_add_test(tc, small_frames_get_little_memory);
     tcase_add_test(tc, control_methods);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

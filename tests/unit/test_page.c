@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "common/page.h"
+#include "tests/harness/suite.h"
 
 static struct control_page page;
 
@@ -133,9 +134,5 @@ int main(void)
     tcase_add_test(tc, snapshot_reads_each_word);
     tcase_add_test(tc, snapshot_is_consistent);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

@@ -13,6 +13,7 @@
 #include "common/loop.h"
 #include "common/rpc.h"
 #include "control.pb-c.h"
+#include "tests/harness/suite.h"
 
 #define STRANGER 54321 /* a user and a group that nobody has */
 #define GROUP    54322
@@ -106,9 +107,5 @@ int main(void)
     tcase_set_timeout(tc, 60);
     tcase_add_test(tc, who_may_connect);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

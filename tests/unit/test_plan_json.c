@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "coordinator/plan_json.h"
+#include "tests/harness/suite.h"
 
 static json_t *parse(const char *text)
 {
@@ -200,9 +201,5 @@ int main(void)
     tcase_add_test(tc, entries_are_shown);
     tcase_add_test(tc, refuses);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include "coordinator/planner.h"
+#include "tests/harness/suite.h"
 
 #define PARTIES_MAX 40
 
@@ -767,9 +768,5 @@ int main(void)
     tcase_add_test(tc, cover_from_dormant);
     tcase_add_test(tc, large_is_fast);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

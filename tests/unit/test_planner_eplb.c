@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "coordinator/planner_eplb.h"
+#include "tests/harness/suite.h"
 
 #define FIXTURE "tests/data/eplb_cases.json"
 
@@ -159,9 +160,5 @@ int main(void)
     tcase_add_test(tc, refuses);
     tcase_add_test(tc, idle_layer_is_spread);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

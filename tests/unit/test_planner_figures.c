@@ -1,6 +1,7 @@
 /* The figures that the elastic planner has to reach, and that every load is carried to near its ceiling. */
 #include <check.h>
 
+#include "tests/harness/suite.h"
 #include "tests/placement/cases.h"
 
 #define LAYERS 16
@@ -410,9 +411,5 @@ int main(void)
     tcase_add_test(tc, brute_force);
     tcase_add_test(tc, random_instances);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

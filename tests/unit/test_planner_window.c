@@ -3,6 +3,7 @@
 #include <check.h>
 
 #include "coordinator/load.h"
+#include "tests/harness/suite.h"
 #include "tests/placement/cases.h"
 
 #define LAYERS  6u
@@ -160,9 +161,5 @@ int main(void)
     tcase_add_test(t, before_the_commit_only_joiners_receive);
     tcase_add_test(t, few_samples_are_planned_by_their_mean);
     suite_add_tcase(s, t);
-    SRunner *runner = srunner_create(s);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(s);
 }

@@ -4,6 +4,7 @@
 #include <poll.h>
 
 #include "coordinator/planning.h"
+#include "tests/harness/suite.h"
 #include "tests/placement/cases.h"
 
 /* A job owns its input. */
@@ -99,9 +100,5 @@ int main(void)
     tcase_add_test(tc, mistakes_come_back);
     tcase_add_test(tc, it_ends_with_plans_under_way);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

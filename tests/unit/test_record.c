@@ -14,6 +14,7 @@
 #include "agent/record.h"
 #include "agent/record_memory.h"
 #include "common/msg.h"
+#include "tests/harness/suite.h"
 
 static struct view *view_of(uint64_t epoch, uint32_t n, uint64_t version)
 {
@@ -330,9 +331,5 @@ int main(void)
     tcase_add_test(tc, without_a_store_nothing_is_kept);
     tcase_set_timeout(tc, 60);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
+    return suite_run(suite);
 }

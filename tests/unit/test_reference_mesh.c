@@ -12,6 +12,7 @@
 #include "tests/engine/mesh_exchange.c"
 #include "tests/engine/server.c"
 #include "tests/engine/source.c"
+#include "tests/harness/suite.h"
 
 #include <check.h>
 #include <sys/eventfd.h>
@@ -518,9 +519,5 @@ int main(void)
     tcase_add_test(t, limit_ends_it);
     tcase_add_test(t, build_ends);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

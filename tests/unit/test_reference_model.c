@@ -6,6 +6,7 @@
 #include "tests/engine/decoder.c"
 #include "tests/engine/forward.c"
 #include "tests/engine/source.c"
+#include "tests/harness/suite.h"
 
 #include <check.h>
 #include <sys/wait.h>
@@ -452,9 +453,5 @@ int main(void)
         add(s, "GPU", use_gpu);
     else
         puts("the kernels are not tested: there is no GPU, or no cuda.h or nvcc in this build");
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed ? 1 : 0;
+    return suite_run(s);
 }

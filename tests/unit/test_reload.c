@@ -1,4 +1,5 @@
 /* Experts that lost their last copy: where they are read again (pure), and the repair that does it (the core). */
+#include "tests/harness/suite.h"
 #include "tests/unit/coordinator_rig.h"
 
 #include "coordinator/reload.h"
@@ -449,9 +450,5 @@ int main(void)
     tcase_add_test(tc, the_memory_of_an_agent_without_an_engine_comes_first);
     tcase_add_test(tc, a_spare_agent_lends_its_checkpoint);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? 1 : 0;
+    return suite_run(suite);
 }

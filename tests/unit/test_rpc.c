@@ -19,6 +19,7 @@
 #include "common/loop.h"
 #include "common/rpc.h"
 #include "control.pb-c.h"
+#include "tests/harness/suite.h"
 
 static char dir[64];
 static char unix_address[96];
@@ -790,9 +791,5 @@ int main(void)
     tcase_add_test(tc, unpacking_into_scratch);
     tcase_add_test(tc, stalled_readers_are_cut_off);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "agent/safetensors.h"
+#include "tests/harness/suite.h"
 
 static char path[64];
 
@@ -177,9 +178,5 @@ int main(void)
     tcase_add_test(t, what_is_no_file_is_refused);
     tcase_add_test(t, a_truncated_checkpoint_is_refused);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

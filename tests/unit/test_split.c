@@ -6,6 +6,7 @@
 
 #include "common/topology.h"
 #include "coordinator/split.h"
+#include "tests/harness/suite.h"
 #include "tests/placement/cases.h"
 
 #define PARTIES 12
@@ -212,9 +213,5 @@ int main(void)
     tcase_add_test(tc, random_layers);
     tcase_add_test(tc, samples);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

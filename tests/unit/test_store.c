@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "coordinator/store.h"
+#include "tests/harness/suite.h"
 
 static struct store *store;
 
@@ -760,9 +761,5 @@ int main(void)
     tcase_add_test(tc, loading);
     tcase_add_loop_test(tc, random_operations, 0, 20);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

@@ -14,6 +14,7 @@
 #include "coordinator/mdb_file.h"
 #include "coordinator/store_disk.h"
 #include "coordinator/store_log.h"
+#include "tests/harness/suite.h"
 
 static char dir[64];
 static struct store *source; /* makes batches */
@@ -439,9 +440,5 @@ int main(void)
     tcase_add_test(tc, growth);
     tcase_add_loop_test(tc, generations_of_a_disk, 0, 2);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed != 0;
+    return suite_run(suite);
 }

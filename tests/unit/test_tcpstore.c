@@ -12,6 +12,7 @@
 #include "control.pb-c.h"
 #include "coordinator/server.h"
 #include "coordinator/tcpstore.h"
+#include "tests/harness/suite.h"
 #include "tests/harness/tcpclient.h"
 
 /* ---- the parser ---- */
@@ -497,9 +498,5 @@ int main(void)
     tcase_add_test(served, slow_reader_is_not_buffered_for);
     suite_add_tcase(suite, parser);
     suite_add_tcase(suite, served);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_NORMAL);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

@@ -6,6 +6,7 @@
 
 #include "common/msg.h"
 #include "common/topology.h"
+#include "tests/harness/suite.h"
 
 START_TEST(errors_grow)
 {
@@ -305,9 +306,5 @@ int main(void)
     tcase_add_test(tc, messages_own);
     tcase_add_test(tc, everything_has_a_name);
     suite_add_tcase(suite, tc);
-    SRunner *runner = srunner_create(suite);
-    srunner_run_all(runner, CK_ENV);
-    int failed = srunner_ntests_failed(runner);
-    srunner_free(runner);
-    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+    return suite_run(suite);
 }

@@ -15,6 +15,7 @@
 #include "common/address.h"
 #include "common/clock.h"
 #include "common/digest.h"
+#include "tests/harness/suite.h"
 
 #define PARTIES_MAX 8
 #define MS          1000000ull
@@ -875,9 +876,5 @@ int main(void)
     tcase_add_loop_test(t, every_mask_works, 0, BACKENDS);
     tcase_add_loop_test(t, a_broadcast_without_sender_is_refused, 0, BACKENDS);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

@@ -8,6 +8,7 @@
 
 #include "common/address.h"
 #include "common/clock.h"
+#include "tests/harness/suite.h"
 #include "tests/unit/transport_standin.h"
 
 #define PARTIES_MAX 6
@@ -249,9 +250,5 @@ int main(void)
     tcase_add_test(t, a_far_transport_that_is_missing_is_named_by_all_at_once);
     tcase_add_test(t, a_broadcast_crosses_once);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed != 0;
+    return suite_run(s);
 }

@@ -24,6 +24,7 @@
 #include "common/address.h"
 #include "common/clock.h"
 #include "common/digest.h"
+#include "tests/harness/suite.h"
 #include "tests/unit/transport_standin.h"
 
 #define PARTIES_MAX 8
@@ -875,9 +876,5 @@ int main(void)
     tcase_add_loop_test(t, groups_leave_no_descriptor_behind, 0, n_backends);
     tcase_add_loop_test(t, broadcasts_reach_everybody, 0, n_backends);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }

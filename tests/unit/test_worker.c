@@ -10,6 +10,7 @@
 #include "agent/worker.h"
 #include "common/address.h"
 #include "common/clock.h"
+#include "tests/harness/suite.h"
 
 #define WORKERS 3u
 #define LAYERS  4u
@@ -780,9 +781,5 @@ int main(void)
     tcase_set_timeout(t, 60);
     tcase_add_test(t, without_progress_a_transfer_ends);
     suite_add_tcase(s, t);
-    SRunner *r = srunner_create(s);
-    srunner_run_all(r, CK_NORMAL);
-    int failed = srunner_ntests_failed(r);
-    srunner_free(r);
-    return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+    return suite_run(s);
 }
