@@ -217,10 +217,10 @@ START_TEST(small_ones_up)
         ck_assert_int_eq(got.type, empty[i]);
     }
     {
-        struct msg m = {.type = MSG_ENGINE, .engine = {true, DISPATCH_SOURCE_ROUTED, true, 2, 3, "e", "why not", 12}};
+        struct msg m = {.type = MSG_ENGINE, .engine = {true, DISPATCH_SOURCE_ROUTED, true, 2, 3, "e", "why not", 12, true}};
         struct msg got = there_and_back(&m);
         struct msg_engine *a = &m.engine, *b = &got.engine;
-        EQ(attached), EQ(dispatch), EQ(can_load), EQ(layers), EQ(logical), EQS(endpoint), EQS(why), EQ(torn_epoch);
+        EQ(attached), EQ(dispatch), EQ(can_load), EQ(layers), EQ(logical), EQS(endpoint), EQS(why), EQ(torn_epoch), EQ(masks);
     }
     {
         struct msg m = {.type = MSG_PROGRESS, .progress = {1, 2, 3}};
